@@ -1,0 +1,48 @@
+"""Packaging of fastalex: `kernels/` and `configs/` are installed inside the `fastalex` package."""
+
+from setuptools import setup
+
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.14",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "ruff>=0.9",
+]
+
+setup(
+    name="fastalex",
+    version="0.1.0",
+    description="The fastest way to train AlexNet on any machine, CPU or GPU, that still reproduces the published error",
+    python_requires=">=3.10",
+    packages=[
+        "fastalex",
+        "fastalex.configs",
+        "fastalex.data",
+        "fastalex.kernels",
+        "fastalex.models",
+    ],
+    # A top-level package called `kernels` would overwrite the one of that name on PyPI.
+    package_dir={"fastalex.kernels": "kernels", "fastalex.configs": "configs"},
+    package_data={"fastalex.configs": ["*.yaml", "*/*.yaml"], "fastalex": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "triton>=3.5; platform_system == 'Linux'",
+        "hydra-core>=1.3.2",
+        "matplotlib>=3.9",
+        "numba>=0.61",
+        "numpy>=2.0",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "scikit-learn>=1.6",
+        "tensorboard>=2.18",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda120>=1.48"],
+        "dali-cuda13": ["nvidia-dali-cuda130>=1.52"],
+        "ffcv": ["ffcv==1.0.2"],
+        "dev": DEV,
+    },
+)
