@@ -1,0 +1,71 @@
+"""Data sets (what) and loaders (how)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data.datasets import DataSplits, ImageSet, load_splits
+from fastalex.data.loader import Loader, Views
+from fastalex.errors import ConfigError
+
+__all__ = ["DataSplits", "ImageSet", "Loader", "Views", "build_loader", "load_splits"]
+
+# Imported when asked for: DALI and FFCV are optional.
+_LOADERS = {
+    "torchvision": "TorchvisionLoader",
+    "resident": "ResidentLoader",
+    "dali": "DaliLoader",
+    "ffcv": "FfcvLoader",
+}
+
+
+def build_loader(
+    images: ImageSet,
+    data: DataConfig,
+    loader: LoaderConfig,
+    *,
+    views: Views,
+    batch_size: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """The loader that ``loader.name`` names: see :class:`fastalex.data.loader.Loader` for what it yields.
+
+    Args:
+        images: the split to load.
+        data: the geometry of the views (resize, crop, flip) and their normalisation.
+        views: random for training; center or ten_crop for evaluation.
+        batch_size: images a batch, on this rank; with ten_crop a batch has ten views of each.
+        seed: decides order, offsets and flips, together with the epoch.
+        device, dtype, channels_last: where and how the batches are to lie.
+        rank, world_size: this process among those that share the epoch.
+
+    Raises:
+        ConfigError: no such loader, or a batch larger than the training set.
+        DataError: an image cannot be read.
+        MissingDependencyError: the loader's package is not installed.
+    """
+    if loader.name not in _LOADERS:
+        raise ConfigError(f"loader.name={loader.name} is unknown; choose one of {', '.join(_LOADERS)}")
+    cls = getattr(import_module(f"fastalex.data.{loader.name}"), _LOADERS[loader.name])
+    built: Loader = cls(
+        images,
+        data,
+        loader,
+        views=views,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        channels_last=channels_last,
+        rank=rank,
+        world_size=world_size,
+    )
+    return built
