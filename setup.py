@@ -26,9 +26,9 @@ setup(
     package_dir={"fastalex.kernels": "kernels", "fastalex.configs": "configs"},
     package_data={"fastalex.configs": ["*.yaml", "*/*.yaml"], "fastalex": ["py.typed"]},
     install_requires=[
-        "torch>=2.9",
-        "torchvision>=0.24",
-        "triton>=3.5; platform_system == 'Linux'",
+        "torch>=2.14",
+        "torchvision>=0.29",
+        "triton>=3.8; platform_system == 'Linux'",
         "hydra-core>=1.3.2",
         "matplotlib>=3.9",
         "numba>=0.61",

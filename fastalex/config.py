@@ -7,6 +7,7 @@ Every key of ``python -m fastalex.train key=value`` is a field here. Hydra compo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -106,7 +107,7 @@ class DataConfig:
 class LoaderConfig:
     """How images reach the device."""
 
-    name: str = MISSING  # torchvision, resident, dali, ffcv
+    name: str = MISSING  # auto, resident, torchvision, dali, ffcv
     workers: int = -1  # processes or threads that prepare images; -1: one for each core beyond the first
 
 
@@ -116,14 +117,12 @@ class TrainConfig:
 
     epochs: int = 30
     batch_size: int = 128
-    lr: float = 0.02
+    lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    nesterov: bool = False
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: epochs without improvement before the rate is divided by ten
-    min_lr: float = 1e-5  # plateau: training ends when the rate falls below this
 
 
 @dataclass
@@ -134,16 +133,95 @@ class RuntimeConfig:
     precision: Precision = Precision.auto
     channels_last: bool = True
     compile: bool = False
-    threads: int = 0  # of the CPU; 0: all
+    threads: int = 0  # of the CPU; 0: all its cores
 
 
 @dataclass
 class Config:
-    """One training run."""
+    """One training run: what ``python -m fastalex.train`` takes."""
 
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     loader: LoaderConfig = MISSING
-    train: TrainConfig = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 0
+    log_every: int = 20  # steps between two looks at the loss, each of which waits for the device
+
+
+@dataclass
+class EvaluateData:
+    """Where the images are now, if they have moved since the run."""
+
+    root: str | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What ``python -m fastalex.evaluate`` takes; everything else is read from the checkpoint."""
+
+    checkpoint: str = MISSING
+    data: EvaluateData = field(default_factory=EvaluateData)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def register() -> None:
+    """Tell Hydra the types of every key, under the names that the YAML files refer to."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="evaluate", node=EvaluateConfig)
+    store.store(group="model", name="schema", node=ModelConfig)
+    store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
+    store.store(group="data", name="schema", node=DataConfig)
+    store.store(group="loader", name="schema", node=LoaderConfig)
+
+
+def validate(config: Config) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        ConfigError: naming the key, its value and the remedy.
+    """
+    data, train = config.data, config.train
+    for key, value in (
+        ("data.resize", data.resize),
+        ("data.crop", data.crop),
+        ("data.images", data.images),
+        ("data.classes", data.classes),
+        ("train.epochs", train.epochs),
+        ("train.batch_size", train.batch_size),
+        ("log_every", config.log_every),
+    ):
+        if value < 1:
+            raise ConfigError(f"{key}={value}: must be at least 1")
+    if data.crop > data.resize:
+        raise ConfigError(
+            f"data.crop={data.crop}: larger than data.resize={data.resize}, the image it is cut from; "
+            "lower data.crop or raise data.resize"
+        )
+    for key, value, low, high in (
+        ("train.lr", train.lr, 0.0, math.inf),
+        ("data.validation_fraction", data.validation_fraction, 0.0, 1.0),
+    ):
+        if not low < value < high:
+            raise ConfigError(f"{key}={value}: must lie between {low:g} and {high:g}")
+    for key, value, low, high in (
+        ("train.momentum", train.momentum, 0.0, 1.0),
+        ("train.weight_decay", train.weight_decay, 0.0, math.inf),
+        ("train.warmup", train.warmup, 0.0, 1.0),
+        ("train.patience", train.patience, 0, math.inf),
+        ("runtime.threads", config.runtime.threads, 0, math.inf),
+        ("loader.workers", config.loader.workers, -1, math.inf),
+    ):
+        if not low <= value < high:
+            raise ConfigError(f"{key}={value}: must be at least {low:g} and below {high:g}")
+    if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
+        raise ConfigError(
+            f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
+        )
+
+
+def model_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments that :func:`fastalex.models.create_model` takes beside the name."""
+    options = {key: value for key, value in vars(config).items() if key != "name"}
+    return {key: value.value if isinstance(value, Enum) else value for key, value in options.items()}

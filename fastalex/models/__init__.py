@@ -1,0 +1,60 @@
+"""Networks by name: AlexNet and its variants from here, the networks it is compared with from torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from fastalex.errors import ConfigError
+from fastalex.models.alexnet import MIN_CROP, AlexNet
+
+__all__ = ["MODELS", "AlexNet", "check_crop", "count_parameters", "create_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "resnet18": torchvision.models.resnet18,
+    "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+    "efficientnet_b0": torchvision.models.efficientnet_b0,
+}
+
+
+def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
+    """Build a network with freshly initialised weights, in fp32 on the CPU.
+
+    Args:
+        name: one of ``MODELS``.
+        num_classes: width of the output layer; at least 1.
+        options: keyword arguments of the network, such as ``norm="batch"`` of :class:`AlexNet`.
+
+    Raises:
+        ConfigError: if there is no such network, or it has no such option.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
+    if num_classes < 1:
+        raise ConfigError(f"num_classes={num_classes}: a network needs at least one class")
+    try:
+        return MODELS[name](num_classes=num_classes, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigError(f"model.name={name}: no such option ({error})") from error
+
+
+def check_crop(name: str, crop: int) -> None:
+    """Refuse a crop, in pixels, from which the network computes nothing.
+
+    Raises:
+        ConfigError: naming the smallest crop that works.
+    """
+    smallest = MIN_CROP if name == "alexnet" else 32  # torchvision's networks halve the image five times
+    if crop < smallest:
+        raise ConfigError(f"data.crop={crop}: {name} needs a crop of at least {smallest}")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

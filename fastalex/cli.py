@@ -1,0 +1,129 @@
+"""What the commands share: Hydra in front, one-line errors and exit statuses behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastalex import config as schema
+from fastalex.errors import ConfigError, FastalexError
+
+T = TypeVar("T")
+
+USAGE_ERROR = 2  # the exit status for input that has to be mended
+
+
+def command(
+    config_name: str, config_class: type[T]
+) -> Callable[[Callable[[T, Path], None]], Callable[[], None]]:
+    """Turn ``function(config, run_dir)`` into a command line of ``key=value`` overrides.
+
+    Whatever the user can mend ends as ``fastalex: error: ...`` on one line of standard error and exit
+    status 2, without a run folder; any other exception is a bug and keeps its traceback.
+    """
+
+    def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def main() -> None:
+            failures: list[FastalexError] = []
+            started = False
+
+            def task(composed: DictConfig) -> None:
+                nonlocal started
+                started = True
+                run_dir = Path(HydraConfig.get().runtime.output_dir)
+                try:
+                    function(to_dataclass(composed, config_class), run_dir)
+                except FastalexError as error:
+                    # Handed around Hydra, which would print a line of its own about it.
+                    failures.append(error)
+                    _remove_empty(run_dir)
+
+            schema.register()
+            # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base="1.3", config_path="pkg://fastalex.configs", config_name=config_name)(
+                    task
+                )()
+            except (HydraException, OmegaConfBaseException) as error:
+                _fail(_one_line(error))
+            except OSError as error:
+                if started:
+                    raise
+                _fail(f"hydra.run.dir={error.filename}: the run folder cannot be made ({error.strerror})")
+            if failures:
+                _fail(str(failures[0]))
+
+        return main
+
+    return decorate
+
+
+def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
+    """Return what Hydra composed as an instance of the dataclass.
+
+    Raises:
+        ConfigError: if a mandatory key has no value, or ``+key=value`` added one that does not exist.
+    """
+    missing = OmegaConf.missing_keys(composed)
+    if missing:
+        key = sorted(missing)[0]
+        raise ConfigError(f"{key}: has no value; give it as {key}=...")
+    config = OmegaConf.to_object(composed)
+    _refuse_additions(composed, config, "")
+    return cast(T, config)
+
+
+def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
+    known = {f.name for f in dataclasses.fields(config)}
+    for key in composed:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}={composed[key]}: there is no such key; leave it out")
+        if dataclasses.is_dataclass(getattr(config, key)):
+            _refuse_additions(composed[key], getattr(config, key), f"{prefix}{key}.")
+
+
+def _fail(message: str) -> None:
+    print(f"fastalex: error: {message}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def _one_line(error: Exception) -> str:
+    """Reduce a library's message to the line that names the key, the value and the remedy."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(set(error.options) - {"schema", "schema_alexnet"})
+        return f"{group}={choice}: there is no such choice; choose from {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: is not of the form key=value; --help lists every key"
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    text = str(cause).strip().splitlines()[0]
+    full_key = getattr(cause, "full_key", None)
+    if full_key:
+        text = f"{full_key}: {text[0].lower()}{text[1:]}"
+    return f"{text}; --help lists every key"
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the run folder and the folders made above it, as far as they are empty."""
+    for candidate in (folder, *folder.parents):
+        if candidate == Path.cwd():
+            return
+        try:
+            candidate.rmdir()
+        except OSError:  # not empty
+            return

@@ -1,0 +1,72 @@
+"""Top-1 and top-5 error of a network over a loader, with a single crop or the mean of ten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalex.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What a network does wrong on a split.
+
+    Attributes:
+        top1_error: share of the images whose most probable class is not the label.
+        top5_error: share of the images whose label is not among the five most probable classes.
+        loss: mean cross-entropy, in nats, of the probabilities averaged over the views.
+        images: how many there were.
+    """
+
+    top1_error: float
+    top5_error: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Run a network over a loader in evaluation mode.
+
+    Args:
+        network: on the runtime's device; left in the mode it came in.
+        loader: yields ``(B * V, 3, crop, crop)`` images, the V views of an image side by side, and ``(B,)``
+            labels.
+        runtime: the device and the arithmetic.
+
+    Returns:
+        Class probabilities ``(N, classes)``, fp32, the mean over an image's views of their softmax; and the
+        labels ``(N,)``, int64. Both on the runtime's device.
+    """
+    was_training = network.training
+    network.eval()
+    probabilities, labels = [], []
+    for images, targets in loader:
+        with runtime.autocast():
+            logits = network(images)
+        views = images.shape[0] // targets.shape[0]
+        softmax = F.softmax(logits.float(), dim=1)
+        probabilities.append(softmax.view(targets.shape[0], views, -1).mean(dim=1))
+        labels.append(targets)
+    network.train(was_training)
+    return torch.cat(probabilities), torch.cat(labels)
+
+
+def errors(probabilities: Tensor, labels: Tensor) -> Errors:
+    """Compute errors and loss from class probabilities ``(N, classes)`` and labels ``(N,)``."""
+    top5 = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
+    hits = top5 == labels[:, None]
+    likelihood = probabilities.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
+    return Errors(
+        top1_error=1 - hits[:, 0].double().mean().item(),
+        top5_error=1 - hits.any(dim=1).double().mean().item(),
+        loss=-likelihood.log().double().mean().item(),
+        images=labels.numel(),
+    )

@@ -1,0 +1,147 @@
+"""AlexNet as the paper describes it, on one device, and the variants that it is compared with.
+
+Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalex.errors import ConfigError
+from fastalex.kernels import relu_lrn, relu_lrn_max_pool
+
+# Section 3.3 of the paper: n = 5, k = 2, alpha = 1e-4, beta = 0.75. The paper multiplies alpha by the sum of
+# the squares, PyTorch by their mean over the window, so PyTorch's alpha is n times the paper's.
+LRN_SIZE = 5
+LRN_ALPHA = LRN_SIZE * 1e-4
+LRN_BETA = 0.75
+LRN_K = 2.0
+
+# Three stride-2 pools behind a stride-4 convolution: anything smaller leaves the last pool no 3x3 window.
+MIN_CROP = 63
+
+
+class NormPool(nn.Module):
+    """What follows each of the first two convolutions: ReLU, normalisation, max pooling.
+
+    Args:
+        channels: of the convolution's output.
+        norm: ``"lrn"`` after the ReLU, as in the paper; ``"batch"`` in front of it, as batch normalisation
+            is used; or ``"none"``.
+        overlapping_pool: 3x3 windows with stride 2, or 2x2 windows with stride 2.
+    """
+
+    def __init__(self, channels: int, norm: str, overlapping_pool: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.pool_size = 3 if overlapping_pool else 2
+        self.batch_norm = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm == "lrn":
+            if self.pool_size == 3:
+                return relu_lrn_max_pool(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
+            x = relu_lrn(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
+        else:
+            x = F.relu(self.batch_norm(x))
+        return F.max_pool2d(x, self.pool_size, stride=2)
+
+    def extra_repr(self) -> str:
+        return f"norm={self.norm}, pool_size={self.pool_size}"
+
+
+class AlexNet(nn.Module):
+    """AlexNet without the split over two GPUs, unless ``groups=2`` asks for its connectivity.
+
+    Args:
+        num_classes: width of the output layer.
+        groups: 2 connects the second, fourth and fifth convolutions as the paper's two GPUs were.
+        norm: ``"lrn"``, ``"batch"`` or ``"none"`` behind the first two convolutions.
+        overlapping_pool: 3x3 stride-2 max pooling (the paper's), or 2x2 stride-2. Both give the same sizes
+            at 224x224.
+        dropout: probability with which a hidden unit of the two fully connected layers is dropped.
+        init: ``"default"`` is PyTorch's; ``"paper"`` is N(0, 0.01) with bias 1 on the second, fourth and
+            fifth convolutions and the hidden fully connected layers, and 0 elsewhere (section 5 of the
+            paper); ``"he"`` is N(0, 2/fan_in) with zero bias and an output layer of N(0, 0.01).
+
+    Shape:
+        input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
+
+    Raises:
+        ConfigError: for an option that does not exist or cannot work.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        groups: int = 1,
+        norm: str = "lrn",
+        overlapping_pool: bool = True,
+        dropout: float = 0.5,
+        init: str = "default",
+    ) -> None:
+        super().__init__()
+        if groups not in (1, 2):
+            raise ConfigError(f"model.groups={groups}: AlexNet has 1 group, or the paper's 2")
+        if norm not in ("lrn", "batch", "none"):
+            raise ConfigError(f"model.norm={norm}: choose lrn, batch or none")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout={dropout}: a probability from 0 up to, but not including, 1")
+        if init not in INITIALISERS:
+            raise ConfigError(f"model.init={init}: choose {', '.join(INITIALISERS)}")
+        self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2)
+        self.norm_pool1 = NormPool(96, norm, overlapping_pool)
+        self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=groups)
+        self.norm_pool2 = NormPool(256, norm, overlapping_pool)
+        self.conv3 = nn.Conv2d(256, 384, kernel_size=3, padding=1)
+        self.conv4 = nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=groups)
+        self.conv5 = nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=groups)
+        self.pool5 = nn.MaxPool2d(3 if overlapping_pool else 2, stride=2)
+        self.fc6 = nn.Linear(256 * 6 * 6, 4096)
+        self.fc7 = nn.Linear(4096, 4096)
+        self.fc8 = nn.Linear(4096, num_classes)
+        self.dropout = nn.Dropout(dropout)
+        INITIALISERS[init](self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_pool1(self.conv1(x))
+        x = self.norm_pool2(self.conv2(x))
+        x = F.relu(self.conv3(x), inplace=True)
+        x = F.relu(self.conv4(x), inplace=True)
+        x = F.relu(self.conv5(x), inplace=True)
+        x = self.pool5(x)
+        if x.shape[-2:] != (6, 6):  # another crop than 224; at 6x6 the pool would be an identity
+            x = F.adaptive_avg_pool2d(x, 6)
+        # flatten() of a channels-last tensor walks it in NCHW order: the weights mean the same in both layouts.
+        x = self.dropout(F.relu(self.fc6(x.flatten(1)), inplace=True))
+        x = self.dropout(F.relu(self.fc7(x), inplace=True))
+        return self.fc8(x)
+
+
+def _init_default(model: AlexNet) -> None:
+    """PyTorch initialised each layer when it was made."""
+
+
+def _init_paper(model: AlexNet) -> None:
+    ones = {"conv2", "conv4", "conv5", "fc6", "fc7"}
+    for name, layer in model.named_children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, 1.0 if name in ones else 0.0)
+
+
+@torch.no_grad()
+def _init_he(model: AlexNet) -> None:
+    for layer in model.children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    nn.init.normal_(model.fc8.weight, std=0.01)  # logits start near zero: the first loss is ln(num_classes)
+
+
+INITIALISERS = {"default": _init_default, "paper": _init_paper, "he": _init_he}

@@ -1,0 +1,80 @@
+"""The optimizer and its learning-rate schedules."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from fastalex.config import Schedule, TrainConfig
+
+PLATEAU_FACTOR = 0.1
+# Below this share of its first value the rate no longer changes the weights, and a plateau run is over.
+PLATEAU_FLOOR = 1e-3
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD with momentum and weight decay; its fused kernel updates a parameter in one pass over memory."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+class LearningRate:
+    """A schedule that is told of every step and of every validation, whichever of the two it follows.
+
+    Args:
+        optimizer: whose rate is set.
+        config: names the schedule: ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first
+            ``warmup`` of the steps and falls linearly to zero (Smith and Topin, "Super-Convergence", 2018);
+            ``plateau`` divides by ten when the validation error has not improved for ``patience`` epochs
+            (Krizhevsky's rule, made automatic).
+        steps: of the whole run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
+        self._optimizer = optimizer
+        self._initial = config.lr
+        self._scheduler: OneCycleLR | ReduceLROnPlateau
+        if config.schedule is Schedule.one_cycle:
+            self._scheduler = OneCycleLR(
+                optimizer,
+                max_lr=config.lr,
+                # One more than are taken: PyTorch's schedule reaches zero at its last step.
+                total_steps=steps + 1,
+                pct_start=config.warmup,
+                anneal_strategy="linear",
+                cycle_momentum=False,
+            )
+        else:
+            self._scheduler = ReduceLROnPlateau(
+                optimizer, factor=PLATEAU_FACTOR, patience=config.patience, threshold=0.0
+            )
+
+    @property
+    def current(self) -> float:
+        """The rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the rate has fallen so far that further epochs change nothing (plateau only)."""
+        return isinstance(self._scheduler, ReduceLROnPlateau) and self.current < self._initial * PLATEAU_FLOOR
+
+    def after_step(self) -> None:
+        if isinstance(self._scheduler, OneCycleLR):
+            self._scheduler.step()
+
+    def after_validation(self, error: float) -> None:
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(error)
+
+    def state_dict(self) -> dict:
+        return self._scheduler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._scheduler.load_state_dict(state)

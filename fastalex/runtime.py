@@ -1,0 +1,151 @@
+"""Where the network runs and in what arithmetic: chosen from the hardware, printed, overridable."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastalex.config import Precision, RuntimeConfig
+from fastalex.errors import ConfigError
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the arithmetic on it.
+
+    Attributes:
+        device: where parameters and batches live.
+        dtype: of activations, and of the batches that a loader makes; master weights stay fp32.
+        memory_format: of batches and of convolution weights.
+        compile: whether the network runs under ``torch.compile``.
+        threads: of the CPU.
+        hardware: the processor's or the card's name.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    compile: bool
+    threads: int
+    hardware: str
+
+    @property
+    def needs_loss_scaling(self) -> bool:
+        """Whether small gradients would underflow: fp16 has five bits of exponent."""
+        return self.dtype == torch.float16
+
+    @property
+    def channels_last(self) -> bool:
+        return self.memory_format == torch.channels_last
+
+    def autocast(self) -> AbstractContextManager:
+        """Context in which convolutions and matrix products compute in ``dtype``."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device in its memory format."""
+        return model.to(self.device, memory_format=self.memory_format)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """Return the network to call in the loop; it shares its parameters with ``model``."""
+        # One size of batch, and of crop, lasts for many steps: specialise on it.
+        return torch.compile(model, dynamic=False) if self.compile else model
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it; a CPU always has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __str__(self) -> str:
+        layout = "channels-last" if self.channels_last else "NCHW"
+        mode = "compiled" if self.compile else "eager"
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {self.threads} threads"
+
+
+def choose(config: RuntimeConfig) -> Runtime:
+    """Choose what ``auto`` leaves open, and set the process's threads and allocator accordingly.
+
+    Raises:
+        ConfigError: if the device does not exist or cannot compute in the precision asked for.
+    """
+    device = _device(config.device)
+    threads = config.threads or torch.get_num_threads()  # PyTorch starts with one for each physical core
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_pages()
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    return Runtime(
+        device=device,
+        dtype=DTYPES[_precision(config.precision, device)],
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+        compile=config.compile,
+        threads=threads,
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device={name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "use runtime.device=cpu, or check the driver and that torch is a CUDA build"
+        )
+    return device
+
+
+def _precision(precision: Precision, device: torch.device) -> Precision:
+    if device.type == "cuda":
+        computes_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        computes_bf16 = cpu_computes_bf16()
+        if precision is Precision.fp16:
+            raise ConfigError("runtime.precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
+    if precision is not Precision.auto:
+        return precision
+    if computes_bf16:
+        return Precision.bf16
+    return Precision.fp16 if device.type == "cuda" else Precision.fp32
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_name() -> str:
+    """Return the processor's name as PyTorch reads it."""
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+
+
+def keep_pages() -> None:
+    """Stop glibc's malloc from handing freed memory back to the kernel between steps.
+
+    By default every activation above 32 MiB is mapped afresh, and its first touch faults in each of its
+    pages: a fifth of the time of AlexNet's step on two cores. Other C libraries are left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
+    mallopt(m_mmap_threshold, 2**31 - 1)  # an int: mapped only from 2 GiB on
+    mallopt(m_trim_threshold, 2**31 - 1)
