@@ -21,8 +21,6 @@ from fastalex.errors import ConfigError, FastalexError
 
 T = TypeVar("T")
 
-USAGE_ERROR = 2  # the exit status for input that has to be mended
-
 
 def command(
     config_name: str, config_class: type[T]
@@ -64,7 +62,7 @@ def command(
                     raise
                 _fail(f"hydra.run.dir={error.filename}: the run folder cannot be made ({error.strerror})")
             if failures:
-                _fail(str(failures[0]))
+                _fail(str(failures[0]), failures[0].exit_status)
 
         return main
 
@@ -95,9 +93,9 @@ def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
             _refuse_additions(composed[key], getattr(config, key), f"{prefix}{key}.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = FastalexError.exit_status) -> None:
     print(f"fastalex: error: {message}", file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+    sys.exit(status)
 
 
 def _one_line(error: Exception) -> str:

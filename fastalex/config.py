@@ -169,7 +169,7 @@ def register() -> None:
     """Tell Hydra the types of every key, under the names that the YAML files refer to."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    store.store(name="evaluate", node=EvaluateConfig)
+    store.store(name="schema_evaluate", node=EvaluateConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
     store.store(group="data", name="schema", node=DataConfig)

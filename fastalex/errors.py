@@ -1,11 +1,13 @@
 """Errors that the person at the keyboard can mend.
 
-A command line turns each into one line and exit status 2; a bug stays a traceback.
+A command turns each into one line on standard error and an exit status; a bug stays a traceback.
 """
 
 
 class FastalexError(Exception):
     """Base class: the message is one line that says what is wrong, where, and what to do."""
+
+    exit_status = 2
 
 
 class ConfigError(FastalexError, ValueError):
@@ -22,3 +24,13 @@ class CheckpointError(FastalexError):
 
 class MissingDependencyError(FastalexError, ImportError):
     """An optional package is not installed."""
+
+
+class OutputError(FastalexError):
+    """A file cannot be written."""
+
+
+class DivergedError(FastalexError):
+    """The loss is no longer a number."""
+
+    exit_status = 1

@@ -1,0 +1,84 @@
+"""``python -m fastalex.evaluate checkpoint=RUN/checkpoint.pt``: a run's errors again, and where it errs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from sklearn.metrics import confusion_matrix
+
+from fastalex import plots
+from fastalex import runtime as runtimes
+from fastalex.checkpoint import Checkpoint
+from fastalex.cli import command
+from fastalex.config import EvaluateConfig
+from fastalex.data import ImageSet, load_splits, resolve_loader
+from fastalex.errors import CheckpointError, ConfigError
+from fastalex.evaluation import Evaluation, evaluate
+from fastalex.files import write_text
+
+MISTAKES = 12
+
+
+def run(config: EvaluateConfig) -> Evaluation:
+    """Evaluate a checkpoint on its data set's test images and write the figures beside it.
+
+    Writes ``evaluation.json``, ``confusion_matrix.png`` and ``mistakes.png`` to the checkpoint's folder.
+
+    Raises:
+        FastalexError: if the checkpoint or the data cannot be used.
+    """
+    path = Path(config.checkpoint)
+    checkpoint = Checkpoint.load(path)
+    run_config = checkpoint.restore_config()
+    if config.data.root is not None:
+        run_config.data.root = config.data.root
+    model = checkpoint.restore_model()
+    runtime = runtimes.choose(config.runtime)
+    print(runtime)
+    splits = load_splits(run_config.data, run_config.seed)
+    if not splits.has_errors:
+        raise ConfigError(f"checkpoint={path}: was trained on synthetic data, where an error means nothing")
+    if list(splits.classes) != checkpoint.classes:
+        raise CheckpointError(
+            f"checkpoint={path}: knows other classes ({_first(checkpoint.classes)}) than "
+            f"data.root={run_config.data.root} has ({_first(splits.classes)})"
+        )
+    run_config.loader = resolve_loader(run_config.loader, splits, runtime.device)
+    evaluation = evaluate(runtime.compiled(runtime.place(model)), splits.test, run_config, runtime)
+    print(evaluation.table(f"{splits.source}, test set"))
+
+    folder = path.parent
+    write_text(folder / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
+    predicted = evaluation.probabilities.argmax(dim=1).numpy()
+    counts = confusion_matrix(splits.test.labels, predicted, labels=range(len(splits.classes)))
+    plots.confusion_matrix(counts, splits.classes, folder / "confusion_matrix.png")
+    _draw_mistakes(splits.test, checkpoint.classes, evaluation.probabilities, folder / "mistakes.png")
+    print(f"evaluation.json, confusion_matrix.png and mistakes.png are in {folder}")
+    return evaluation
+
+
+def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Tensor, path: Path) -> None:
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = predicted != torch.from_numpy(images.labels)
+    ranked = torch.where(wrong, confidence, -1.0).argsort(descending=True)
+    worst = ranked[: min(MISTAKES, int(wrong.sum()))].tolist()
+    captions = [
+        f"{classes[predicted[i]]} ({confidence[i]:.0%}),\nis {classes[images.labels[i]]}" for i in worst
+    ]
+    plots.mistakes([images.image(i) for i in worst], captions, path)
+
+
+def _first(classes: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if len(classes) > 3 else "")
+
+
+@command("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig, run_dir: Path) -> None:
+    """Evaluate a checkpoint."""
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

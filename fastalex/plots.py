@@ -1,0 +1,111 @@
+"""The figures of a run and of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastalex.files import replacing
+
+if TYPE_CHECKING:
+    from fastalex.trainer import Epoch
+
+TRAIN, VALIDATION = "tab:blue", "tab:orange"
+
+
+def losses(epochs: Sequence[Epoch], path: Path) -> None:
+    """Draw loss, error and learning rate over the epochs, one panel each."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, error, rate = figure.subplots(1, 3)
+    x = [epoch.epoch for epoch in epochs]
+    marker = "o" if len(x) <= 40 else ""
+    loss.plot(x, [epoch.train_loss for epoch in epochs], color=TRAIN, marker=marker, ms=3, label="training")
+    error.plot(
+        x, [epoch.train_top1_error for epoch in epochs], color=TRAIN, marker=marker, ms=3, label="training top-1"
+    )
+    validated = [epoch for epoch in epochs if epoch.validation_top1_error is not None]
+    if validated:
+        x_validated = [epoch.epoch for epoch in validated]
+        validation = np.array([epoch.validation_top1_error for epoch in validated])
+        style = {"color": VALIDATION, "marker": marker, "ms": 3}
+        loss.plot(x_validated, [epoch.validation_loss for epoch in validated], label="validation", **style)
+        error.plot(x_validated, validation, label="validation top-1", **style)
+        best = int(validation.argmin())
+        error.annotate(
+            f"best {validation[best]:.2%}",
+            (x_validated[best], validation[best]),
+            xytext=(0, 14),
+            textcoords="offset points",
+            ha="right" if 2 * best > len(validated) else "left",
+            arrowprops={"arrowstyle": "-", "color": "gray"},
+        )
+    loss.set(title="Cross-entropy", ylabel="nats", ylim=(0, None))
+    error.yaxis.set_major_formatter(PercentFormatter(1))
+    error.set(title="Error", ylim=(0, None))
+    rate.plot(x, [epoch.learning_rate for epoch in epochs], color="tab:green", marker=marker, ms=3)
+    rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
+    for panel in (loss, error, rate):
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    loss.legend()
+    error.legend()
+    _save(figure, path)
+
+
+def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draw how often class i (row) was taken for class j (column), as shares of each row.
+
+    Args:
+        matrix: counts ``(classes, classes)``.
+        classes: their names.
+        path: of the PNG file.
+    """
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = max(5.0, 0.55 * len(classes) + 2)
+    labelled = len(classes) <= 30
+    figure = Figure(figsize=(size + 1, size) if labelled else (9, 8), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if labelled:
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, classes, rotation=45, ha="right")
+        axes.set_yticks(ticks, classes)
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    axes.set(title="Confusion matrix (test images, counts)", xlabel="predicted", ylabel="true")
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    _save(figure, path)
+
+
+def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
+    """Draw the most confident mistakes, most confident first.
+
+    Args:
+        images: up to twelve uint8 arrays ``(H, W, 3)``.
+        captions: one for each.
+        path: of the PNG file.
+    """
+    columns = 4
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.axis("off")
+    for panel, image, caption in zip(panels, images, captions, strict=False):
+        panel.imshow(image, interpolation="nearest")
+        panel.set_title(caption, fontsize=9)
+    figure.suptitle("The most confident mistakes" if images else "No mistakes")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,0 +1,251 @@
+"""The training loop, and nothing but the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalex.config import TrainConfig
+from fastalex.data import Loader
+from fastalex.errors import DivergedError
+from fastalex.metrics import Errors, errors, predict
+from fastalex.optim import LearningRate, create_optimizer
+from fastalex.runtime import Runtime
+
+# Left out of the throughput: kernels are compiled and memory is claimed during them.
+WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps taken since the run began.
+        train_loss: mean over the epoch's batches, in nats.
+        train_top1_error: share of the training samples, as augmented, that were wrong when they were seen.
+        validation_loss: in nats, centre crop; None without a validation loader, as are the next two.
+        validation_top1_error: centre crop.
+        validation_top5_error: centre crop.
+        learning_rate: of the epoch's last step.
+        images_per_second: training samples by training time, warm-up steps left out.
+        input_wait_fraction: share of the training time that went by in waiting for the loader.
+        seconds: wall time of the epoch, validation included.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    train_top1_error: float
+    validation_loss: float | None
+    validation_top1_error: float | None
+    validation_top5_error: float | None
+    learning_rate: float
+    images_per_second: float
+    input_wait_fraction: float
+    seconds: float
+
+
+class Trainer:
+    """Trains a network; knows nothing of files, plots or command lines.
+
+    Args:
+        model: on the runtime's device.
+        config: the recipe.
+        train_loader: yields the training batches of an epoch.
+        validation_loader: yields the validation images, centre crop; None for data on which an error would
+            mean nothing.
+        runtime: the device and the arithmetic.
+        log_every: steps between two looks at the loss. Each look waits for the device, so a loss that is no
+            longer a number is noticed at most this many steps later.
+        on_step: called after each step with the steps taken so far, and with the mean loss of the steps since
+            the last look, or None between looks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        train_loader: Loader,
+        validation_loader: Loader | None,
+        runtime: Runtime,
+        *,
+        log_every: int = 20,
+        on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.train_loader = train_loader
+        self.validation_loader = validation_loader
+        self.runtime = runtime
+        self.log_every = log_every
+        self.on_step = on_step
+        self.network = runtime.compiled(model)
+        self.optimizer = create_optimizer(model, config)
+        self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
+        self.epoch = 0
+        self.step = 0
+        self.clocked: list[_Clock] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no epoch left to run."""
+        return self.epoch >= self.config.epochs or self.learning_rate.exhausted
+
+    @property
+    def images_per_second(self) -> float:
+        """Training samples by training time over all epochs run so far, warm-up left out."""
+        return sum(clock.images for clock in self.clocked) / sum(clock.seconds for clock in self.clocked)
+
+    @property
+    def input_wait_fraction(self) -> float:
+        """Share of that time that went by in waiting for the loader."""
+        return sum(clock.waited for clock in self.clocked) / sum(clock.seconds for clock in self.clocked)
+
+    def run_epoch(self) -> Epoch:
+        """Train for one epoch and validate.
+
+        Raises:
+            DivergedError: at a loss that is NaN or infinite, with the step and its learning rate. The network
+                is then worthless: go back to the last checkpoint.
+        """
+        began = time.perf_counter()
+        self.train_loader.set_epoch(self.epoch)
+        self.model.train()
+        window = _Window()
+        clock = _Clock()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        batches = samples = 0
+        for images, labels in clock.timing(self.train_loader):
+            rate = self.learning_rate.current
+            loss, logits = self._step(images, labels)
+            batches += 1
+            samples += labels.shape[0]
+            loss_sum += loss
+            wrong += (logits.argmax(dim=1) != labels).sum()
+            window.add(loss, self.step, rate)
+            if self.step <= WARMUP_STEPS:
+                self.runtime.synchronize()
+                clock.restart()
+            self.on_step(self.step, window.close() if self.step % self.log_every == 0 else None)
+        window.close()
+        self.runtime.synchronize()
+        clock.stop()
+        self.clocked.append(clock)
+        self.epoch += 1
+        validation = self._validate(rate)
+        return Epoch(
+            epoch=self.epoch,
+            step=self.step,
+            train_loss=loss_sum.item() / batches,
+            train_top1_error=wrong.item() / samples,
+            validation_loss=validation and validation.loss,
+            validation_top1_error=validation and validation.top1_error,
+            validation_top5_error=validation and validation.top5_error,
+            learning_rate=rate,
+            images_per_second=clock.images_per_second,
+            input_wait_fraction=clock.waited / clock.seconds,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _validate(self, rate: float) -> Errors | None:
+        if self.validation_loader is None:
+            return None
+        validation = errors(*predict(self.network, self.validation_loader, self.runtime))
+        if not math.isfinite(validation.loss):
+            raise _diverged("validation loss", validation.loss, self.step, rate)
+        self.learning_rate.after_validation(validation.top1_error)
+        return validation
+
+    def state_dict(self) -> dict:
+        """Return what a later process needs, beside the network's weights, to go on after this epoch."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step; return the loss and the logits, detached, still on the device."""
+        with self.runtime.autocast():
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.learning_rate.after_step()
+        self.step += 1
+        return loss.detach(), logits.detach()
+
+
+class _Window:
+    """The losses since the last look, left on the device until they are looked at together."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._steps: list[tuple[int, float]] = []
+
+    def add(self, loss: Tensor, step: int, rate: float) -> None:
+        self._losses.append(loss)
+        self._steps.append((step, rate))
+
+    def close(self) -> float | None:
+        """Wait for the losses, check each, return their mean and begin anew."""
+        if not self._losses:
+            return None
+        losses = torch.stack(self._losses).tolist()
+        for loss, (step, rate) in zip(losses, self._steps, strict=True):
+            if not math.isfinite(loss):
+                raise _diverged("loss", loss, step, rate)
+        self._losses, self._steps = [], []
+        return sum(losses) / len(losses)
+
+
+class _Clock:
+    """The wall time of an epoch's training steps, and the part of it spent waiting for input."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted; the warm-up has only now ended."""
+        self.images = 0
+        self.waited = self.seconds = 0.0
+        self._began = time.perf_counter()
+
+    def timing(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a loader's batches."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+            self.images += batch[1].shape[0]
+
+    def stop(self) -> None:
+        self.seconds = time.perf_counter() - self._began
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+
+def _diverged(what: str, value: float, step: int, rate: float) -> DivergedError:
+    return DivergedError(
+        f"the {what} became {value} at step {step} with learning rate {rate:.3g}; lower train.lr"
+    )
