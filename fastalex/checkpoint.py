@@ -78,7 +78,9 @@ class Checkpoint:
             config = OmegaConf.to_object(OmegaConf.merge(known, self.config))
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"the checkpoint's configuration is from another version: {reason}") from error
+            raise CheckpointError(
+                f"the checkpoint's configuration is from another version: {reason}"
+            ) from error
         assert isinstance(config, Config)
         return config
 

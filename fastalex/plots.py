@@ -26,7 +26,12 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
     marker = "o" if len(x) <= 40 else ""
     loss.plot(x, [epoch.train_loss for epoch in epochs], color=TRAIN, marker=marker, ms=3, label="training")
     error.plot(
-        x, [epoch.train_top1_error for epoch in epochs], color=TRAIN, marker=marker, ms=3, label="training top-1"
+        x,
+        [epoch.train_top1_error for epoch in epochs],
+        color=TRAIN,
+        marker=marker,
+        ms=3,
+        label="training top-1",
     )
     validated = [epoch for epoch in epochs if epoch.validation_top1_error is not None]
     if validated:

@@ -86,7 +86,11 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
             epoch = trainer.run_epoch()
         except DivergedError as error:
             progress.close()
-            kept = f"the last good checkpoint is {checkpoint_path}" if trainer.epoch else "no epoch was completed"
+            kept = (
+                f"the last good checkpoint is {checkpoint_path}"
+                if trainer.epoch
+                else "no epoch was completed"
+            )
             raise DivergedError(f"{error}; {kept}") from error
         folder.epoch(epoch)
         progress.write(_line(epoch, config.train.epochs), file=sys.stdout)

@@ -1,0 +1,36 @@
+# Each target sets up .venv first if it is not there: `make train` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: train test lint format bench-kernels bench-loaders inspect setup clean
+
+# The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
+train: $(STAMP)
+	$(RUN) -m fastalex.train $(if $(findstring data=,$(ARGS)),,data=digits) $(ARGS)
+
+# make test ARGS="-k lrn" runs a part.
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(STAMP)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	@echo "Setting up $(VENV): PyTorch is several gigabytes, this takes some minutes once."
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache
