@@ -1,0 +1,315 @@
+"""``loader=dali``: NVIDIA DALI decodes and does the geometry, on the CPU or on the GPU.
+
+One pipeline definition serves both, and both kinds of data set: files, whose JPEGs DALI decodes (on a GPU
+with its "mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored comes
+from the epoch's plan through an external source, so that DALI draws nothing itself and yields what every
+other loader yields.
+
+Two things DALI does its own way are put right here:
+
+- When it shrinks, the antialiasing filter of the outermost row or column reaches beyond the image. torchvision
+  leaves those taps out and divides by the sum of the rest; DALI repeats the edge pixel instead (up to 16 grey
+  levels apart). See :func:`_resize_as_torchvision`.
+- By default it upsamples JPEG chroma by replication, where Pillow (and everyone else) interpolates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastalex.data.decode import decode_image
+from fastalex.data.imageset import ImageSet
+from fastalex.data.loader import PlannedLoader, Views
+from fastalex.data.sampling import EpochPlan, center_offset
+from fastalex.data.workers import num_workers
+from fastalex.errors import DataError, MissingDependencyError
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+except ImportError as error:
+    raise MissingDependencyError(
+        'loader=dali needs NVIDIA DALI, which is not installed: pip install "fastalex[dali]" '
+        '(on CUDA 13: "fastalex[dali-cuda13]")'
+    ) from error
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+PREFETCH = 2  # batches in the making while one is consumed
+
+
+_BILINEAR = {"interp_type": types.INTERP_LINEAR, "antialias": True, "dtype": types.FLOAT}
+
+
+class Edges(Enum):
+    """Which crops need the outermost rows and columns that DALI's own resize gets wrong."""
+
+    none = "none"
+    some = "some"  # as the sample's offsets say
+    all = "all"
+
+
+class DaliLoader(PlannedLoader):
+    """Yields batches that a DALI pipeline made; see :class:`fastalex.data.loader.Loader`.
+
+    Batches are views of DALI's own output buffers (through DLPack, no copy) unless the dtype is bfloat16, which
+    DALI does not know: then it writes float32 and torch casts. A buffer lives as long as its tensor.
+
+    Files other than JPEGs are decoded by :func:`fastalex.data.decode.decode_image`, so that one policy holds.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._edges = self._exact_edges()
+        outputs = 1 if self.views is Views.ten_crop else 5 if self._edges is Edges.some else 4
+        self._source = _Source(self.images, self.data.resize - self.data.crop, self.batch_size, outputs)
+        self._pipeline: Any = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = self.plan()
+        self._rewind()
+        self._source.start(plan, self.start_batch)
+        labels = torch.from_numpy(self.images.labels)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        for number in range(self.start_batch, len(self)):
+            indices = plan.batch(number, self.batch_size).indices
+            try:
+                (output,) = self._pipeline.run(stream)
+            except Exception as error:
+                self._pipeline = None  # DALI's pipelines do not survive an error
+                if isinstance(error, RuntimeError):
+                    raise _explain(error, self.images, indices) from error
+                raise
+            batch = torch.from_dlpack(output.as_tensor()).flatten(0, -4)
+            if self.channels_last:
+                batch = batch.permute(0, 3, 1, 2)
+            yield batch.to(self.dtype), labels[indices].to(self.device)
+
+    def _exact_edges(self) -> Edges:
+        pixels, margin = self.images.pixels, self.data.resize - self.data.crop
+        if pixels is not None and max(pixels.shape[1:3]) <= self.data.resize:
+            return Edges.none  # when it enlarges, DALI agrees with torchvision to the bit
+        if self.views is Views.center and margin >= 2:
+            return Edges.none
+        return Edges.some if self.views is Views.random and margin > 0 else Edges.all
+
+    def _rewind(self) -> None:
+        """Makes the pipeline ready for an epoch, whatever was left of the one before."""
+        self._source.stop()
+        try:
+            while self._pipeline is not None:  # the batches that an abandoned epoch left in the making
+                self._pipeline.run()
+        except StopIteration:
+            self._pipeline.reset()
+        except RuntimeError:  # one of them was damaged; nobody asked for it any more
+            self._pipeline = None
+        if self._pipeline is None:
+            self._pipeline = self.build_pipeline(
+                self.device.index or 0 if self.device.type == "cuda" else None
+            )
+
+    def build_pipeline(self, device_id: int | None, *, gpu: bool | None = None) -> Any:
+        """The DALI pipeline of this loader.
+
+        Args:
+            device_id: the GPU it runs on, or None.
+            gpu: whether its operators are the GPU's; by default whether there is a ``device_id``. A graph of
+                GPU operators without a device cannot run, but it can be built and serialised, and so tested.
+        """
+        return _pipeline(
+            self._source,
+            gpu=(device_id is not None) if gpu is None else gpu,
+            encoded=self.images.pixels is None,
+            resize=self.data.resize,
+            crop=self.data.crop,
+            edges=self._edges,
+            views=self.num_views,
+            mean=[255 * value for value in self.data.mean],
+            std=[255 * value for value in self.data.std],
+            dtype=types.FLOAT16 if self.dtype is torch.float16 else types.FLOAT,
+            layout="HWC" if self.channels_last else "CHW",
+            batch_size=self.batch_size,
+            num_threads=max(1, num_workers(self.loader)),
+            device_id=device_id,
+            prefetch_queue_depth=PREFETCH,
+        )
+
+
+@pipeline_def(enable_conditionals=True)
+def _pipeline(
+    source: Any,
+    *,
+    gpu: bool,
+    encoded: bool,
+    resize: int,
+    crop: int,
+    edges: Edges,
+    views: int,
+    mean: list[float],
+    std: list[float],
+    dtype: Any,
+    layout: str,
+) -> Any:
+    """One sample: (crop, crop, 3) or, with several views, (views, crop, crop, 3), in ``dtype`` and ``layout``."""
+    images, *rest = fn.external_source(
+        source=source,
+        num_outputs=source.num_outputs,
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.BOOL][: source.num_outputs],
+        ndim=[1 if encoded else 3, 0, 0, 0, 0][: source.num_outputs],
+        layout=["" if encoded else "HWC", "", "", "", ""][: source.num_outputs],
+    )
+    if encoded:
+        images = fn.decoders.image(
+            images, device="mixed" if gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+        )
+    elif gpu:
+        images = images.gpu()
+
+    if edges is Edges.none:
+        resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)
+    elif edges is Edges.all:
+        resized = _resize_as_torchvision(images, resize)
+    else:
+        touched = rest[3]
+        if touched:  # a conditional of DALI's, decided sample by sample: the exact way costs a quarter more
+            resized = _resize_as_torchvision(images, resize)
+        else:
+            resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)
+
+    # A crop's position is its share of the margin; DALI rounds it to a pixel.
+    def cut(x: Any, y: Any, mirror: Any) -> Any:
+        return fn.crop_mirror_normalize(
+            resized,
+            crop=(crop, crop),
+            crop_pos_x=x,
+            crop_pos_y=y,
+            mirror=mirror,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            output_layout=layout,
+        )
+
+    if views == 1:
+        return cut(*rest[:3])
+    corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]  # x, y; the order of torchvision's FiveCrop
+    middle = center_offset(resize, crop) / max(1, resize - crop)
+    places = [*corners, (middle, middle)]
+    cuts = [cut(x, y, 0) for x, y in places]
+    # TenCrop mirrors the image and then cuts, so what it cuts on the left came from the right.
+    cuts += [cut(1.0 - x, y, 1) for x, y in places[: views - 5]]
+    return fn.stack(*cuts)
+
+
+def _resize_as_torchvision(images: Any, size: int) -> Any:
+    """``fn.resize`` to size x size with torchvision's treatment of the edges.
+
+    The taps of the filter that lie outside the image are taken from a frame of zeros, so that they add nothing.
+    What weight the filter has left shows where ones are resized in the same frame; dividing by it gives
+    torchvision's result. The filter is separable, so a column and a row of ones are enough.
+    """
+    shape = images.shape(dtype=types.INT32)
+    height, width, one = shape[0:1], shape[1:2], fn.constant(idata=[1])
+    column = fn.full(np.float32(1), shape=fn.cat(height, one, one))
+    row = fn.full(np.float32(1), shape=fn.cat(one, width, one))
+    weights = _resize_inside(
+        _framed(fn.reshape(column, layout="HWC"), 0), [1, 0], fn.cat(height + 1, one), size, 1
+    )
+    weights *= _resize_inside(
+        _framed(fn.reshape(row, layout="HWC"), 1), [0, 1], fn.cat(one, width + 1), 1, size
+    )
+    pixels = _resize_inside(_framed(_framed(images, 0), 1), [1, 1], shape[0:2] + 1, size, size)
+    return pixels / (weights.gpu() if images.device == "gpu" else weights)
+
+
+def _framed(image: Any, axis: int) -> Any:
+    """A line of zeros at either end of this axis of an (H, W, C) image."""
+    zeros = fn.zeros_like(image[0:1] if axis == 0 else image[:, 0:1])
+    return fn.cat(zeros, image, zeros, axis=axis)
+
+
+def _resize_inside(image: Any, start: list[int], end: Any, height: int, width: int) -> Any:
+    """Resizes the rows and columns from start to end (exclusive); the filter sees what is around them."""
+    return fn.resize(
+        image,
+        roi_start=[float(value) for value in start],
+        roi_end=fn.cast(end, dtype=types.FLOAT),
+        resize_y=height,
+        resize_x=width,
+        **_BILINEAR,
+    )
+
+
+class _Source:
+    """What the pipeline is fed: for each batch of the plan the images and how each is to be cut."""
+
+    def __init__(self, images: ImageSet, margin: int, batch_size: int, num_outputs: int) -> None:
+        self.num_outputs = num_outputs
+        self._images = images
+        self._margin = margin
+        self._batch_size = batch_size
+        self._batches: Iterator[tuple[Any, ...]] = iter(())
+
+    def start(self, plan: EpochPlan, first_batch: int) -> None:
+        self._batches = self._epoch(plan, first_batch)
+
+    def stop(self) -> None:
+        self._batches = iter(())
+
+    def __call__(self) -> tuple[Any, ...]:
+        return next(self._batches)  # StopIteration tells DALI that the epoch is over
+
+    def _epoch(self, plan: EpochPlan, first_batch: int) -> Iterator[tuple[Any, ...]]:
+        for number in range(first_batch, -(-len(plan) // self._batch_size)):
+            rows = plan.batch(number, self._batch_size)
+            top, left = rows.offsets.numpy().T.astype(np.float32)
+            share = np.float32(1 / max(1, self._margin))
+            on_edge = (np.minimum(top, left) == 0) | (np.maximum(top, left) == self._margin)
+            yield (
+                self._pixels(rows.indices.numpy()),
+                left * share,
+                top * share,
+                rows.flips.numpy().astype(np.int32),
+                on_edge,
+            )[: self.num_outputs]
+
+    def _pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+        if self._images.pixels is not None:
+            return self._images.pixels[indices]
+        assert self._images.paths is not None
+        return [_encoded(self._images.paths[i]) for i in indices]
+
+
+def _encoded(path: Path) -> NDArray[np.uint8]:
+    """A JPEG's bytes; of any other file the decoded pixels, as the bytes of a PPM file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not data.startswith(JPEG_MAGIC):
+        pixels = decode_image(path)
+        data = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+    return np.frombuffer(data, np.uint8)
+
+
+def _explain(error: RuntimeError, images: ImageSet, indices: Tensor) -> Exception:
+    """DALI does not say which file it could not decode: find it."""
+    if images.paths is None:
+        return error
+    paths = [images.paths[i] for i in indices.tolist()]
+    for path in paths:
+        try:
+            decode_image(path)
+        except DataError as found:
+            return found
+    reason = " ".join(str(error).split("encountered:")[-1].split("Current pipeline")[0].split())
+    return DataError(
+        f"NVIDIA DALI cannot decode one of {len(paths)} files, which Pillow can ({reason}): {paths[0]} to "
+        f"{paths[-1]}; use loader=torchvision for this data set"
+    )
