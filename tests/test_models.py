@@ -1,0 +1,164 @@
+"""AlexNet and its variants, against the paper's numbers and plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalex.errors import ConfigError
+from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model
+
+BIAS_ONE = {"conv2", "conv4", "conv5", "fc6", "fc7"}
+
+
+def plain_alexnet(model: AlexNet, x: Tensor, norm: str, pool: int, groups: int = 1) -> Tensor:
+    """The paper's network, written out in torch.nn.functional with another model's weights."""
+    p = dict(model.named_parameters())
+
+    def conv(name: str, x: Tensor, groups: int = 1, **kwargs: int) -> Tensor:
+        return F.relu(F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], groups=groups, **kwargs))
+
+    def normalise(x: Tensor) -> Tensor:
+        # The paper's section 3.3: b = a / (k + alpha * sum of a^2 over 5 channels)^beta
+        if norm == "none":
+            return x
+        squares = F.pad(x.square(), (0, 0, 0, 0, 2, 2))
+        total = sum(squares[:, i : i + x.shape[1]] for i in range(5))
+        return x / (2 + 1e-4 * total) ** 0.75
+
+    x = F.max_pool2d(normalise(conv("conv1", x, stride=4, padding=2)), pool, 2)
+    x = F.max_pool2d(normalise(conv("conv2", x, groups, padding=2)), pool, 2)
+    x = conv("conv4", conv("conv3", x, padding=1), groups, padding=1)
+    x = F.max_pool2d(conv("conv5", x, groups, padding=1), pool, 2)
+    x = F.adaptive_avg_pool2d(x, 6).flatten(1)
+    x = F.relu(F.linear(x, p["fc6.weight"], p["fc6.bias"]))
+    x = F.relu(F.linear(x, p["fc7.weight"], p["fc7.bias"]))
+    return F.linear(x, p["fc8.weight"], p["fc8.bias"])
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({"num_classes": 10}, 58_322_314),
+        ({"num_classes": 1000}, 62_378_344),
+        ({"num_classes": 1000, "groups": 2}, 60_965_224),
+    ],
+)
+def test_parameter_count(options: dict, parameters: int) -> None:
+    assert count_parameters(create_model("alexnet", **options)) == parameters
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": 2}, {"norm": "none"}, {"overlapping_pool": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_equals_the_paper_in_float64(options: dict, memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    # He's initialisation keeps the activations large enough for the normalisation to matter.
+    model = create_model("alexnet", init="he", **options).double().eval()
+    model.to(memory_format=memory_format)
+    x = 100 * torch.randn(2, 3, 127, 127, dtype=torch.float64).to(memory_format=memory_format)
+    expected = plain_alexnet(
+        model,
+        x,
+        options.get("norm", "lrn"),
+        3 if options.get("overlapping_pool", True) else 2,
+        options.get("groups", 1),
+    )
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_normalisation_changes_the_result() -> None:
+    """The comparison above would notice a missing normalisation."""
+    torch.manual_seed(0)
+    model = create_model("alexnet", init="he").double().eval()
+    x = 100 * torch.randn(1, 3, 127, 127, dtype=torch.float64)
+    with_lrn = plain_alexnet(model, x, "lrn", 3)
+    without = plain_alexnet(model, x, "none", 3)
+    assert not torch.allclose(with_lrn, without, rtol=1e-2)
+
+
+def test_batch_norm_variant_normalises_before_the_relu() -> None:
+    torch.manual_seed(0)
+    model = create_model("alexnet", norm="batch")
+    assert sum(isinstance(m, nn.BatchNorm2d) and m.num_features in (96, 256) for m in model.modules()) == 2
+    x = torch.randn(4, 96, 15, 15) * 7 + 3
+    expected = F.max_pool2d(F.relu(F.batch_norm(x, None, None, training=True)), 3, 2)
+    torch.testing.assert_close(model.norm_pool1(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_drops_hidden_units_only_in_training() -> None:
+    torch.manual_seed(0)
+    model = create_model("alexnet", dropout=0.5).double()
+    x = torch.randn(2, 3, 63, 63, dtype=torch.float64)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    none = create_model("alexnet", dropout=0.0).double()
+    assert torch.equal(none(x), none(x))
+
+
+def test_paper_initialisation() -> None:
+    torch.manual_seed(0)
+    model = create_model("alexnet", init="paper")
+    for name, layer in model.named_children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02)
+            assert (layer.bias == (1.0 if name in BIAS_ONE else 0.0)).all()
+
+
+def test_he_initialisation_keeps_the_variance() -> None:
+    torch.manual_seed(0)
+    model = create_model("alexnet", init="he", groups=2)
+    for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"):
+        weight = getattr(model, name).weight
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / weight[0].numel()), rel=0.02)
+        assert (getattr(model, name).bias == 0).all()
+
+
+@pytest.mark.parametrize("crop", [63, 64, 112, 128, 223, 224, 256])
+def test_any_crop_from_the_smallest(crop: int) -> None:
+    model = create_model("alexnet", num_classes=7).eval()
+    check_crop("alexnet", crop)
+    assert model(torch.zeros(1, 3, crop, crop)).shape == (1, 7)
+
+
+def test_a_smaller_crop_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.crop=62.*at least 63"):
+        check_crop("alexnet", 62)
+    model = create_model("alexnet").eval()
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.zeros(1, 3, 62, 62))  # which is why
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
+def test_torchvision_networks(name: str) -> None:
+    model = create_model(name, num_classes=10).eval()
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_resnet18_is_torchvisions() -> None:
+    assert count_parameters(create_model("resnet18", num_classes=1000)) == 11_689_512
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("alexnett", {}, f"alexnett.*{', '.join(MODELS)}"),
+        ("alexnet", {"groups": 3}, "model.groups=3"),
+        ("alexnet", {"norm": "layer"}, "model.norm=layer"),
+        ("alexnet", {"dropout": 1.0}, "model.dropout=1.0"),
+        ("alexnet", {"init": "xavier"}, "model.init=xavier"),
+        ("alexnet", {"num_classes": 0}, "num_classes=0"),
+        ("resnet18", {"groups_of": 2}, "groups_of"),
+    ],
+)
+def test_bad_options_are_named(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model(name, **options)
