@@ -109,6 +109,7 @@ class LoaderConfig:
 
     name: str = MISSING  # auto, resident, torchvision, dali, ffcv
     workers: int = -1  # processes or threads that prepare images; -1: one for each core beyond the first
+    beton: str = ""  # ffcv only: the folder of .beton files; empty: fastalex's cache
 
 
 @dataclass
@@ -165,11 +166,21 @@ class EvaluateConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
+@dataclass
+class BetonConfig:
+    """What ``python -m fastalex.data.write_beton`` takes."""
+
+    data: DataConfig = MISSING
+    loader: LoaderConfig = MISSING
+    seed: int = 0
+
+
 def register() -> None:
     """Tell Hydra the types of every key, under the names that the YAML files refer to."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="schema_evaluate", node=EvaluateConfig)
+    store.store(name="schema_write_beton", node=BetonConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
     store.store(group="data", name="schema", node=DataConfig)
