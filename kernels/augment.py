@@ -1,0 +1,244 @@
+"""From uint8 images to a finished batch as one PyTorch operator: checks and dispatch by device.
+
+`fastalex::augment` resizes, crops, flips, normalises, converts and lays out a batch in one pass over the
+output. The body is the plain PyTorch reference, for any device; the CPU runs `augment_numba`, CUDA runs
+`augment_triton`, each imported by the first call that needs it. Ten-crop is the same operator: ten views of
+each image instead of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import augment_reference as reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def augment(
+    images: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    *,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """A normalised batch of random (or any other) crops of uint8 images.
+
+    Each image is resized to resize x resize pixels as `torchvision.transforms.v2.Resize` does with
+    `antialias=True`, in float arithmetic, whether that enlarges or shrinks it; then cropped, then mirrored
+    left to right where `flips` says so; then (x / 255 - mean) / std, rounded to `dtype` (to nearest even).
+
+    Args:
+        images: uint8 (N, H, W, 3), contiguous.
+        offsets: int32 (B, 2), top and left of each crop within the resized image, 0 .. resize - crop.
+        flips: bool (B,).
+        resize, crop: pixels.
+        mean, std: one number a channel, for pixels in 0..1.
+        dtype: of the result: float32, bfloat16 or float16.
+        indices: int64 (B,), the image of each crop: this gathers from a resident data set without copying
+            it. None: image i for crop i (and N = B).
+
+    Returns:
+        (B, 3, crop, crop), channels-last.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; a crop larger than the resized image; on the CPU an index
+            or an offset out of range. On a GPU that last check would make the host wait, so there such a crop
+            is filled with NaN instead (and nothing outside `images` is read).
+    """
+    name = "augment"
+    _check_images(images, resize, crop, mean, std, dtype, name)
+    indices = _resolve_indices(images, indices, name)
+    count = len(indices)
+    for argument, value, shape, kind in (
+        ("offsets", offsets, (count, 2), torch.int32),
+        ("flips", flips, (count,), torch.bool),
+    ):
+        if value.shape != shape or value.dtype != kind or value.device != images.device:
+            raise ValueError(
+                f"{name}: {argument} must be {kind} {shape} on {images.device}, "
+                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+            )
+    return _augment(images, indices, offsets, flips, 1, resize, crop, list(mean), list(std), dtype)
+
+
+def ten_crop(
+    images: Tensor,
+    *,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    indices: Tensor | None = None,
+    mirror: bool = True,
+) -> Tensor:
+    """The corner and centre crops of each image and their mirror images, in one launch.
+
+    Args:
+        mirror: False leaves the mirror images out: five views instead of ten.
+        The others, and the errors, are those of `augment`.
+
+    Returns:
+        (B * 10, 3, crop, crop) or (B * 5, 3, crop, crop), channels-last: the views of the first image, then
+        of the second, and so on, in the order of `torchvision.transforms.v2.TenCrop` (or `FiveCrop`).
+    """
+    _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
+    indices = _resolve_indices(images, indices, "ten_crop")
+    offsets, flips = _crop_views(resize, crop, mirror, images.device)
+    return _augment(
+        images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype
+    )
+
+
+def _check_images(
+    images: Tensor,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    name: str,
+) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"{name}: images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}"
+        )
+    if not images.is_contiguous():
+        raise ValueError(f"{name}: images must be contiguous, got strides {images.stride()}")
+    if images.shape[1] == 0 or images.shape[2] == 0:
+        raise ValueError(f"{name}: images must have at least one pixel, got {tuple(images.shape)}")
+    if not 1 <= crop <= resize:
+        raise ValueError(f"{name}: crop must be in 1 .. resize, got crop={crop} with resize={resize}")
+    if max(images.shape[1:3]) * resize >= 2**28:  # the kernels' exact coordinates are 32-bit
+        raise ValueError(f"{name}: images of {tuple(images.shape[1:3])} resized to {resize} are too large")
+    if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"{name}: mean must be three finite numbers, got {mean}")
+    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
+        raise ValueError(f"{name}: std must be three positive numbers, got {std}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _resolve_indices(images: Tensor, indices: Tensor | None, name: str) -> Tensor:
+    if indices is None:
+        return torch.arange(len(images), device=images.device)
+    if indices.dtype != torch.int64 or indices.dim() != 1 or indices.device != images.device:
+        raise ValueError(
+            f"{name}: indices must be int64 (B,) on {images.device}, "
+            f"got {indices.dtype} {tuple(indices.shape)} on {indices.device}"
+        )
+    if len(images) == 0 and len(indices) > 0:
+        raise ValueError(f"{name}: {len(indices)} indices into no images")
+    return indices
+
+
+def crop_views(resize: int, crop: int, mirror: bool = True) -> list[tuple[int, int, bool]]:
+    """(top, left, flip) of each of the ten (or five) views, in torchvision's order."""
+    far, middle = resize - crop, round((resize - crop) / 2)
+    five = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    views = [(top, left, False) for top, left in five]
+    if mirror:  # TenCrop mirrors the whole image and then cuts: the place of each cut is mirrored too
+        views += [(top, far - left, True) for top, left in five]
+    return views
+
+
+@lru_cache(maxsize=16)  # on a GPU, building it would be a copy from the host in every batch
+def _crop_views(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    views = crop_views(resize, crop, mirror)
+    offsets = torch.tensor([view[:2] for view in views], dtype=torch.int32, device=device)
+    return offsets, torch.tensor([view[2] for view in views], device=device)
+
+
+def _check_ranges(images: Tensor, indices: Tensor, offsets: Tensor, limit: int) -> None:
+    for name, values, last in (("indices", indices, len(images) - 1), ("offsets", offsets, limit)):
+        if values.numel() == 0:
+            continue
+        low, high = (int(value) for value in values.aminmax())
+        if low < 0 or high > last:
+            raise ValueError(f"augment: {name} must be in 0 .. {last}, got {low} .. {high}")
+
+
+@custom_op("fastalex::augment", mutates_args=())
+def _augment(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    return reference.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
+
+
+@_augment.register_kernel("cpu")
+def _(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    from . import augment_numba
+
+    _check_ranges(images, indices, offsets, resize - crop)
+    return augment_numba.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
+
+
+@_augment.register_kernel("cuda")
+def _(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    from . import augment_triton
+
+    return augment_triton.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
+
+
+@_augment.register_fake
+def _(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(
+        (indices.shape[0] * views, 3, crop, crop),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )

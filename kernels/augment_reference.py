@@ -1,0 +1,59 @@
+"""Resize, crop, flip and normalise in plain PyTorch: the readable definition.
+
+The resize is PyTorch's own, the one that torchvision calls: bilinear, pixel centres at half-integers, with
+`antialias=True`. That filter weighs source pixel j for output pixel i, on each axis, by a triangle
+
+    max(0, 1 - |(j + 1/2) / s - (i + 1/2)| / max(1, 1 / s)),   s = output size / source size,
+
+divided by the sum of the weights; when enlarging it is plain bilinear interpolation. The fast implementations
+use the same triangle in whole numbers, max(0, T - |(2j + 1) R - (2i + 1) S|) with S the source size, R the
+resized one and T = 2 max(S, R), so that their coordinates are exact whatever the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator's definition; shapes and meaning as in `fastalex.kernels.augment`.
+
+    With views = V > 1 there are V outputs for each index, adjacent, and the V rows of `offsets` and `flips`
+    serve every image; otherwise they have a row for each index.
+    """
+    count = len(indices) * views
+    out = torch.empty((count, 3, crop, crop), dtype=dtype, device=images.device).contiguous(
+        memory_format=torch.channels_last
+    )
+    if count == 0:
+        return out
+    if views > 1:
+        offsets, flips = offsets.repeat(len(indices), 1), flips.repeat(len(indices))
+    source = images[indices].movedim(-1, 1).float()
+    resized = F.interpolate(source, size=(resize, resize), mode="bilinear", antialias=True)
+
+    step = torch.arange(crop, device=images.device)
+    rows = offsets[:, 0, None] + step
+    columns = offsets[:, 1, None] + torch.where(flips[:, None], crop - 1 - step, step)
+    image = torch.arange(count, device=images.device) // views
+    channel = torch.arange(3, device=images.device)
+    crops = resized[
+        image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
+    shift, scale = (crops.new_tensor(values)[:, None, None] for values in (mean, std))
+    return out.copy_((crops / 255 - shift) / scale)
