@@ -1,0 +1,48 @@
+"""A file is whole or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastalex.errors import OutputError
+from fastalex.files import replacing, write_text
+
+
+def test_replaces_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "first")
+    write_text(path, "second")
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(OutputError, match=r"file/a\.txt: cannot be written"):
+        write_text(blocker / "a.txt", "x")
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with (
+        pytest.raises(OutputError, match="No space left"),
+        replacing(path),
+        Path("/dev/full").open("w") as full,
+    ):
+        full.write("x")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,70 @@
+"""The schedules against their definitions, the optimizer against the formula in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from fastalex.config import Schedule, TrainConfig
+from fastalex.optim import LearningRate, create_optimizer
+
+
+def rates(config: TrainConfig, steps: int) -> list[float]:
+    optimizer = create_optimizer(nn.Linear(1, 1), config)
+    schedule = LearningRate(optimizer, config, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.current)
+        optimizer.step()
+        schedule.after_step()
+    return seen
+
+
+def test_one_cycle_rises_then_falls_linearly() -> None:
+    seen = rates(TrainConfig(lr=0.5, warmup=0.25), 100)
+    peak = max(range(100), key=seen.__getitem__)
+    assert seen[0] == pytest.approx(0.5 / 25)
+    assert seen[peak] == pytest.approx(0.5, rel=0.02)
+    assert 20 <= peak <= 28
+    rising = [b - a for a, b in pairwise(seen[:peak])]
+    falling = [b - a for a, b in pairwise(seen[peak + 1 :])]
+    assert max(rising) == pytest.approx(min(rising), rel=1e-6)
+    assert min(rising) > 0
+    assert max(falling) == pytest.approx(min(falling), rel=1e-6)
+    assert max(falling) < 0
+    assert 0 < seen[-1] < 0.01  # the last step still moves
+
+
+def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:
+    config = TrainConfig(lr=1.0, schedule=Schedule.plateau, patience=2)
+    schedule = LearningRate(create_optimizer(nn.Linear(1, 1), config), config, 1000)
+    seen = []
+    for error in (0.9, 0.8, 0.8, 0.81, 0.8, 0.7, 0.7, 0.7, 0.7):
+        schedule.after_step()
+        schedule.after_validation(error)
+        seen.append(schedule.current)
+    assert seen == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
+    assert not schedule.exhausted
+    for _ in range(6):
+        schedule.after_validation(0.7)
+    assert schedule.current == pytest.approx(1e-4)
+    assert schedule.exhausted
+
+
+def test_sgd_is_momentum_and_weight_decay_as_the_paper_has_them() -> None:
+    """v <- 0.9 v + (g + 0.0005 w); w <- w - lr v: the paper's rule, with the rate outside the velocity."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(layer, TrainConfig(lr=0.1))
+    weight = layer.weight.detach().double().clone()
+    velocity = torch.zeros_like(weight)
+    for _ in range(5):
+        gradient = torch.randn(2, 3)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient.double() + 5e-4 * weight
+        weight = weight - 0.1 * velocity
+    torch.testing.assert_close(layer.weight.detach().double(), weight, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,63 @@
+"""What the runtime chooses, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastalex.config import Precision, RuntimeConfig
+from fastalex.errors import ConfigError
+from fastalex.runtime import choose
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_auto_takes_the_gpu_if_there_is_one() -> None:
+    assert choose(RuntimeConfig()).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_auto_computes_in_bf16_only_where_the_cpu_does(
+    capable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable, "cpu_name": "x"})
+    runtime = choose(RuntimeConfig(device="cpu"))
+    assert runtime.dtype == (torch.bfloat16 if capable else torch.float32)
+
+
+def test_every_choice_can_be_overridden_and_is_printed() -> None:
+    runtime = choose(
+        RuntimeConfig(device="cpu", precision=Precision.fp32, channels_last=False, compile=True, threads=1)
+    )
+    assert torch.get_num_threads() == 1
+    assert "float32, NCHW, compiled, 1 threads" in str(runtime)
+    assert "\n" not in str(runtime)
+
+
+def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    convolution = runtime.place(nn.Conv2d(3, 8, 5))
+    assert convolution.weight.dtype == torch.float32
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    with runtime.autocast():
+        assert convolution(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RuntimeConfig(device="tpu"), "runtime.device=tpu"),
+        (RuntimeConfig(device="mps"), "runtime.device=mps"),
+        (RuntimeConfig(device=f"cuda:{torch.cuda.device_count()}"), "runtime.device=cuda.*CUDA devices here"),
+        (RuntimeConfig(device="cpu", precision=Precision.fp16), "runtime.precision=fp16"),
+    ],
+)
+def test_what_cannot_work_is_refused(config: RuntimeConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(config)

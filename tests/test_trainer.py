@@ -1,0 +1,164 @@
+"""The loop, against the same steps written out in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
+from fastalex.errors import DivergedError
+from fastalex.models import create_model
+from fastalex.runtime import choose
+from fastalex.trainer import Trainer
+
+
+class Batches:
+    """A loader over batches in memory; each epoch yields them in another order."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+        self.num_samples = sum(len(labels) for _, labels in batches)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        shift = self.epoch % len(self.batches)
+        return iter(self.batches[shift:] + self.batches[:shift])
+
+
+def batches(count: int = 4, size: int = 8, crop: int = 63) -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(count):
+        labels = torch.randint(0, 10, (size,), generator=generator)
+        images = torch.randn(size, 3, crop, crop, generator=generator) + labels.view(-1, 1, 1, 1)
+        result.append((images.to(memory_format=torch.channels_last), labels))
+    return Batches(result)
+
+
+def fp32():
+    return choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+
+
+def test_two_epochs_are_the_plain_steps() -> None:
+    config = TrainConfig(epochs=2, lr=0.01, warmup=0.5)
+    loader = batches()
+    torch.manual_seed(1)
+    model = fp32().place(create_model("alexnet", dropout=0.0, init="he"))
+    torch.manual_seed(1)
+    plain = create_model("alexnet", dropout=0.0, init="he")
+
+    trainer = Trainer(model, config, loader, loader, fp32(), log_every=1)
+    epochs = [trainer.run_epoch(), trainer.run_epoch()]
+    assert trainer.finished
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    expected = []
+    for step in range(8):
+        # Linear from lr/25 to the peak at 0.5 * 9 - 1 = 3.5 steps, then to (almost) zero at step 8.
+        rise = min(step / 3.5, 1.0)
+        rate = 0.01 / 25 + rise * (0.01 - 0.01 / 25)
+        if step > 3.5:
+            rate = 0.01 - (step - 3.5) / 4.5 * (0.01 - 0.01 / 25e4)
+        optimizer.param_groups[0]["lr"] = rate
+        images, labels = loader.batches[(step + step // 4) % 4]
+        loss = F.cross_entropy(plain(images.contiguous()), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    for epoch, losses in zip(epochs, (expected[:4], expected[4:]), strict=True):
+        assert epoch.train_loss == pytest.approx(sum(losses) / 4, rel=1e-4)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        images = torch.cat([images for images, _ in loader.batches])
+        labels = torch.cat([labels for _, labels in loader.batches])
+        logits = plain.eval()(images)
+    assert epochs[1].validation_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+    assert epochs[1].validation_top1_error == pytest.approx(
+        (logits.argmax(1) != labels).double().mean().item(), abs=0.04
+    )
+
+
+def test_reports_steps_losses_and_figures() -> None:
+    seen: list[tuple[int, float | None]] = []
+    loader = batches(count=5)
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)),
+        TrainConfig(epochs=1, lr=1e-5),
+        loader,
+        loader,
+        fp32(),
+        log_every=2,
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    epoch = trainer.run_epoch()
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert [loss is not None for _, loss in seen] == [False, True, False, True, False]
+    assert (epoch.epoch, epoch.step) == (1, 5)
+    assert 0 <= epoch.train_top1_error <= 1
+    assert epoch.images_per_second > 0
+    assert 0 <= epoch.input_wait_fraction <= 1
+    assert trainer.images_per_second == pytest.approx(epoch.images_per_second)
+
+
+def test_without_validation_there_are_no_validation_figures() -> None:
+    loader = batches(count=4)
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)), TrainConfig(lr=1e-5), loader, None, fp32()
+    )
+    epoch = trainer.run_epoch()
+    assert epoch.validation_loss is None
+    assert epoch.validation_top1_error is None
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_divergence_names_the_step_and_the_rate(log_every: int, poison: float) -> None:
+    loader = batches(count=5)
+    loader.batches[3][0][0, 0, 0, 0] = poison
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)),
+        TrainConfig(lr=1e-5, schedule=Schedule.plateau),
+        loader,
+        loader,
+        fp32(),
+        log_every=log_every,
+    )
+    with pytest.raises(DivergedError, match=r"the loss became nan at step 4 with learning rate 1e-05"):
+        trainer.run_epoch()
+
+
+def test_plateau_ends_the_run_once_the_rate_has_decayed() -> None:
+    loader = batches(count=1)
+    config = TrainConfig(epochs=1000, lr=1e-30, schedule=Schedule.plateau, patience=0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    trainer = Trainer(network, config, loader, loader, fp32())
+    epochs = 0
+    while not trainer.finished:
+        trainer.run_epoch()
+        epochs += 1
+    assert epochs == 5  # one that sets the mark, then four without improvement
+
+
+def test_bf16_keeps_fp32_weights_and_learns() -> None:
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    torch.manual_seed(0)
+    model = runtime.place(create_model("alexnet", init="he"))
+    loader = batches()
+    loader.batches = [(images.bfloat16(), labels) for images, labels in loader.batches]
+    trainer = Trainer(model, TrainConfig(epochs=5, lr=0.01), loader, loader, runtime)
+    first, *_, last = [trainer.run_epoch() for _ in range(5)]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert last.validation_loss < 0.8 * first.validation_loss
