@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -11,7 +12,7 @@ from fastalex.data.datasets import DataSplits, ImageSet, load_splits
 from fastalex.data.loader import Loader, Views
 from fastalex.errors import ConfigError
 
-__all__ = ["DataSplits", "ImageSet", "Loader", "Views", "build_loader", "load_splits"]
+__all__ = ["DataSplits", "ImageSet", "Loader", "Views", "build_loader", "load_splits", "resolve_loader"]
 
 # Imported when asked for: DALI and FFCV are optional.
 _LOADERS = {
@@ -20,6 +21,19 @@ _LOADERS = {
     "dali": "DaliLoader",
     "ffcv": "FfcvLoader",
 }
+
+
+def resolve_loader(loader: LoaderConfig, splits: DataSplits, device: torch.device) -> LoaderConfig:
+    """Replace ``loader.name=auto`` by ``resident`` where the decoded images fit the device's memory.
+
+    Where they do not, or are files of many sizes, it becomes ``torchvision``.
+    """
+    if loader.name != "auto":
+        return loader
+    from fastalex.data.resident import fits
+
+    resident = all(fits(images, device) for images in (splits.train, splits.validation, splits.test))
+    return replace(loader, name="resident" if resident else "torchvision")
 
 
 def build_loader(

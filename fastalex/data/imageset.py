@@ -61,6 +61,7 @@ class DataSplits:
         classes: the names, in the order of the labels.
         skipped: how many damaged files ``data.on_error=skip`` left out.
         has_errors: whether an error figure on this data means anything; False for synthetic data.
+        source: what the images are and where they were found, as a run reports it.
     """
 
     train: ImageSet
@@ -69,3 +70,4 @@ class DataSplits:
     classes: tuple[str, ...]
     skipped: int = 0
     has_errors: bool = True
+    source: str = ""
