@@ -1,15 +1,15 @@
 """``loader=dali``: NVIDIA DALI decodes and does the geometry, on the CPU or on the GPU.
 
 One pipeline definition serves both, and both kinds of data set: files, whose JPEGs DALI decodes (on a GPU
-with its "mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored comes
-from the epoch's plan through an external source, so that DALI draws nothing itself and yields what every
-other loader yields.
+with its "mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored
+comes from the epoch's plan through an external source, so that DALI draws nothing itself and yields what
+every other loader yields.
 
 Two things DALI does its own way are put right here:
 
-- When it shrinks, the antialiasing filter of the outermost row or column reaches beyond the image. torchvision
-  leaves those taps out and divides by the sum of the rest; DALI repeats the edge pixel instead (up to 16 grey
-  levels apart). See :func:`_resize_as_torchvision`.
+- When it shrinks, the antialiasing filter of the outermost row or column reaches beyond the image.
+  torchvision leaves those taps out and divides by the sum of the rest; DALI repeats the edge pixel instead
+  (up to 16 grey levels apart). See :func:`_resize_as_torchvision`.
 - By default it upsamples JPEG chroma by replication, where Pillow (and everyone else) interpolates.
 """
 
@@ -58,8 +58,8 @@ class Edges(Enum):
 class DaliLoader(PlannedLoader):
     """Yields batches that a DALI pipeline made; see :class:`fastalex.data.loader.Loader`.
 
-    Batches are views of DALI's own output buffers (through DLPack, no copy) unless the dtype is bfloat16, which
-    DALI does not know: then it writes float32 and torch casts. A buffer lives as long as its tensor.
+    Batches are views of DALI's own output buffers (through DLPack, no copy) unless the dtype is bfloat16,
+    which DALI does not know: then it writes float32 and torch casts. A buffer lives as long as its tensor.
 
     Files other than JPEGs are decoded by :func:`fastalex.data.decode.decode_image`, so that one policy holds.
     """
@@ -156,7 +156,7 @@ def _pipeline(
     dtype: Any,
     layout: str,
 ) -> Any:
-    """One sample: (crop, crop, 3) or, with several views, (views, crop, crop, 3), in ``dtype`` and ``layout``."""
+    """One sample in ``dtype``: (crop, crop, 3) if ``layout`` is HWC, and one more axis in front for views > 1."""
     images, *rest = fn.external_source(
         source=source,
         num_outputs=source.num_outputs,
@@ -210,12 +210,12 @@ def _pipeline(
 def _resize_as_torchvision(images: Any, size: int) -> Any:
     """``fn.resize`` to size x size with torchvision's treatment of the edges.
 
-    The taps of the filter that lie outside the image are taken from a frame of zeros, so that they add nothing.
-    What weight the filter has left shows where ones are resized in the same frame; dividing by it gives
-    torchvision's result. The filter is separable, so a column and a row of ones are enough.
+    The taps of the filter that lie outside the image are taken from a frame of zeros, so that they add
+    nothing. What weight the filter has left shows where ones are resized in the same frame; dividing by it
+    gives torchvision's result. The filter is separable, so a column and a row of ones are enough.
     """
     shape = images.shape(dtype=types.INT32)
-    height, width, one = shape[0:1], shape[1:2], fn.constant(idata=[1])
+    height, width, one = shape[0:1], shape[1:2], types.Constant([1], dtype=types.INT32)
     column = fn.full(np.float32(1), shape=fn.cat(height, one, one))
     row = fn.full(np.float32(1), shape=fn.cat(one, width, one))
     weights = _resize_inside(

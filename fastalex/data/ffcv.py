@@ -1,0 +1,102 @@
+"""``loader=ffcv``: raw uint8 pixels from a memory-mapped .beton file; ``augment`` makes the batch on the device.
+
+FFCV gathers the images of a batch in a thread that runs ahead, compiled by Numba. It draws nothing and changes
+no pixel: order, crops and mirror images come from the epoch's plan (FFCV's random augmentations ignore their
+seeds when there are several workers).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalex.data.beton import ensure_beton, threads_kept
+from fastalex.data.loader import PlannedLoader, Views
+from fastalex.data.workers import num_workers
+from fastalex.kernels.augment import augment, ten_crop
+
+with threads_kept():
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader as BetonLoader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.transforms import ToTensor
+
+
+class FfcvLoader(PlannedLoader):
+    """Yields batches from a .beton file; see :class:`fastalex.data.loader.Loader`.
+
+    The file is written first where there is none: see :mod:`fastalex.data.beton`, and
+    ``python -m fastalex.data.write_beton`` to do that ahead of time.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beton = ensure_beton(self.images, self.data, self.loader)
+        with threads_kept():
+            self._loader = BetonLoader(
+                os.fspath(self.beton),
+                batch_size=self.batch_size,
+                # One core runs the training loop; more threads than Numba has started are an error to FFCV.
+                num_workers=min(max(1, num_workers(self.loader)), numba.config.NUMBA_NUM_THREADS),
+                os_cache=True,
+                pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+            )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = self.plan()
+        skipped = self.start_batch * self.batch_size
+        if skipped >= len(plan):
+            return
+        geometry = {
+            "resize": self.data.resize,
+            "crop": self.data.crop,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "dtype": self.dtype,
+        }
+        with threads_kept():
+            batches = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
+            first = next(batches)  # by then FFCV's thread has done what it does to the process
+        try:
+            for number in range(self.start_batch, len(self)):
+                # Views of a ring buffer: `augment` reads them before FFCV is asked for the next batch.
+                pixels, labels = first if number == self.start_batch else next(batches)
+                pixels = pixels.to(self.device)
+                if self.views is Views.ten_crop:
+                    images = ten_crop(pixels, mirror=self.num_views == 10, **geometry)
+                else:
+                    rows = plan.batch(number, self.batch_size)
+                    images = augment(pixels, rows.offsets.to(self.device), rows.flips.to(self.device), **geometry)
+                yield (
+                    images if self.channels_last else images.contiguous(),
+                    labels.flatten().to(self.device, copy=True),
+                )
+        finally:
+            batches.close()  # else an epoch that is left early leaves its thread behind
+
+
+class _Epoch(EpochIterator):  # type: ignore[misc]
+    """FFCV's iterator over any order of samples; an error in its thread is raised here instead of hanging."""
+
+    error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            self.error = error
+            self.output_queue.put(None)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        try:
+            pixels, labels = super().__next__()
+        except StopIteration:
+            raise self.error or RuntimeError("FFCV ended the epoch too early") from None
+        return pixels, labels
