@@ -1,0 +1,1 @@
+"""Speed measurements, and the plain PyTorch program they are measured against."""
