@@ -1,9 +1,9 @@
 """``loader=dali``: NVIDIA DALI decodes and does the geometry, on the CPU or on the GPU.
 
-One pipeline definition serves both, and both kinds of data set: files, whose JPEGs DALI decodes (on a GPU
-with its "mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored
-comes from the epoch's plan through an external source, so that DALI draws nothing itself and yields what
-every other loader yields.
+One pipeline definition serves both, and both kinds of data set: files, which DALI decodes (on a GPU with its
+"mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored comes from
+the epoch's plan through an external source, so that DALI draws nothing itself and yields what every other
+loader yields.
 
 Two things DALI does its own way are put right here:
 
@@ -40,7 +40,7 @@ except ImportError as error:
         '(on CUDA 13: "fastalex[dali-cuda13]")'
     ) from error
 
-JPEG_MAGIC = b"\xff\xd8\xff"
+DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # how a JPEG and a PNG file begin
 PREFETCH = 2  # batches in the making while one is consumed
 
 
@@ -61,7 +61,8 @@ class DaliLoader(PlannedLoader):
     Batches are views of DALI's own output buffers (through DLPack, no copy) unless the dtype is bfloat16,
     which DALI does not know: then it writes float32 and torch casts. A buffer lives as long as its tensor.
 
-    Files other than JPEGs are decoded by :func:`fastalex.data.decode.decode_image`, so that one policy holds.
+    DALI decodes JPEG and PNG files, on the CPU to what :func:`fastalex.data.decode.decode_image` gives (CMYK
+    and 16-bit files within one grey level), on a GPU nearly so. That function decodes files of other formats.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +157,7 @@ def _pipeline(
     dtype: Any,
     layout: str,
 ) -> Any:
-    """One sample in ``dtype``: (crop, crop, 3) if ``layout`` is HWC, and one more axis in front for views > 1."""
+    """One sample: (crop, crop, 3) if ``layout`` is HWC, and one more axis in front if there are more views."""
     images, *rest = fn.external_source(
         source=source,
         num_outputs=source.num_outputs,
@@ -287,12 +288,12 @@ class _Source:
 
 
 def _encoded(path: Path) -> NDArray[np.uint8]:
-    """A JPEG's bytes; of any other file the decoded pixels, as the bytes of a PPM file."""
+    """The bytes of a JPEG or PNG file; of any other the decoded pixels, as the bytes of a PPM file."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if not data.startswith(JPEG_MAGIC):
+    if not data.startswith(DECODED_BY_DALI):
         pixels = decode_image(path)
         data = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
     return np.frombuffer(data, np.uint8)

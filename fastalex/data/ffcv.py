@@ -1,8 +1,8 @@
-"""``loader=ffcv``: raw uint8 pixels from a memory-mapped .beton file; ``augment`` makes the batch on the device.
+"""``loader=ffcv``: uint8 pixels from a memory-mapped .beton file; ``augment`` makes the batch on the device.
 
-FFCV gathers the images of a batch in a thread that runs ahead, compiled by Numba. It draws nothing and changes
-no pixel: order, crops and mirror images come from the epoch's plan (FFCV's random augmentations ignore their
-seeds when there are several workers).
+FFCV gathers the images of a batch in a thread that runs ahead, compiled by Numba. It draws nothing and
+changes no pixel: order, crops and mirror images come from the epoch's plan (FFCV's random augmentations
+ignore their seeds when there are several workers).
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastalex.data.beton import ensure_beton, threads_kept
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.workers import num_workers
-from fastalex.kernels.augment import augment, ten_crop
+from fastalex.kernels import augment, ten_crop
 
 with threads_kept():
     from ffcv.fields.basics import IntDecoder
@@ -46,7 +45,10 @@ class FfcvLoader(PlannedLoader):
                 # One core runs the training loop; more threads than Numba has started are an error to FFCV.
                 num_workers=min(max(1, num_workers(self.loader)), numba.config.NUMBA_NUM_THREADS),
                 os_cache=True,
-                pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+                pipelines={
+                    "image": [SimpleRGBImageDecoder(), ToTensor()],
+                    "label": [IntDecoder(), ToTensor()],
+                },
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,7 +75,9 @@ class FfcvLoader(PlannedLoader):
                     images = ten_crop(pixels, mirror=self.num_views == 10, **geometry)
                 else:
                     rows = plan.batch(number, self.batch_size)
-                    images = augment(pixels, rows.offsets.to(self.device), rows.flips.to(self.device), **geometry)
+                    images = augment(
+                        pixels, rows.offsets.to(self.device), rows.flips.to(self.device), **geometry
+                    )
                 yield (
                     images if self.channels_last else images.contiguous(),
                     labels.flatten().to(self.device, copy=True),
@@ -82,7 +86,7 @@ class FfcvLoader(PlannedLoader):
             batches.close()  # else an epoch that is left early leaves its thread behind
 
 
-class _Epoch(EpochIterator):  # type: ignore[misc]
+class _Epoch(EpochIterator):
     """FFCV's iterator over any order of samples; an error in its thread is raised here instead of hanging."""
 
     error: Exception | None = None

@@ -1,7 +1,7 @@
 """``python -m fastalex.data.write_beton key=value ...``: write a data set's .beton files before training.
 
-``loader=ffcv`` writes what it does not find, so this is for writing on another machine or at another time: with
-the same ``data``, ``seed`` and ``loader.beton``, training finds the files.
+``loader=ffcv`` writes what it does not find, so this is for writing at another time or on another machine:
+training with the same ``data``, ``seed`` and ``loader.beton`` finds the files.
 """
 
 from __future__ import annotations
