@@ -97,9 +97,7 @@ def ten_crop(
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
     offsets, flips = _crop_views(resize, crop, mirror, images.device)
-    return _augment(
-        images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype
-    )
+    return _augment(images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype)
 
 
 def _check_images(

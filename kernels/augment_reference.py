@@ -37,8 +37,8 @@ def augment(
     serve every image; otherwise they have a row for each index.
     """
     count = len(indices) * views
-    out = torch.empty((count, 3, crop, crop), dtype=dtype, device=images.device).contiguous(
-        memory_format=torch.channels_last
+    out = torch.empty(
+        (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
     )
     if count == 0:
         return out

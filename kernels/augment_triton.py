@@ -1,0 +1,337 @@
+"""Resize, crop, flip and normalise on the GPU, in one launch and one pass over the output.
+
+The batch that comes out is some hundred times the size of the images that went in (32 pixels enlarged to
+256), so what counts is how it is written: each lane owns eight neighbouring numbers of an output row, 128
+bits in bf16, and the source, a few kilobytes an image, is read through the caches.
+
+**Enlarging.** Between two neighbouring source rows lie several output rows, all of them mixtures of the same
+two rows. So a program owns the gap between two source rows: it resizes both to the output's width, once, in
+registers, and then walks down the output rows in the gap with one multiplication and one store a vector.
+Gap g lies between source rows g - 1 and g; gaps 0 and `height` are the borders, where both rows are the same.
+
+    source row g - 1  ----------------   above: BLOCK x 8 numbers in registers
+                      output row y0      above + f(y0) * (below - above)
+                      output row y0 + 1  above + f(y0 + 1) * (below - above)
+                      ...
+    source row g      ----------------   below
+
+**Shrinking**, on either axis, is torchvision's antialiasing: every output pixel is a weighted mean of all
+source pixels under a triangle. A program owns ROWS output rows and sums over source rows and columns. It is
+plain, not fast: the source is larger than the output then, and decoding it costs far more.
+
+Coordinates are whole numbers. The centre of output pixel i, in units of 1 / (2 * resize) source pixels, is
+(2 i + 1) * size, that of source pixel j is (2 j + 1) * resize, so the gap an output pixel is in, its place
+there and the triangle's weights are exact, and every pixel is in exactly one gap.
+
+An index or an offset out of range fills its output with NaN and reads nothing outside the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import augment_reference as reference
+from ._triton_launch import KernelCase, Launch
+
+
+@triton.jit
+def _sample(
+    index_pointer, offset_pointer, flip_pointer, n, image_count, LIMIT: tl.constexpr, VIEWS: tl.constexpr
+):
+    """Image, top, left and flip of output n, and 0, or NaN where they are out of range (then of image 0)."""
+    view = n
+    if VIEWS > 1:
+        view = n % VIEWS
+    index = tl.load(index_pointer + n // VIEWS)
+    top = tl.load(offset_pointer + 2 * view)
+    left = tl.load(offset_pointer + 2 * view + 1)
+    flip = tl.load(flip_pointer + view) != 0
+    valid = (index >= 0) & (index < image_count) & (top >= 0) & (top <= LIMIT) & (left >= 0) & (left <= LIMIT)
+    poison = tl.where(valid, 0.0, float("nan"))
+    return tl.where(valid, index, 0), tl.where(valid, top, 0), tl.where(valid, left, 0), flip, poison
+
+
+@triton.jit
+def _vectors(block, left, flip, CROP: tl.constexpr, BLOCK: tl.constexpr):
+    """For BLOCK x 8 neighbouring numbers of an output row: where they are in it, their channel, the column
+    of the resized image that they show, and whether they exist."""
+    element = (block * BLOCK + tl.arange(0, BLOCK))[:, None] * 8 + tl.arange(0, 8)[None, :]
+    x = element // 3
+    column = left + tl.where(flip, CROP - 1 - x, x)
+    return element, element - 3 * x, column, element < 3 * CROP
+
+
+@triton.jit
+def _pick(channel, red, green, blue):
+    return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
+
+
+_CONFIGS = [
+    triton.Config({"BLOCK": 32}, num_warps=1),
+    triton.Config({"BLOCK": 64}, num_warps=2),
+    triton.Config({"BLOCK": 128}, num_warps=4),
+]
+
+
+@triton.autotune(configs=_CONFIGS, key=["HEIGHT", "WIDTH", "RESIZE", "CROP"])
+@triton.jit
+def _enlarge_kernel(
+    image_pointer,
+    index_pointer,
+    offset_pointer,
+    flip_pointer,
+    out_pointer,
+    image_count,
+    red_scale,
+    green_scale,
+    blue_scale,
+    red_shift,
+    green_shift,
+    blue_shift,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RESIZE: tl.constexpr,
+    CROP: tl.constexpr,
+    VIEWS: tl.constexpr,
+    GAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ROW: tl.constexpr = 3 * CROP
+    SPAN: tl.constexpr = 2 * RESIZE  # a source pixel, in units of coordinates
+    BLOCKS: tl.constexpr = (ROW + 8 * BLOCK - 1) // (8 * BLOCK)
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    n = program // (BLOCKS * GAPS)
+    index, top, left, flip, poison = _sample(
+        index_pointer, offset_pointer, flip_pointer, n, image_count, RESIZE - CROP, VIEWS
+    )
+
+    # Row y is in gap ((2 y + 1) * HEIGHT + RESIZE) // SPAN; the crop begins in the first of its GAPS gaps.
+    gap = ((2 * top + 1) * HEIGHT + RESIZE) // SPAN + program // BLOCKS % GAPS
+    first = (tl.maximum((2 * gap - 1) * RESIZE - HEIGHT, 0) + 2 * HEIGHT - 1) // (2 * HEIGHT)
+    stop = ((2 * gap + 1) * RESIZE + HEIGHT - 1) // (2 * HEIGHT)
+    first = tl.maximum(first, top)
+    stop = tl.minimum(stop, top + CROP)
+
+    element, channel, column, mask = _vectors(block, left, flip, CROP, BLOCK)
+    place = (2 * column + 1) * WIDTH + RESIZE
+    right = place // SPAN
+    weight = (place - right * SPAN).to(tl.float32) * (1.0 / SPAN)
+    before = 3 * tl.maximum(right - 1, 0) + channel
+    after = 3 * tl.minimum(right, WIDTH - 1) + channel
+    scale = _pick(channel, red_scale, green_scale, blue_scale)
+    shift = _pick(channel, red_shift, green_shift, blue_shift) + poison
+
+    image_pointer += index * (HEIGHT * WIDTH * 3)
+    row_pointer = image_pointer + tl.minimum(tl.maximum(gap - 1, 0), HEIGHT - 1) * (WIDTH * 3)
+    needed = mask & (first < stop)
+    a = tl.load(row_pointer + before, mask=needed, other=0).to(tl.float32)
+    b = tl.load(row_pointer + after, mask=needed, other=0).to(tl.float32)
+    above = (a + weight * (b - a)) * scale + shift
+    row_pointer = image_pointer + tl.minimum(gap, HEIGHT - 1) * (WIDTH * 3)
+    a = tl.load(row_pointer + before, mask=needed, other=0).to(tl.float32)
+    b = tl.load(row_pointer + after, mask=needed, other=0).to(tl.float32)
+    below = (a + weight * (b - a)) * scale + shift
+
+    out_pointer += n.to(tl.int64) * (CROP * ROW)
+    for y in range(first, stop):
+        fraction = ((2 * y + 1) * HEIGHT + RESIZE - gap * SPAN).to(tl.float32) * (1.0 / SPAN)
+        value = above + fraction * (below - above)
+        tl.store(out_pointer + (y - top) * ROW + element, value.to(out_pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _first_tap(center, reach, resize: tl.constexpr):
+    """The first source pixel whose centre is less than `reach` from `center`."""
+    beyond = center - reach - resize
+    return tl.where(beyond < 0, 0, beyond // (2 * resize) + 1)
+
+
+@triton.autotune(
+    configs=[
+        triton.Config({"BLOCK": 32, "ROWS": 8}, num_warps=1),
+        triton.Config({"BLOCK": 32, "ROWS": 2}, num_warps=1),
+        triton.Config({"BLOCK": 128, "ROWS": 8}, num_warps=4),
+    ],
+    key=["HEIGHT", "WIDTH", "RESIZE", "CROP"],
+)
+@triton.jit
+def _shrink_kernel(
+    image_pointer,
+    index_pointer,
+    offset_pointer,
+    flip_pointer,
+    out_pointer,
+    image_count,
+    red_scale,
+    green_scale,
+    blue_scale,
+    red_shift,
+    green_shift,
+    blue_shift,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RESIZE: tl.constexpr,
+    CROP: tl.constexpr,
+    VIEWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    ROW: tl.constexpr = 3 * CROP
+    REACH_Y: tl.constexpr = 2 * max(HEIGHT, RESIZE)  # half the triangle's base, in units of coordinates
+    REACH_X: tl.constexpr = 2 * max(WIDTH, RESIZE)
+    TAPS_X: tl.constexpr = (REACH_X + RESIZE - 1) // RESIZE
+    BLOCKS: tl.constexpr = (ROW + 8 * BLOCK - 1) // (8 * BLOCK)
+    STRIPS: tl.constexpr = (CROP + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    strip = program // BLOCKS % STRIPS
+    n = program // (BLOCKS * STRIPS)
+    index, top, left, flip, poison = _sample(
+        index_pointer, offset_pointer, flip_pointer, n, image_count, RESIZE - CROP, VIEWS
+    )
+    element, channel, column, mask = _vectors(block, left, flip, CROP, BLOCK)
+    scale = _pick(channel, red_scale, green_scale, blue_scale)
+    shift = _pick(channel, red_shift, green_shift, blue_shift) + poison
+
+    center_x = (2 * column + 1) * WIDTH
+    first_x = _first_tap(center_x, REACH_X, RESIZE)
+    image_pointer += index * (HEIGHT * WIDTH * 3)
+    out_pointer += n.to(tl.int64) * (CROP * ROW)
+    for y in range(strip * ROWS, tl.minimum(strip * ROWS + ROWS, CROP)):
+        center_y = (2 * (top + y) + 1) * HEIGHT
+        first_y = _first_tap(center_y, REACH_Y, RESIZE)
+        stop_y = tl.minimum((center_y + REACH_Y + RESIZE - 1) // (2 * RESIZE), HEIGHT)
+        total = tl.zeros((BLOCK, 8), tl.float32)
+        sum_x = tl.zeros((BLOCK, 8), tl.float32)
+        sum_y = 0.0
+        for source_y in range(first_y, stop_y):
+            sum_y += (REACH_Y - tl.abs((2 * source_y + 1) * RESIZE - center_y)).to(tl.float32)
+        for tap in range(TAPS_X):
+            source_x = first_x + tap
+            inside = mask & (source_x < WIDTH)
+            weight_x = tl.maximum(REACH_X - tl.abs((2 * source_x + 1) * RESIZE - center_x), 0).to(tl.float32)
+            weight_x = tl.where(inside, weight_x, 0.0)
+            sum_x += weight_x
+            for source_y in range(first_y, stop_y):
+                weight_y = (REACH_Y - tl.abs((2 * source_y + 1) * RESIZE - center_y)).to(tl.float32)
+                address = image_pointer + (source_y * WIDTH + source_x) * 3 + channel
+                total += weight_x * (weight_y / sum_y) * tl.load(address, mask=inside, other=0).to(tl.float32)
+        value = total / tl.where(mask, sum_x, 1.0) * scale + shift
+        tl.store(out_pointer + y * ROW + element, value.to(out_pointer.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    out: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Launch:
+    image_count, height, width = images.shape[:3]
+    count, row = len(out), 3 * crop
+    arguments: dict[str, Tensor | int | float | bool] = {
+        "image_pointer": images,
+        "index_pointer": indices,
+        "offset_pointer": offsets,
+        "flip_pointer": flips,
+        "out_pointer": out,
+        "image_count": image_count,
+        "HEIGHT": height,
+        "WIDTH": width,
+        "RESIZE": resize,
+        "CROP": crop,
+        "VIEWS": views,
+    }
+    for color, m, s in zip(("red", "green", "blue"), mean, std, strict=True):
+        arguments[f"{color}_scale"] = 1 / (255 * s)
+        arguments[f"{color}_shift"] = -m / s
+    if max(height, width) > resize:
+        return Launch(
+            _shrink_kernel,
+            lambda c: (triton.cdiv(row, 8 * c["BLOCK"]) * triton.cdiv(crop, c["ROWS"]) * count,),
+            arguments,
+        )
+    # Two rows that are crop - 1 apart are at most this many gaps apart; both ends count.
+    gaps = (crop - 1) * height // resize + 2
+    return Launch(
+        _enlarge_kernel,
+        lambda c: (triton.cdiv(row, 8 * c["BLOCK"]) * gaps * count,),
+        {**arguments, "GAPS": gaps},
+    )
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    views: int,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `augment_reference.augment`, on a GPU; what is out of range gives NaN."""
+    count = len(indices) * views
+    out = torch.empty(
+        (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
+    )
+    if count > 0:
+        tensors = images, indices, offsets.contiguous(), flips.contiguous()
+        _launch(*tensors, out, views, resize, crop, mean, std).run()
+    return out
+
+
+def inspect_cases() -> list[KernelCase]:
+    """What `inspect` looks at: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk."""
+    resize, crop = 256, 224
+
+    def tensors(
+        batch: int, height: int, width: int, views: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = torch.arange(batch if views == 1 else views, device=device)
+        images = torch.zeros((batch, height, width, 3), dtype=torch.uint8, device=device)
+        offsets = torch.stack([rows * 7 % 33, rows * 13 % 33], dim=1).int()
+        return images, torch.arange(batch, device=device), offsets, rows % 2 == 1
+
+    def case(name: str, height: int, width: int, views: int, traffic_limit: float) -> KernelCase:
+        def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
+            out = torch.zeros((batch * views, 3, crop, crop), dtype=dtype, device=device)
+            out = out.contiguous(memory_format=torch.channels_last)
+            return _launch(
+                *tensors(batch, height, width, views, device), out, views, resize, crop, [0.5] * 3, [1.0] * 3
+            )
+
+        def eager(dtype: torch.dtype, batch: int) -> Callable[[], object]:
+            arguments = tensors(batch, height, width, views, torch.device("meta"))
+            return lambda: reference.augment(*arguments, views, resize, crop, [0.5] * 3, [1.0] * 3, dtype)
+
+        return KernelCase(
+            name,
+            launch,
+            writes=("out_pointer",),
+            elements="out_pointer",
+            traffic_limit=traffic_limit,
+            vector_loads=0,  # the source is bytes, gathered through the caches
+            vector_stores=1,
+            eager=eager,
+        )
+
+    return [
+        case("augment", 32, 32, 1, 1.05),
+        case("ten_crop", 32, 32, 10, 1.05),
+        # Neighbouring programs share the source rows under the triangle, and both read them.
+        case("augment_shrink", 375, 500, 1, 1.25),
+    ]
