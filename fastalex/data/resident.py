@@ -1,0 +1,105 @@
+"""``loader=resident``: the decoded images stay on the device as uint8, and one kernel makes each batch of them.
+
+Order, offsets and flips are drawn on the device too, so nothing crosses to it after the first batch but kernel
+launches. On the CPU the images are used where they lie, mapped from the cache or not, without a copy.
+
+Nothing runs ahead of the training loop: a GPU queues `augment` behind the step before it, and on two CPU cores
+a batch takes well under 1% of a training step (``benchmarks/test_augment.py``), less than a thread that
+competes for the same cores would cost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastalex.data.imageset import ImageSet
+from fastalex.data.loader import PlannedLoader, Views
+from fastalex.errors import DataError
+from fastalex.kernels import augment, ten_crop
+
+MEMORY_SHARE = 0.25  # of a GPU's memory that one split may take
+
+
+def fits(images: ImageSet, device: torch.device | str) -> bool:
+    """Whether a split can be resident: decoded, of one size, and at most ``MEMORY_SHARE`` of a GPU's memory.
+
+    On the CPU the decoded images are in memory already.
+    """
+    if images.pixels is None:
+        return False
+    device = torch.device(device)
+    if device.type != "cuda":
+        return True
+    _, total = torch.cuda.mem_get_info(device)
+    return bool(images.pixels.nbytes <= MEMORY_SHARE * total)
+
+
+class ResidentLoader(PlannedLoader):
+    """See :class:`fastalex.data.loader.Loader` for what it yields.
+
+    Loaders over the same split share its images on the device.
+
+    Raises:
+        DataError: the images are files of several sizes, still to be decoded.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.images.pixels is None:
+            raise DataError(
+                f"loader.name=resident needs images that are decoded and of one small size, but these "
+                f"{len(self.images)} are files of their own sizes; use loader=torchvision or loader=dali"
+            )
+        self._pixels = _on_device(self.images.pixels, self.device)
+        self._labels = torch.from_numpy(self.images.labels).to(self.device)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = self.plan(self.device)
+        geometry = {
+            "resize": self.data.resize,
+            "crop": self.data.crop,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "dtype": self.dtype,
+        }
+        for number in range(self.start_batch, len(self)):
+            rows = plan.batch(number, self.batch_size)
+            if self.views is Views.ten_crop:
+                images = ten_crop(
+                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **geometry
+                )
+            else:
+                images = augment(
+                    self._pixels.tensor, rows.offsets, rows.flips, indices=rows.indices, **geometry
+                )
+            yield images if self.channels_last else images.contiguous(), self._labels[rows.indices]
+
+
+class _DevicePixels:
+    """A split's images on a device; holds the array too, so that its id stays its own."""
+
+    def __init__(self, pixels: NDArray[np.uint8], device: torch.device) -> None:
+        self.pixels = pixels
+        with warnings.catch_warnings():  # the cache is mapped read-only, and nothing here writes
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+
+
+_resident: WeakValueDictionary[tuple[int, torch.device], _DevicePixels] = WeakValueDictionary()
+
+
+def _on_device(pixels: NDArray[np.uint8], device: torch.device) -> _DevicePixels:
+    """The images on the device, moved there by the first loader that asks and dropped with the last."""
+    key = id(pixels), device
+    found = _resident.get(key)
+    if found is None:
+        found = _resident[key] = _DevicePixels(pixels, device)
+    return found
