@@ -1,10 +1,10 @@
-"""``loader=resident``: the decoded images stay on the device as uint8, and one kernel makes each batch of them.
+"""``loader=resident``: decoded images stay on the device as uint8, and one kernel makes each batch of them.
 
-Order, offsets and flips are drawn on the device too, so nothing crosses to it after the first batch but kernel
-launches. On the CPU the images are used where they lie, mapped from the cache or not, without a copy.
+Order, offsets and flips are drawn on the device too, so after the first batch nothing crosses to it but
+kernel launches. On the CPU the images are used where they lie, mapped from the cache or not, without a copy.
 
-Nothing runs ahead of the training loop: a GPU queues `augment` behind the step before it, and on two CPU cores
-a batch takes well under 1% of a training step (``benchmarks/test_augment.py``), less than a thread that
+Nothing runs ahead of the training loop: a GPU queues `augment` behind the step before it, and on two CPU
+cores a batch takes under 1% of a training step (``benchmarks/test_augment.py``): less than a thread that
 competes for the same cores would cost.
 """
 
