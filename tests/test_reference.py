@@ -211,7 +211,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert re.fullmatch(r"test, ten-crop: top-1 error (0\.0|0\.5|1\.0)000, top-5 error 0\.0000", test)
 
 
-def test_learning_rate_falls_when_validation_error_stalls(
+def test_sgd_whose_learning_rate_falls_when_validation_error_stalls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The seed's hand rule. A model without weights that count cannot improve on its first epoch."""
@@ -224,11 +224,24 @@ def test_learning_rate_falls_when_validation_error_stalls(
         def forward(self, images: Tensor) -> Tensor:
             return self.logits.expand(len(images), -1)
 
+    optimizers = []
+
+    def train_step(
+        model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> Tensor:
+        optimizers.append(optimizer)
+        return real_train_step(model, optimizer, images, labels)
+
+    real_train_step = reference.train_step
+    monkeypatch.setattr(reference, "train_step", train_step)
     monkeypatch.setattr(reference, "AlexNet", Constant)
     arguments = ["--data", str(write_tree(tmp_path)), "--epochs", "5", "--lr", "1e-4", "--num-workers", "0"]
     reference.main(arguments)
     rates = re.findall(r"learning rate (\S+),", capsys.readouterr().out)
     assert [float(rate) for rate in rates] == pytest.approx([1e-4] * 4 + [1e-5])
+    (settings,) = optimizers[-1].param_groups
+    assert (settings["momentum"], settings["weight_decay"], settings["nesterov"]) == (0.9, 5e-4, False)
+    assert settings["lr"] == pytest.approx(1e-5)
 
 
 def test_reads_the_published_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
