@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._numba_simd import LANES, bits, fma, inline, jit, load, splat, store
+from ._numba_simd import LANES, bits, fma, inline, jit, load, splat, store, store_partial
 from .lrn_numba import _run
 
 f32 = np.float32
@@ -69,6 +69,14 @@ def _resize_row(line, first, weights, left, flip, row, at, crop):
         column += step
 
 
+@inline
+def _write(out, at, total, left):
+    if left >= LANES:
+        store(out, at, total)
+    else:
+        store_partial(out, at, total, left)
+
+
 @jit(error_model="numpy")
 def _augment(
     start, stop, images, height, width, indices, offsets, flips, views, crop,
@@ -99,15 +107,15 @@ def _augment(
                 lower = padded - upper
                 other = splat(row_weights[top + y, 1])
                 for e in range(0, length, LANES):
-                    total = fma(other, load(ring, lower + e, LANES), weight * load(ring, upper + e, LANES))
-                    store(out, at + e, total, length - e)
+                    total = fma(other, load(ring, lower + e), weight * load(ring, upper + e))
+                    _write(out, at + e, total, length - e)
             else:
                 for e in range(0, length, LANES):
-                    total = weight * load(ring, upper + e, LANES)
+                    total = weight * load(ring, upper + e)
                     for k in range(1, taps):
                         row = (first + k) % taps * padded
-                        total = fma(splat(row_weights[top + y, k]), load(ring, row + e, LANES), total)
-                    store(out, at + e, total, length - e)
+                        total = fma(splat(row_weights[top + y, k]), load(ring, row + e), total)
+                    _write(out, at + e, total, length - e)
 
 
 @jit(parallel=True)
