@@ -96,7 +96,9 @@ def ten_crop(
     """
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
-    offsets, flips = _crop_views(resize, crop, mirror, images.device)
+    # Traced, the tensors become constants of the graph; dynamo would warn that it looks through the cache.
+    views_on = _views_on.__wrapped__ if torch.compiler.is_compiling() else _views_on
+    offsets, flips = views_on(resize, crop, mirror, images.device)
     return _augment(images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype)
 
 
@@ -142,7 +144,7 @@ def _resolve_indices(images: Tensor, indices: Tensor | None, name: str) -> Tenso
     return indices
 
 
-def crop_views(resize: int, crop: int, mirror: bool = True) -> list[tuple[int, int, bool]]:
+def _crop_views(resize: int, crop: int, mirror: bool) -> list[tuple[int, int, bool]]:
     """(top, left, flip) of each of the ten (or five) views, in torchvision's order."""
     far, middle = resize - crop, round((resize - crop) / 2)
     five = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
@@ -153,8 +155,8 @@ def crop_views(resize: int, crop: int, mirror: bool = True) -> list[tuple[int, i
 
 
 @lru_cache(maxsize=16)  # on a GPU, building it would be a copy from the host in every batch
-def _crop_views(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    views = crop_views(resize, crop, mirror)
+def _views_on(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    views = _crop_views(resize, crop, mirror)
     offsets = torch.tensor([view[:2] for view in views], dtype=torch.int32, device=device)
     return offsets, torch.tensor([view[2] for view in views], device=device)
 
