@@ -1,35 +1,48 @@
 """From an image file to RGB pixels: one policy for every loader and data set.
 
-=========================  ============================================================================
+=========================  ==========================================================================
 what the file holds        what comes out, always uint8 (H, W, 3)
-=========================  ============================================================================
+=========================  ==========================================================================
 grey (L, 1-bit)            the value in all three channels
 palette                    the palette's colours
 alpha (RGBA, LA, palette)  dropped, not composited: the colour stored under a transparent pixel counts
 CMYK, YCCK, LAB, YCbCr     Pillow's ``convert("RGB")``: no colour profile is applied
 16 bits a channel          the high byte, as libpng and Pillow reduce 48-bit RGB
 32-bit integer or float    refused: no range of such values is agreed on
-EXIF orientation           applied; an unreadable EXIF block counts as "upright"
+EXIF orientation           applied; an unreadable EXIF block counts as upright
 several frames             the first
-any size from 1 x 1        as it is; over 179 million pixels is refused (Pillow's decompression-bomb limit)
-=========================  ============================================================================
+any size from 1 x 1        as it is; over 179 million pixels is refused (Pillow's guard against bombs)
+=========================  ==========================================================================
 
-Pillow does the work. A file is *damaged* when Pillow does not recognise it, or when its data end before the
-picture does. Wrong bytes in the middle of a JPEG are no error to libjpeg, hence none here.
+Pillow does the work, for the formats in ``FORMATS`` (its EPS reader would start Ghostscript). A file is
+*damaged* when Pillow does not recognise it, or when its data end before the picture does. Wrong bytes in
+the middle of a JPEG are no error to libjpeg, hence none here.
 """
 
 from __future__ import annotations
 
-
-import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from fastalex.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+
+_Transpose = Image.Transpose
+_UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns each orientation upright
+    2: _Transpose.FLIP_LEFT_RIGHT,
+    3: _Transpose.ROTATE_180,
+    4: _Transpose.FLIP_TOP_BOTTOM,
+    5: _Transpose.TRANSPOSE,
+    6: _Transpose.ROTATE_270,
+    7: _Transpose.TRANSVERSE,
+    8: _Transpose.ROTATE_90,
+}
 
 
 class DamagedImageError(DataError):
@@ -42,7 +55,7 @@ class DamagedImageError(DataError):
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # it crosses process borders
         return type(self), (self.path, self.reason)
 
 
@@ -53,4 +66,58 @@ def decode_image(path: Path | str) -> NDArray[np.uint8]:
         DamagedImageError: the file is truncated, not an image, or of a kind refused above.
         DataError: the operating system does not let us read it.
     """
-    raise NotImplementedError
+    return _decode(path, draft=False)[0]
+
+
+def check_image(path: Path | str) -> tuple[int, int]:
+    """Reads a whole file and returns (H, W), or raises what :func:`decode_image` would.
+
+    A JPEG is decoded at an eighth of its size, which reads every byte at less than half the cost.
+    """
+    return _decode(path, draft=True)[1]
+
+
+def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """The pixels, at a reduced size if ``draft``, and the full height and width."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            full = image.size
+            if draft:
+                image.draft(None, (1, 1))  # does nothing where the format knows no such thing
+            reduced = image.size != full
+            image.load()
+            orientation = _orientation(image)
+            pixels = _to_rgb(image if orientation == 1 else image.transpose(_UPRIGHT[orientation]))
+            width, height = full[::-1] if orientation >= 5 else full
+            return pixels, (height, width) if reduced else (pixels.shape[0], pixels.shape[1])
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers let many kinds escape: struct.error, SyntaxError, ...
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DamagedImageError(path, reason or type(error).__name__) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{'integer' if image.mode == 'I' else 'float'} pixels of 32 bits")
+    return np.array(image.convert("RGB"))
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]

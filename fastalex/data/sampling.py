@@ -104,7 +104,7 @@ def evaluation_plan(num_images: int, *, rank: int = 0, world_size: int = 1) -> T
 
     Ranks may differ by one image, so their numbers of batches may too: sum counts over ranks at the end only.
     """
-    return torch.arange(rank, num_images, world_size)
+    return torch.arange(num_images)[rank::world_size]
 
 
 def center_offset(resize: int, crop: int) -> int:

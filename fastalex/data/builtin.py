@@ -1,0 +1,42 @@
+"""Data sets that need no files."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastalex.config import DataConfig
+from fastalex.data.imageset import DataSplits, ImageSet
+from fastalex.data.splits import TEST_FRACTION, divide
+
+
+def load_digits(config: DataConfig, seed: int) -> DataSplits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, their 17 grey levels spread over 0..255.
+
+    A fifth of them, the same whatever the seed, is the test set.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits  # half a second that others need not spend
+
+    digits = sklearn_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = ImageSet(digits.target.astype(np.int64), pixels=np.repeat(grey[..., None], 3, axis=3))
+    classes = tuple(str(digit) for digit in range(10))
+    what = f"data.validation_fraction={config.validation_fraction}"
+    train, test = divide(images, TEST_FRACTION, 0, classes=classes, what=what)
+    train, validation = divide(train, config.validation_fraction, seed, classes=classes, what=what)
+    return DataSplits(train, validation, test, classes)
+
+
+def load_synthetic(config: DataConfig) -> DataSplits:
+    """``data.images`` images of noise, resize x resize, always the same; for throughput only.
+
+    All of them train. Validation and test are the first eighth of the same images: nothing is learnt here.
+    """
+    rng = np.random.default_rng(0)
+    shape = (config.images, config.resize, config.resize, 3)
+    images = ImageSet(
+        np.arange(config.images, dtype=np.int64) % config.classes,
+        pixels=rng.integers(0, 256, shape, dtype=np.uint8),
+    )
+    held_out = images.select(np.arange(-(-config.images // 8)))
+    classes = tuple(str(label) for label in range(config.classes))
+    return DataSplits(images, held_out, held_out, classes, has_errors=False)

@@ -1,0 +1,144 @@
+"""CIFAR-10 as its authors' pickles, as a tree of image files, or fetched."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+
+from fastalex.config import DataConfig
+from fastalex.data.cache import cache_folder, locked
+from fastalex.data.folders import read_parts, scan_classes
+from fastalex.data.imageset import DataSplits, ImageSet
+from fastalex.data.splits import check_labels, divide
+from fastalex.errors import DataError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_BATCHES = "cifar-10-batches-py"
+_PARTIAL = ".cifar10-"  # how the folder of an unfinished download begins
+_TIMEOUT = 60  # seconds without a byte after which a download is given up
+
+
+class _Batches(CIFAR10):
+    """torchvision's reader, for the folder of the pickles itself."""
+
+    base_folder = ""
+
+
+def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
+    """CIFAR-10 from ``data.root``: the pickles or ``{train,test}/CLASS/*``, downloaded if it has neither."""
+    root = Path(config.root).expanduser()
+    batches = _find_batches(root)
+    skipped = 0
+    if batches is None and not (root / "train").is_dir():
+        batches = _download(root, config)
+    if batches is not None:
+        train, test = (_load_batches(batches, config, train=part) for part in (True, False))
+    else:
+        if not (root / "test").is_dir():
+            raise DataError(f"data.root={config.root} has train but no test folder; add test/CLASS/*")
+        parts = {part: scan_classes(root / part, CLASSES, config) for part in ("train", "test")}
+        images, skipped = read_parts(root, parts, CLASSES, config, progress=progress)
+        train, test = images["train"], images["test"]
+    what = f"data.root={config.root}"
+    train, validation = divide(train, config.validation_fraction, seed, classes=CLASSES, what=what)
+    return DataSplits(train, validation, test, CLASSES, skipped)
+
+
+def _find_batches(root: Path) -> Path | None:
+    for folder in (root / _BATCHES, root):
+        if (folder / "data_batch_1").is_file() or (folder.name == _BATCHES and folder.is_dir()):
+            return folder
+    return None
+
+
+def _load_batches(folder: Path, config: DataConfig, *, train: bool) -> ImageSet:
+    """One part of the pickles. torchvision compares their MD5 first: no other pickle is ever opened."""
+    try:
+        batches = _Batches(folder, train=train)
+    except (RuntimeError, OSError):
+        expected = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+        for name, md5 in expected:
+            if not _is_whole(folder / name, md5):
+                problem = "is not the published file" if (folder / name).exists() else "is missing"
+                raise DataError(
+                    f"data.root={config.root}: {folder / name} {problem}; restore it, or remove {folder} "
+                    "to download all again"
+                ) from None
+        raise
+    labels = np.array(batches.targets, np.int64)
+    check_labels(labels, len(CLASSES), what=f"data.root={config.root}")
+    return ImageSet(labels, pixels=batches.data)
+
+
+def _is_whole(path: Path, md5: str) -> bool:
+    try:
+        return bool(check_integrity(path, md5))
+    except OSError:
+        return False
+
+
+def _download(root: Path, config: DataConfig) -> Path:
+    """Fetches the pickles into ``root``, where they appear when they are whole or not at all."""
+    remedy = (
+        f"put {_BATCHES} or train/CLASS and test/CLASS folders into data.root, point data.root at them, "
+        "or use data=digits, which needs no files"
+    )
+    if not config.download:
+        raise DataError(f"data.root={config.root} holds no CIFAR-10 and data.download=false; {remedy}")
+    lock = cache_folder() / "cifar10-download.lock"
+    with suppress(OSError):  # without a lock two downloads at once are a waste, not an error
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock):
+        batches = _find_batches(root)  # another process may have fetched it while we waited
+        if batches is not None:
+            return batches
+        try:
+            with _partial_folder(root) as partial, _socket_timeout():
+                CIFAR10(partial, train=False, download=True)
+                (partial / _BATCHES).rename(root / _BATCHES)
+        except Exception as error:  # by network, disk, archive or checksum: all end the same way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"data.root={config.root} holds no CIFAR-10, and fetching {CIFAR10.url} failed ({reason}); "
+                f"{remedy}"
+            ) from None
+    return root / _BATCHES
+
+
+@contextmanager
+def _partial_folder(root: Path) -> Iterator[Path]:
+    """A folder inside ``root`` that is gone afterwards, as are a killed download's and a new, empty root."""
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(left)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial)
+    finally:
+        for folder in new:  # innermost first; one that is not empty stays
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _socket_timeout() -> Iterator[None]:
+    """torchvision's download has no time-out of its own and would wait for a silent server forever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

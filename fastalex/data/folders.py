@@ -1,0 +1,279 @@
+"""Folders of image files: class folders with or without splits, and Tiny ImageNet's layout.
+
+A class is a folder, its images are all the files below it. Names that begin with a dot and what file
+managers leave behind (Thumbs.db, desktop.ini) do not count; any other file that is not an image is an
+error, or is skipped and counted under ``data.on_error=skip``. Classes are numbered in the order of their
+names.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastalex.config import DataConfig, OnError
+from fastalex.data.cache import read_files
+from fastalex.data.imageset import DataSplits, ImageSet
+from fastalex.data.splits import TEST_FRACTION, divide
+from fastalex.errors import DataError
+
+_LEFT_BEHIND = {"thumbs.db", "desktop.ini"}
+_VALIDATION_NAMES = ("val", "valid", "validation")
+
+
+@dataclass
+class LabelledFiles:
+    """The files of one split and their labels."""
+
+    paths: list[Path]
+    labels: list[int]
+
+
+def find_root(config: DataConfig) -> Path:
+    """``data.root`` as a folder that is there and holds something, or DataError."""
+    root = Path(config.root).expanduser()
+    remedy = f"set data.root to the folder that holds the images of data={config.name}, or use data=digits"
+    if not root.exists():
+        raise DataError(f"data.root={config.root} does not exist; {remedy}")
+    if not root.is_dir():
+        raise DataError(f"data.root={config.root} is not a folder; {remedy}")
+    if not _entries(root):
+        raise DataError(f"data.root={config.root} is empty; {remedy}")
+    return root
+
+
+def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
+    """Class folders, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``.
+
+    ==================  ============================================================================
+    under root          what becomes of it
+    ==================  ============================================================================
+    CLASS               a fifth of each class is the test set, the same whatever the seed
+    train, test         as they are
+    train, val          val is the test set: it is the part that others' figures on the data refer to
+    train, val, test    as they are, nothing is drawn
+    train               as CLASS
+    ==================  ============================================================================
+
+    Where there is no validation set yet, ``data.validation_fraction`` of the training images becomes it, by
+    seed. val may be called valid or validation. A test folder without class folders is unlabelled, as
+    competitions have it, and is left alone. Other folders beside train are left alone too.
+    """
+    root = find_root(config)
+    folders = {folder.name: folder for folder in subfolders(root)}
+    if "train" not in folders or not subfolders(folders["train"]):
+        if "train" not in folders and any(name in folders for name in ("test", *_VALIDATION_NAMES)):
+            raise DataError(
+                f"data.root={config.root} has {', '.join(sorted(folders))} but no train folder; add it"
+            )
+        found = {"train": root}
+    else:
+        found = {"train": folders["train"]}
+        validation = [folders[name] for name in _VALIDATION_NAMES if name in folders]
+        if len(validation) > 1:
+            names = " and ".join(folder.name for folder in validation)
+            raise DataError(f"data.root={config.root} has both {names}; keep one of them")
+        if validation:
+            found["validation"] = validation[0]
+        if "test" in folders and subfolders(folders["test"]):
+            found["test"] = folders["test"]
+        elif validation:
+            found["test"] = found.pop("validation")
+
+    classes = class_names(found["train"], config)
+    parts = {name: scan_classes(folder, classes, config) for name, folder in found.items()}
+    images, skipped = read_parts(root, parts, classes, config, progress=progress)
+    what = f"data.root={config.root}"
+    if "test" not in images:
+        images["train"], images["test"] = divide(
+            images["train"], TEST_FRACTION, 0, classes=classes, what=what
+        )
+    if "validation" not in images:
+        images["train"], images["validation"] = divide(
+            images["train"], config.validation_fraction, seed, classes=classes, what=what
+        )
+    return DataSplits(images["train"], images["validation"], images["test"], classes, skipped)
+
+
+def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
+    """Tiny ImageNet as published: ``train/WNID/images``, ``val/images`` and ``val/val_annotations.txt``.
+
+    The labels of its test images were never published, so val is the test set, as in others' figures, and
+    validation images come from train. Classes are named by ``words.txt``, if it is there.
+    """
+    root = find_root(config)
+    if (root / "tiny-imagenet-200").is_dir():
+        root = root / "tiny-imagenet-200"
+    for part in ("train", "val/images", "val/val_annotations.txt"):
+        if not (root / part).exists():
+            raise DataError(
+                f"data.root={config.root}: {root / part} is missing; set data.root to Tiny ImageNet as "
+                "published, or use data=imagefolder for class folders"
+            )
+    wnids = class_names(root / "train", config)
+    train = LabelledFiles([], [])
+    for label, wnid in enumerate(wnids):
+        folder = root / "train" / wnid / "images"
+        files = image_files(folder) if folder.is_dir() else []
+        if not files:
+            raise DataError(
+                f"data.root={config.root}: {folder} holds no images; add them or remove class {wnid}"
+            )
+        train.paths += files
+        train.labels += [label] * len(files)
+    parts = {"train": train, "test": _annotated_files(root / "val", wnids, config)}
+    images, skipped = read_parts(root, parts, wnids, config, progress=progress)
+    what = f"data.root={config.root}"
+    images["train"], images["validation"] = divide(
+        images["train"], config.validation_fraction, seed, classes=wnids, what=what
+    )
+    names = _class_words(root / "words.txt", wnids)
+    return DataSplits(images["train"], images["validation"], images["test"], names, skipped)
+
+
+def class_names(folder: Path, config: DataConfig) -> tuple[str, ...]:
+    """The names of the class folders, of which there must be two at least."""
+    names = tuple(sub.name for sub in subfolders(folder))
+    if len(names) < 2:
+        raise DataError(
+            f"data.root={config.root}: {folder} has {len(names)} class folders; "
+            "put the images of each class into a folder of its own, two classes at least"
+        )
+    return names
+
+
+def scan_classes(folder: Path, classes: tuple[str, ...], config: DataConfig) -> LabelledFiles:
+    """The files in the class folders of one split, which must be exactly those of ``classes``."""
+    found = {sub.name for sub in subfolders(folder)}
+    if found != set(classes):
+        name = min(found ^ set(classes))
+        problem = "an unexpected class folder" if name in found else "no folder for class"
+        raise DataError(
+            f"data.root={config.root}: {folder} has {problem} {name!r}; every split needs the same classes"
+        )
+    files = LabelledFiles([], [])
+    for label, name in enumerate(classes):
+        paths = image_files(folder / name)
+        if not paths:
+            raise DataError(
+                f"data.root={config.root}: class folder {folder / name} holds no images; fill or remove it"
+            )
+        files.paths += paths
+        files.labels += [label] * len(paths)
+    return files
+
+
+def read_parts(
+    root: Path,
+    parts: dict[str, LabelledFiles],
+    classes: tuple[str, ...],
+    config: DataConfig,
+    *,
+    progress: bool,
+) -> tuple[dict[str, ImageSet], int]:
+    """Reads the files of all splits through the cache: the image sets, and how many files were skipped.
+
+    Raises:
+        DataError: a file is damaged and ``data.on_error`` is not skip, or a class has no other.
+    """
+    paths = [path for part in parts.values() for path in part.paths]
+    contents = read_files(root, paths, progress=progress)
+    if contents.damaged and config.on_error is not OnError.skip:
+        first, reason = next(iter(contents.damaged.items()))
+        more = f" and {len(contents.damaged) - 1} more" if len(contents.damaged) > 1 else ""
+        raise DataError(
+            f"data.root={config.root}: {paths[first]} is not a whole image ({reason}){more}; "
+            "replace or remove it, or set data.on_error=skip"
+        )
+    whole = np.ones(len(paths), bool)
+    whole[list(contents.damaged)] = False
+    images = {}
+    start = 0
+    for name, part in parts.items():
+        rows = start + np.flatnonzero(whole[start : start + len(part.paths)])
+        labels = np.array(part.labels, np.int64)[rows - start]
+        start += len(part.paths)
+        missing = set(range(len(classes))) - set(labels.tolist())
+        if missing:
+            raise DataError(
+                f"data.root={config.root}: every image of class {classes[min(missing)]!r} for {name} is "
+                "damaged; replace them or remove the class"
+            )
+        if contents.pixels is not None:
+            images[name] = ImageSet(labels, pixels=contents.pixels[rows])
+        else:
+            images[name] = ImageSet(labels, paths=tuple(paths[i] for i in rows))
+    return images, len(contents.damaged)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, without hidden ones."""
+    return [entry for entry in _entries(folder) if entry.is_dir()]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below a folder that could be images, in the order of their paths."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [
+            Path(parent, name)
+            for name in sorted(names)
+            if not name.startswith(".") and name.lower() not in _LEFT_BEHIND
+        ]
+    return files
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> LabelledFiles:
+    """The images of ``val`` with the classes that ``val_annotations.txt`` gives them."""
+    annotations = val / "val_annotations.txt"
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    files = LabelledFiles([], [])
+    for number, line in enumerate(_read_lines(annotations), 1):
+        where = f"data.root={config.root}: {annotations} line {number}"
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise DataError(f"{where} is not FILE<tab>CLASS<tab>...; restore the published file")
+        name, wnid = fields[:2]
+        if wnid not in label_of:
+            raise DataError(
+                f"{where} gives {name} the class {wnid!r}, which is no folder in train; correct it"
+            )
+        path = val / "images" / name
+        if not path.is_file():
+            raise DataError(f"{where} names {path}, which is missing; restore it or remove the line")
+        files.paths.append(path)
+        files.labels.append(label_of[wnid])
+    return files
+
+
+def _class_words(words: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
+    """The first word for each class, or the wnids where they have no words or share them."""
+    if not words.is_file():
+        return wnids
+    word_of = dict(line.split("\t", 1) for line in _read_lines(words) if "\t" in line)
+    names = tuple(word_of.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
+    return names if len(set(names)) == len(names) else wnids
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a text file; restore the published one") from None
