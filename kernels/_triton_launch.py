@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +38,7 @@ class Launch:
     """
 
     kernel: Any
-    grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    grid: Grid
     arguments: Mapping[str, Tensor | int | float | bool]
 
     @property
