@@ -5,8 +5,9 @@ Numba leaves vectorising to LLVM, which does well on a simple loop and badly on 
 and a 16-bit type. Here the kernel says what it means, block by block, as a Triton kernel does; LLVM still
 chooses the instructions and splits the vectors for machines with narrower registers.
 
-    v = load(array, i, count)      16 elements from flat index i, as fp32; lanes from `count` on are 0
-    store(array, i, v, count)      the first `count` lanes, rounded to nearest even
+    x = pointer(array)
+    v = load(x, i)          16 elements from index i, as fp32
+    store(x, i, v)          rounded to nearest even
     a + b, a - b, a * b, a / b, fma(a, b, c), maximum(a, b), where(mask, a, b), a > b, a == b, ...
 
 NumPy has no bf16, so an array's dtype stands for what its bits are: float32, uint16 for bf16, int16 for
@@ -59,9 +60,20 @@ def bits(x: torch.Tensor) -> np.ndarray[Any, Any]:
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _WORDS = ir.VectorType(ir.IntType(32), LANES)
-_SHORTS = ir.VectorType(ir.IntType(16), LANES)
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _BOOLS = ir.VectorType(ir.IntType(1), LANES)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bf16, which llvmlite does not know."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
 
 
 class _Vector(types.Type):
@@ -105,20 +117,30 @@ def _words(value: int) -> ir.Constant:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
+@intrinsic
+def pointer(typing_context, array):
+    """Where an array's elements start. It does not keep the array alive: take it of a function's argument.
+
+    Passing arrays from function to function counts references, with atomic additions, in every call.
+    """
+
+    def codegen(context, builder, signature, args):
+        return context.make_array(array)(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
-def _read(builder: ir.IRBuilder, pointer: Any, vector: ir.VectorType) -> Any:
-    size = vector.element.width // 8 if isinstance(vector.element, ir.IntType) else 4
-    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=size)
+_STORED = {
+    types.float32: ir.FloatType(),
+    types.uint16: ir.IntType(16),
+    types.int16: ir.IntType(16),
+    types.uint8: ir.IntType(8),
+}
+_ALIGNMENT = {types.float32: 4, types.uint16: 2, types.int16: 2, types.uint8: 1}
 
 
-def _write(builder: ir.IRBuilder, value: Any, pointer: Any) -> None:
-    element = value.type.element
-    size = element.width // 8 if isinstance(element, ir.IntType) else 4
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=size)
+def _address(builder: ir.IRBuilder, start: Any, index: Any, vector: ir.VectorType) -> Any:
+    return builder.bitcast(builder.gep(start, [index]), vector.as_pointer())
 
 
 def _copy(builder: ir.IRBuilder, source: Any, target: Any, count: Any) -> None:
@@ -127,102 +149,99 @@ def _copy(builder: ir.IRBuilder, source: Any, target: Any, count: Any) -> None:
         builder.store(builder.load(builder.gep(source, [loop.index])), builder.gep(target, [loop.index]))
 
 
-def _stored_type(array_type: Any) -> ir.VectorType:
-    if array_type.dtype == types.float32:
-        return _FLOATS
-    if array_type.dtype in (types.uint16, types.int16):
-        return _SHORTS
-    if array_type.dtype == types.uint8:
-        return _BYTES
-    raise TypeError(f"no vector of {array_type.dtype}")
-
-
-def _to_float(builder: ir.IRBuilder, raw: Any, array_type: Any) -> Any:
-    if array_type.dtype == types.float32:
+def _to_float(builder: ir.IRBuilder, raw: Any, dtype: types.Type) -> Any:
+    if dtype == types.float32:
         return raw
-    if array_type.dtype == types.uint8:
+    if dtype == types.uint8:
         return builder.uitofp(raw, _FLOATS)
-    if array_type.dtype == types.int16:
+    if dtype == types.int16:
         return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
     return builder.bitcast(builder.shl(builder.zext(raw, _WORDS), _words(16)), _FLOATS)
 
 
-def _from_float(builder: ir.IRBuilder, value: Any, array_type: Any) -> Any:
-    if array_type.dtype == types.float32:
+def _from_float(context: Any, builder: ir.IRBuilder, value: Any, dtype: types.Type) -> Any:
+    if dtype == types.float32:
         return value
-    if array_type.dtype == types.uint8:
-        return builder.fptoui(value, _BYTES)
-    if array_type.dtype == types.int16:
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), _SHORTS)
+    if dtype == types.uint8:
+        return builder.fptoui(value, ir.VectorType(ir.IntType(8), LANES))
+    shorts = ir.VectorType(ir.IntType(16), LANES)
+    if dtype == types.int16:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), shorts)
+    if "+avx512bf16" in context.codegen().magic_tuple()[2]:  # one instruction instead of eight
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), shorts)
     # bf16 is the upper half of fp32. Adding just under half of the lower one, and one more if the upper is
     # odd, rounds to nearest even; it would carry a NaN over to zero, so a NaN is written as one.
     word = builder.bitcast(value, _WORDS)
     odd = builder.and_(builder.lshr(word, _words(16)), _words(1))
     rounded = builder.add(word, builder.add(odd, _words(0x7FFF)))
-    upper = builder.trunc(builder.lshr(rounded, _words(16)), _SHORTS)
+    upper = builder.trunc(builder.lshr(rounded, _words(16)), shorts)
     is_nan = builder.fcmp_unordered("uno", value, value)
     return builder.select(is_nan, _every(ir.IntType(16), 0x7FC0), upper)
 
 
 @intrinsic
-def _load(typing_context, array, index):
-    def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, array, *args)
-        return _to_float(builder, _read(builder, pointer, _stored_type(array)), array)
+def load(typing_context, start, index):
+    """The 16 elements from `index` of those at the pointer `start`, as fp32."""
+    vector = ir.VectorType(_STORED[start.dtype], LANES)
 
-    return _vector(array, types.intp), codegen
+    def codegen(context, builder, signature, args):
+        raw = builder.load(_address(builder, *args, vector), align=_ALIGNMENT[start.dtype])
+        return _to_float(builder, raw, start.dtype)
+
+    return _vector(start, types.intp), codegen
 
 
 @intrinsic
-def _load_partial(typing_context, array, index, count):
-    def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, array, *args[:2])
-        stored = _stored_type(array)
-        block = cgutils.alloca_once_value(builder, _every(stored.element, 0))
-        _copy(builder, pointer, builder.bitcast(block, pointer.type), args[2])
-        return _to_float(builder, _read(builder, block, stored), array)
+def load_partial(typing_context, start, index, count):
+    """`count` < 16 elements, as fp32; the lanes after them are 0."""
+    element = _STORED[start.dtype]
 
-    return _vector(array, types.intp, types.intp), codegen
+    def codegen(context, builder, signature, args):
+        block = cgutils.alloca_once_value(builder, _every(element, 0))
+        source = builder.gep(args[0], [args[1]])
+        _copy(builder, source, builder.bitcast(block, source.type), args[2])
+        return _to_float(builder, builder.load(block), start.dtype)
+
+    return _vector(start, types.intp, types.intp), codegen
 
 
 @intrinsic
-def _store(typing_context, array, index, value):
+def store(typing_context, start, index, value):
+    """`value` to the 16 elements from `index`, rounded to their dtype."""
+    vector = ir.VectorType(_STORED[start.dtype], LANES)
+
     def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, array, *args[:2])
-        _write(builder, _from_float(builder, args[2], array), pointer)
+        stored = _from_float(context, builder, args[2], start.dtype)
+        builder.store(stored, _address(builder, *args[:2], vector), align=_ALIGNMENT[start.dtype])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _vector), codegen
+    return types.void(start, types.intp, _vector), codegen
 
 
 @intrinsic
-def _store_partial(typing_context, array, index, value, count):
+def store_partial(typing_context, start, index, value, count):
+    """The first `count` < 16 lanes of `value`."""
+
     def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, array, *args[:2])
-        block = cgutils.alloca_once_value(builder, _from_float(builder, args[2], array))
-        _copy(builder, builder.bitcast(block, pointer.type), pointer, args[3])
+        stored = _from_float(context, builder, args[2], start.dtype)
+        target = builder.gep(args[0], [args[1]])
+        block = cgutils.alloca_once_value(builder, stored)
+        _copy(builder, builder.bitcast(block, target.type), target, args[3])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _vector, types.intp), codegen
+    return types.void(start, types.intp, _vector, types.intp), codegen
 
 
-@inline
-def load(array, index, count):
-    """16 elements of a flat array from `index` as fp32; lanes from `count` on are 0 and are not read."""
-    if count >= LANES:
-        return _load(array, index)
-    if count > 0:
-        return _load_partial(array, index, count)
-    return splat(np.float32(0))
+@intrinsic
+def bytes_equal(typing_context, start, index, byte):
+    """The mask of which of 16 uint8 elements equal `byte`."""
+    vector = ir.VectorType(ir.IntType(8), LANES)
 
+    def codegen(context, builder, signature, args):
+        raw = builder.load(_address(builder, *args[:2], vector), align=1)
+        return builder.icmp_unsigned("==", raw, _splat(builder, builder.trunc(args[2], ir.IntType(8))))
 
-@inline
-def store(array, index, value, count):
-    """The first `count` lanes of `value` to a flat array from `index`, rounded to its dtype."""
-    if count >= LANES:
-        _store(array, index, value)
-    else:
-        _store_partial(array, index, value, count)
+    return _mask(start, types.intp, types.intp), codegen
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ What takes the time on two cores is memory: see `benchmarks/results/`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -33,6 +32,7 @@ from . import lrn_reference as reference
 from ._numba_simd import (
     LANES,
     bits,
+    bytes_equal,
     concatenated,
     first_lanes,
     fma,
@@ -40,45 +40,90 @@ from ._numba_simd import (
     inline,
     jit,
     load,
+    load_partial,
+    pointer,
     power,
     splat,
     store,
+    store_partial,
     where,
 )
 
 f32 = np.float32
 
 # --- one block of 16 channels -----------------------------------------------------------------------------
+#
+# `general` is None for what AlexNet needs (a window of 5, the exponent 3/4, whole blocks of channels), and
+# (before, after, beta) for everything else. Numba compiles a kernel for each type of its arguments, so the
+# common kernel holds no trace of the general case: registers are what it would run out of first.
 
 
 @inline
-def _inverse_power(d, beta):
-    """d^-beta. For 0.75, within 3e-7 of it for every positive normal d, 0 for infinity, NaN for NaN.
+def _load(array, at, left, general):
+    """The block at `at` when `left` channels are left: lanes beyond them are 0."""
+    if left >= LANES:
+        return load(array, at)
+    if general is None or left <= 0:
+        return splat(f32(0))
+    return load_partial(array, at, left)
 
-    With y near d^(-1/4) and e = 1 - d y^4, d^(-3/4) is y^3 (1 - e)^(-3/4): a polynomial in e, of degree 5
+
+@inline
+def _bytes_equal(array, at, byte, left, general):
+    if general is None or left >= LANES:
+        return bytes_equal(array, at, byte)
+    return load_partial(array, at, left) == splat(f32(byte))
+
+
+@inline
+def _store(array, at, value, left, general):
+    if general is None or left >= LANES:
+        store(array, at, value)
+    else:
+        store_partial(array, at, value, left)
+
+
+@inline
+def _load_input(x, at, left, floor, general):
+    """max(v, floor), which lets NaN through. `floor` is 0 for ReLU; nothing is below NaN, for no ReLU."""
+    v = _load(x, at, left, general)
+    return where(splat(floor) > v, splat(floor), v)
+
+
+@inline
+def _inverse_power(d, general):
+    """d^-beta. For 3/4, within 3e-7 of it for every positive normal d, 0 for infinity, NaN for NaN.
+
+    With y near d^(-1/4) and e = d y^4 - 1, d^(-3/4) is y^3 (1 + e)^(-3/4): a polynomial in e, of degree 5
     and fitted over the values that e can take.
     """
-    if beta != f32(0.75):
-        return power(d, splat(-beta))
+    if general is not None:
+        return power(d, splat(-general[2]))
     y = guess_inverse_fourth_root(d)
     y2 = y * y
-    e = splat(f32(1)) - d * y2 * y2
-    p = fma(e, splat(f32(0.44349779)), splat(f32(0.56931322)))
-    p = fma(e, p, splat(f32(0.60309923)))
+    e = fma(d * y2, y2, splat(f32(-1)))
+    p = fma(e, splat(f32(-0.44349779)), splat(f32(0.56931322)))
+    p = fma(e, p, splat(f32(-0.60309923)))
     p = fma(e, p, splat(f32(0.65623876)))
-    p = fma(e, p, splat(f32(0.7499944)))
+    p = fma(e, p, splat(f32(-0.7499944)))
     p = fma(e, p, splat(f32(1)))
     return where(d == splat(f32(np.inf)), splat(f32(0)), y * y2 * p)
 
 
 @inline
-def _window_sum(previous, current, following, before, after):
-    """Sum over channels c - before .. c + after for the 16 channels c of `current`; both at most 16."""
-    total = current
-    if before == 2 and after == 2:
-        total = total + concatenated(previous, current, 15) + concatenated(current, following, 1)
-        return total + (concatenated(previous, current, 14) + concatenated(current, following, 2))
-    zero = splat(f32(0))
+def _window_sum(previous, current, following, mirrored, general):
+    """Sum over the window of each of the 16 channels of `current`.
+
+    With `mirrored`, over the channels whose windows hold it: these reach as far, the other way round.
+    """
+    if general is None:
+        near = concatenated(previous, current, 15) + concatenated(current, following, 1)
+        far = concatenated(previous, current, 14) + concatenated(current, following, 2)
+        return current + near + far
+    before, after, _ = general
+    if mirrored:
+        before, after = after, before
+    zero, total = splat(f32(0)), current
     low, high = current, following
     for _ in range(after):  # move everything down a lane, add
         low, high = concatenated(low, high, 1), concatenated(high, zero, 1)
@@ -90,56 +135,72 @@ def _window_sum(previous, current, following, before, after):
     return total
 
 
-@inline
-def _activate(v, relu):
-    """max(v, 0) that lets NaN through, if `relu`."""
-    zero = splat(f32(0))
-    return where(zero > v, zero, v) if relu else v
-
-
 # --- one pixel --------------------------------------------------------------------------------------------
 
 
 @inline
-def _forward_pixel(x, at, y, to, stored, channels, before, after, scale, beta, k, relu):
+def _forward_pixel(x, at, y, to, stored, channels, scale, k, floor, general):
     """The pixel at x[at:] normalised into the first `stored` lanes from y[to:]."""
-    previous = splat(f32(0))  # names of squares; `v` belongs to `current`
-    v = _activate(load(x, at, channels), relu)
-    current = v * v
+    v = _load_input(x, at, channels, floor, general)
+    previous, current = splat(f32(0)), v * v  # the squares of the block before, and of this one
     for c in range(0, channels, LANES):
-        next_v = _activate(load(x, at + c + LANES, channels - c - LANES), relu)
+        next_v = _load_input(x, at + c + LANES, channels - c - LANES, floor, general)
         following = next_v * next_v
-        d = fma(splat(scale), _window_sum(previous, current, following, before, after), splat(k))
-        store(y, to + c, v * _inverse_power(d, beta), stored - c)
+        d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
+        _store(y, to + c, v * _inverse_power(d, general), stored - c, general)
         previous, current, v = current, following, next_v
 
 
 @inline
-def _backward_pixel(g, g_at, x, at, dx, channels, before, after, scale, beta, k, relu):
+def _load_if(exists, position, g, argmax, at, left, general):
+    """The gradient of the pooled block at `at`, in the channels whose maximum was at `position`."""
+    zero = splat(f32(0))
+    if exists:
+        return where(_bytes_equal(argmax, at, position, left, general), _load(g, at, left, general), zero)
+    return zero
+
+
+@inline
+def _load_gradient(g, at, pooling, left, general):
+    """The gradient of a block of the result: as it is, or from the up to four pooling windows around it.
+
+    `pooling` is None, or for the last window that could hold the pixel: argmax, the pixel's position in
+    it, how far back the row of windows above starts, and whether there is this window, the one before it,
+    the one above, and the one above that one.
+    """
+    if pooling is None:
+        return _load(g, at, left, general)
+    argmax, position, back, here, before, above, corner, channels = pooling
+    total = _load_if(here, position, g, argmax, at, left, general)
+    total = total + _load_if(before, position + 2, g, argmax, at - channels, left, general)
+    total = total + _load_if(above, position + 6, g, argmax, at - back, left, general)
+    return total + _load_if(corner, position + 8, g, argmax, at - back - channels, left, general)
+
+
+@inline
+def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, floor, general):
     """The gradient of the pixel at x[at:] into dx[at:], from that of its result at g[g_at:]."""
     zero = splat(f32(0))
-    factor = splat(f32(-2) * scale * beta)
-    v = _activate(load(x, at, channels), relu)
-    previous, current = zero, v * v  # squares, of the block before and of the block at c
-    q_previous, q = zero, zero  # summands of the second sum, one block behind
+    v = _load_input(x, at, channels, floor, general)
+    previous, current = zero, v * v  # the squares of the block before, and of the block at c
+    q_previous, q = zero, zero  # the summands of the second sum, one block behind
     last_v, last_scaled = zero, zero
     for c in range(0, channels + LANES, LANES):
         left = channels - c
-        next_v = _activate(load(x, at + c + LANES, left - LANES), relu)
+        next_v = _load_input(x, at + c + LANES, left - LANES, floor, general)
         following = next_v * next_v
         scaled, q_next = zero, zero
         if left > 0:
-            d = fma(splat(scale), _window_sum(previous, current, following, before, after), splat(k))
-            scaled = load(g, g_at + c, left) * _inverse_power(d, beta)
+            d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
+            scaled = _load_gradient(g, g_at + c, pooling, left, general) * _inverse_power(d, general)
             q_next = scaled * v / d
-        if left < LANES:  # no summand comes from a channel that does not exist, not even 0 / 0
-            q_next = where(first_lanes(left), q_next, zero)
+            if general is not None:  # no summand comes from a channel that does not exist, not even 0 / 0
+                q_next = where(first_lanes(left), q_next, zero)
         if c > 0:
-            # The windows that hold a channel reach as far as its own window does, mirrored.
-            total = _window_sum(q_previous, q, q_next, after, before)
-            dv = fma(factor * last_v, total, last_scaled)
-            dv = where(last_v == zero, zero, dv) if relu else dv
-            store(dx, at + c - LANES, dv, left + LANES)
+            total = _window_sum(q_previous, q, q_next, True, general)
+            dv = fma(splat(factor) * last_v, total, last_scaled)
+            dv = where(last_v == splat(floor), zero, dv)
+            _store(dx, at + c - LANES, dv, left + LANES, general)
         previous, current = current, following
         q_previous, q = q, q_next
         last_v, last_scaled, v = v, scaled, next_v
@@ -149,23 +210,24 @@ def _backward_pixel(g, g_at, x, at, dx, channels, before, after, scale, beta, k,
 
 
 @jit()
-def _forward(start, stop, x, y, channels, before, after, scale, beta, k, relu):
+def _forward(start, stop, x, y, channels, scale, k, factor, floor, general):
+    x, y = pointer(x), pointer(y)
     for at in range(start * channels, stop * channels, channels):
-        _forward_pixel(x, at, y, at, channels, channels, before, after, scale, beta, k, relu)
+        _forward_pixel(x, at, y, at, channels, channels, scale, k, floor, general)
 
 
 @jit()
-def _backward(start, stop, g, x, dx, channels, before, after, scale, beta, k, relu):
+def _backward(start, stop, g, x, dx, channels, scale, k, factor, floor, general):
+    g, x, dx = pointer(g), pointer(x), pointer(dx)
     for at in range(start * channels, stop * channels, channels):
-        _backward_pixel(g, at, x, at, dx, channels, before, after, scale, beta, k, relu)
+        _backward_pixel(g, at, None, x, at, dx, channels, scale, k, factor, floor, general)
 
 
-@jit()
-def _pool_forward(start, stop, x, y, argmax, shape, channels, before, after, scale, beta, k):
-    """Pooled rows start .. stop - 1, counted through all images; three normalised rows are kept in cache."""
+@inline
+def _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, factor, floor, general):
     height, width, pooled_height, pooled_width = shape
-    padded = (channels + LANES - 1) // LANES * LANES
-    rows = np.empty(3 * width * padded, np.float32)
+    padded = rows.size // (3 * width)
+    rows, x, y, argmax = pointer(rows), pointer(x), pointer(y), pointer(argmax)
     done = -1  # the last row in `rows`, counted through all images
     for pooled in range(start, stop):
         image, i = divmod(pooled, pooled_height)
@@ -174,69 +236,86 @@ def _pool_forward(start, stop, x, y, argmax, shape, channels, before, after, sca
             for w in range(width):
                 to = (row % 3 * width + w) * padded
                 at = (row * width + w) * channels
-                _forward_pixel(x, at, rows, to, padded, channels, before, after, scale, beta, k, True)
+                _forward_pixel(x, at, rows, to, padded, channels, scale, k, floor, general)
         done = top + 2
         for j in range(pooled_width):
             out = (pooled * pooled_width + j) * channels
             for c in range(0, channels, LANES):
-                best = load(rows, (top % 3 * width + 2 * j) * padded + c, LANES)
+                best = load(rows, (top % 3 * width + 2 * j) * padded + c)
                 index = splat(f32(0))
                 for position in range(1, 9):
                     row, column = top + position // 3, 2 * j + position % 3
-                    value = load(rows, (row % 3 * width + column) * padded + c, LANES)
+                    value = load(rows, (row % 3 * width + column) * padded + c)
                     wins = (value > best) | (value != value)  # the first of equals, and any NaN
                     best = where(wins, value, best)
                     index = where(wins, splat(f32(position)), index)
-                store(y, out + c, best, channels - c)
-                store(argmax, out + c, index, channels - c)
+                _store(y, out + c, best, channels - c, general)
+                _store(argmax, out + c, index, channels - c, general)
 
 
 @jit()
-def _pool_backward(start, stop, g, argmax, x, dx, shape, channels, before, after, scale, beta, k):
+def _pool_forward(start, stop, x, y, argmax, shape, channels, scale, k, factor, floor, general):
+    """Pooled rows start .. stop - 1, counted through all images; three normalised rows stay in cache."""
+    rows = np.empty(3 * shape[1] * ((channels + LANES - 1) // LANES * LANES), np.float32)
+    _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, factor, floor, general)
+
+
+@jit()
+def _pool_backward(start, stop, g, argmax, x, dx, shape, channels, scale, k, factor, floor, general):
     """Rows start .. stop - 1 of the input, counted through all images."""
     height, width, pooled_height, pooled_width = shape
-    spread = np.empty((channels + LANES - 1) // LANES * LANES, np.float32)  # one pixel's gradient
+    g, argmax, x, dx = pointer(g), pointer(argmax), pointer(x), pointer(dx)
+    back = pooled_width * channels
     for row in range(start, stop):
         image, h = divmod(row, height)
+        i, row_in_window = divmod(h, 2)
+        is_row, is_row_above = i < pooled_height, row_in_window == 0 and i > 0
         for w in range(width):
-            for c in range(0, channels, LANES):
-                total = splat(f32(0))
-                for i in range(max(h - 1, 0) // 2, min(h // 2 + 1, pooled_height)):
-                    for j in range(max(w - 1, 0) // 2, min(w // 2 + 1, pooled_width)):
-                        at = ((image * pooled_height + i) * pooled_width + j) * channels + c
-                        here = load(argmax, at, channels - c) == splat(f32((h - 2 * i) * 3 + w - 2 * j))
-                        total = total + where(here, load(g, at, channels - c), splat(f32(0)))
-                store(spread, c, total, LANES)
+            j, column_in_window = divmod(w, 2)
+            is_column, is_column_before = j < pooled_width, column_in_window == 0 and j > 0
+            pooling = (
+                argmax,
+                row_in_window * 3 + column_in_window,
+                back,
+                is_row and is_column,
+                is_row and is_column_before,
+                is_row_above and is_column,
+                is_row_above and is_column_before,
+                channels,
+            )
+            g_at = ((image * pooled_height + i) * pooled_width + j) * channels
             at = (row * width + w) * channels
-            _backward_pixel(spread, 0, x, at, dx, channels, before, after, scale, beta, k, True)
+            _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, floor, general)
 
 
 @jit(parallel=True)
-def _parallel_forward(tasks, count, x, y, channels, before, after, scale, beta, k, relu):
+def _parallel_forward(tasks, count, x, y, channels, scale, k, factor, floor, general):
     for task in numba.prange(tasks):
         start, stop = task * count // tasks, (task + 1) * count // tasks
-        _forward(start, stop, x, y, channels, before, after, scale, beta, k, relu)
+        _forward(start, stop, x, y, channels, scale, k, factor, floor, general)
 
 
 @jit(parallel=True)
-def _parallel_backward(tasks, count, g, x, dx, channels, before, after, scale, beta, k, relu):
+def _parallel_backward(tasks, count, g, x, dx, channels, scale, k, factor, floor, general):
     for task in numba.prange(tasks):
         start, stop = task * count // tasks, (task + 1) * count // tasks
-        _backward(start, stop, g, x, dx, channels, before, after, scale, beta, k, relu)
+        _backward(start, stop, g, x, dx, channels, scale, k, factor, floor, general)
 
 
 @jit(parallel=True)
-def _parallel_pool_forward(tasks, count, x, y, argmax, shape, channels, before, after, scale, beta, k):
+def _parallel_pool_forward(tasks, count, x, y, argmax, shape, channels, scale, k, factor, floor, general):
     for task in numba.prange(tasks):
         start, stop = task * count // tasks, (task + 1) * count // tasks
-        _pool_forward(start, stop, x, y, argmax, shape, channels, before, after, scale, beta, k)
+        _pool_forward(start, stop, x, y, argmax, shape, channels, scale, k, factor, floor, general)
 
 
 @jit(parallel=True)
-def _parallel_pool_backward(tasks, count, g, argmax, x, dx, shape, channels, before, after, scale, beta, k):
+def _parallel_pool_backward(
+    tasks, count, g, argmax, x, dx, shape, channels, scale, k, factor, floor, general
+):
     for task in numba.prange(tasks):
         start, stop = task * count // tasks, (task + 1) * count // tasks
-        _pool_backward(start, stop, g, argmax, x, dx, shape, channels, before, after, scale, beta, k)
+        _pool_backward(start, stop, g, argmax, x, dx, shape, channels, scale, k, factor, floor, general)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------
@@ -262,16 +341,20 @@ def _run(serial: Any, parallel: Any, count: int, *args: Any) -> None:
             numba.set_num_threads(before)
 
 
-def _options(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Any, ...]:
-    """Channels, reach of the window before and after (no farther than there are channels), constants."""
-    reach = x.shape[1] - 1
-    before, after = min(size // 2, reach), min((size - 1) // 2, reach)
-    return x.shape[1], before, after, f32(alpha / size), f32(beta), f32(k)
+def _options(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> tuple[Any, ...]:
+    """What follows the arrays in every kernel: channels, scale, k, factor, floor, general."""
+    channels = x.shape[1]
+    general = None
+    if not (size == 5 and beta == 0.75 and channels % LANES == 0 and alpha >= 0 and k >= 1e-30):
+        # No window reaches farther than there are channels.
+        general = min(size // 2, channels - 1), min((size - 1) // 2, channels - 1), f32(beta)
+    floor = f32(0) if relu else f32(np.nan)
+    return channels, f32(alpha / size), f32(k), f32(-2 * alpha * beta / size), floor, general
 
 
-def _fits(x: Tensor, size: int) -> bool:
-    """Whether the window reaches no farther than one block to either side."""
-    return min(size // 2, x.shape[1] - 1) <= LANES
+def _is_for_reference(x: Tensor, size: int) -> bool:
+    """Nothing to do, or a window that reaches farther than one block to either side."""
+    return x.numel() == 0 or min(size // 2, x.shape[1] - 1) > LANES
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -279,80 +362,67 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
-def _fill(like: Tensor, compute: Callable[[Tensor], None]) -> Tensor:
-    """A tensor like `like` filled by `compute`, which writes to a dense (N, ..., C) one."""
-    out = torch.empty_like(like)
+def _room_for(out: Tensor) -> Tensor:
+    """Where to compute `out`, dense (N, ..., C): its own memory if it is channels-last."""
     pixels = out.movedim(1, -1)
-    if pixels.is_contiguous():
-        compute(pixels)
-    else:
-        dense = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        compute(dense)
-        pixels.copy_(dense)
-    return out
+    return pixels if pixels.is_contiguous() else torch.empty(pixels.shape, dtype=out.dtype)
+
+
+def _moved(pixels: Tensor, out: Tensor) -> Tensor:
+    """`out`, with the values computed in its `_room_for`."""
+    return out if pixels.data_ptr() == out.data_ptr() else out.copy_(pixels.movedim(-1, 1))
 
 
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """As `lrn_reference.lrn_forward`, for fp32, bf16 and fp16 on the CPU."""
-    if x.numel() == 0 or not _fits(x, size):
+    if _is_for_reference(x, size):
         return reference.lrn_forward(x, size, alpha, beta, k, relu)
-    pixels, options = _pixels(x), _options(x, size, alpha, beta, k)
-
-    def compute(y: Tensor) -> None:
-        _run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(pixels), bits(y), *options, relu)
-
-    return _fill(x, compute)
+    out = torch.empty_like(x)
+    y = _room_for(out)
+    options = _options(x, size, alpha, beta, k, relu)
+    _run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(_pixels(x)), bits(y), *options)
+    return _moved(y, out)
 
 
 def lrn_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> Tensor:
     """As `lrn_reference.lrn_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if x.numel() == 0 or not _fits(x, size):
+    if _is_for_reference(x, size):
         return reference.lrn_backward(grad, x, size, alpha, beta, k, relu)
-    arrays = bits(_pixels(grad)), bits(_pixels(x))
-    options = _options(x, size, alpha, beta, k)
-
-    def compute(dx: Tensor) -> None:
-        _run(_backward, _parallel_backward, x.numel() // x.shape[1], *arrays, bits(dx), *options, relu)
-
-    return _fill(x, compute)
+    out = torch.empty_like(x)
+    dx = _room_for(out)
+    arrays = bits(_pixels(grad)), bits(_pixels(x)), bits(dx)
+    options = _options(x, size, alpha, beta, k, relu)
+    _run(_backward, _parallel_backward, x.numel() // x.shape[1], *arrays, *options)
+    return _moved(dx, out)
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
     """As `lrn_reference.lrn_max_pool_forward`, for fp32, bf16 and fp16 on the CPU."""
-    if x.numel() == 0 or not _fits(x, size):
+    if _is_for_reference(x, size):
         return reference.lrn_max_pool_forward(x, size, alpha, beta, k)
     height, width = x.shape[2:]
     shape = height, width, (height - 3) // 2 + 1, (width - 3) // 2 + 1
     like = x[:, :, : shape[2], : shape[3]]  # its empty_like has the memory format of x
-    pixels, options = _pixels(x), _options(x, size, alpha, beta, k)
-    argmax = torch.empty_like(like, dtype=torch.uint8)
-
-    def compute(y: Tensor) -> None:
-        def compute_argmax(index: Tensor) -> None:
-            rows = x.shape[0] * shape[2]
-            arrays = bits(pixels), bits(y), bits(index)
-            _run(_pool_forward, _parallel_pool_forward, rows, *arrays, shape, *options)
-
-        nonlocal argmax
-        argmax = _fill(argmax, compute_argmax)
-
-    return _fill(like, compute), argmax
+    out, argmax_out = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
+    y, argmax = _room_for(out), _room_for(argmax_out)
+    arrays = bits(_pixels(x)), bits(y), bits(argmax)
+    options = _options(x, size, alpha, beta, k, True)
+    _run(_pool_forward, _parallel_pool_forward, x.shape[0] * shape[2], *arrays, shape, *options)
+    return _moved(y, out), _moved(argmax, argmax_out)
 
 
 def lrn_max_pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
     """As `lrn_reference.lrn_max_pool_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if x.numel() == 0 or not _fits(x, size):
+    if _is_for_reference(x, size):
         return reference.lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
+    out = torch.empty_like(x)
+    dx = _room_for(out)
+    arrays = bits(_pixels(grad)), bits(_pixels(argmax)), bits(_pixels(x)), bits(dx)
     shape = (*x.shape[2:], *grad.shape[2:])
-    arrays = bits(_pixels(grad)), bits(_pixels(argmax)), bits(_pixels(x))
-    options = _options(x, size, alpha, beta, k)
-
-    def compute(dx: Tensor) -> None:
-        rows = x.shape[0] * x.shape[2]
-        _run(_pool_backward, _parallel_pool_backward, rows, *arrays, bits(dx), shape, *options)
-
-    return _fill(x, compute)
+    options = _options(x, size, alpha, beta, k, True)
+    _run(_pool_backward, _parallel_pool_backward, x.shape[0] * x.shape[2], *arrays, shape, *options)
+    return _moved(dx, out)
