@@ -113,6 +113,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"{'integer' if image.mode == 'I' else 'float'} pixels of 32 bits")
+    image.info.pop("transparency", None)  # dropped like any alpha, and Pillow would warn about it
     return np.array(image.convert("RGB"))
 
 

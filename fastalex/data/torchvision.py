@@ -60,8 +60,8 @@ class TorchvisionLoader(PlannedLoader):
                     raise
                 first_line = str(error).splitlines()[0]
                 raise DataError(
-                    f"loader.workers={self.loader.workers}: a worker process died ({first_line}), perhaps for "
-                    "lack of memory or of /dev/shm (docker run --shm-size); use fewer, or 0 to see why"
+                    f"loader.workers={self.loader.workers}: a worker process died ({first_line}), perhaps "
+                    "for lack of memory or of /dev/shm (docker run --shm-size); use fewer, or 0 to see why"
                 ) from None
             if isinstance(batch, DataError):
                 raise batch

@@ -1,0 +1,538 @@
+"""The data sets: what is found, how it is divided, and what is said when it cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10
+
+from fastalex.config import DataConfig, OnError
+from fastalex.data import DataSplits, ImageSet, load_splits
+from fastalex.data.cifar import CLASSES
+from fastalex.data.decode import decode_image
+from fastalex.errors import ConfigError, DataError
+
+CIFAR10_COPY = Path(__file__).parents[3] / "shared/data/cifar10"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "images"
+
+
+def load(name: str, root: Path | str = "nowhere", seed: int = 0, **options: object) -> DataSplits:
+    return load_splits(DataConfig(name=name, root=str(root), **options), seed, progress=False)  # type: ignore[arg-type]
+
+
+def refused(name: str, root: Path, *parts: str, **options: object) -> None:
+    """Loading must fail with one line that names the key and its value, and holds all of these parts."""
+    with pytest.raises(DataError) as caught:
+        load(name, root, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (f"data.root={root}", *parts):
+        assert part in message
+
+
+def write_tree(root: Path, classes: list[str] | tuple[str, ...], count: int, *, sizes: bool = False) -> None:
+    """Class folders of `count` images each; every image has its own colour."""
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            size = (5 + i % 3, 6) if sizes else (5, 6)
+            colour = hashlib.sha256(f"{root.name}{name}{i}".encode()).digest()[:3]
+            Image.new("RGB", size, tuple(colour)).save(root / name / f"{i:03}.png")
+
+
+def identities(images: ImageSet) -> list[bytes]:
+    return [images.image(i).tobytes() for i in range(len(images))]
+
+
+def check_splits(splits: DataSplits, sizes: tuple[int, int, int]) -> None:
+    """Of these sizes, without a common image, and with every class in each in proportion."""
+    parts = (splits.train, splits.validation, splits.test)
+    assert tuple(map(len, parts)) == sizes
+    everything = [image for part in parts for image in identities(part)]
+    assert len(set(everything)) == len(everything)
+    for part in parts:
+        assert part.labels.dtype == np.int64
+        counts = Counter(part.labels.tolist())
+        assert set(counts) == set(range(len(splits.classes)))
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def same_images(a: ImageSet, b: ImageSet) -> bool:
+    return identities(a) == identities(b) and np.array_equal(a.labels, b.labels)
+
+
+# What needs no files
+
+
+def test_digits() -> None:
+    splits = load("digits")
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (1149, 288, 360)
+    assert splits.classes == tuple("0123456789")
+    original = load_digits()
+    label_of = {
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
+        for image, label in zip(original.images, original.target, strict=True)
+    }
+    found = []
+    for part in (splits.train, splits.validation, splits.test):
+        assert part.pixels is not None
+        assert part.pixels.shape[1:] == (8, 8, 3)
+        assert (part.pixels == part.pixels[..., :1]).all()
+        for image, label in zip(part.pixels[..., 0], part.labels, strict=True):
+            assert label_of[image.tobytes()] == label
+            found.append(image.tobytes())
+        assert max(abs(np.bincount(part.labels) / len(part) - np.bincount(original.target) / 1797)) < 0.005
+    assert sorted(found) == sorted(np.rint(x * 255 / 16).astype(np.uint8).tobytes() for x in original.images)
+
+
+def test_seed_chooses_validation_and_never_test() -> None:
+    one, again, other = load("digits", seed=1), load("digits", seed=1), load("digits", seed=2)
+    assert same_images(one.validation, again.validation)
+    assert not same_images(one.validation, other.validation)
+    assert same_images(one.test, other.test)
+
+
+def test_synthetic() -> None:
+    splits = load("synthetic", images=40, classes=7, resize=16, crop=16)
+    assert splits.train.pixels is not None
+    assert splits.train.pixels.shape == (40, 16, 16, 3)
+    assert set(splits.train.labels.tolist()) == set(range(7)) == set(range(len(splits.classes)))
+    assert not splits.has_errors
+    assert len(splits.validation)
+    assert len(splits.test)
+    assert same_images(splits.train, load("synthetic", images=40, classes=7, resize=16, seed=5).train)
+    assert abs(splits.train.pixels.mean() - 127.5) < 5 * 73.9 / np.sqrt(splits.train.pixels.size)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ConfigError, match=r"data.name=mnist is unknown"):
+        load("mnist")
+
+
+# Folders of classes
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_class_folders_alone(root: Path, sizes: bool) -> None:
+    write_tree(root, ["cat", "dog", "eel"], 25, sizes=sizes)
+    splits = load("imagefolder", root)
+    check_splits(splits, (48, 12, 15))
+    assert splits.classes == ("cat", "dog", "eel")
+    assert (splits.train.paths is not None) == sizes
+    other = load("imagefolder", root, seed=1)
+    assert same_images(splits.test, other.test)
+    assert not same_images(splits.validation, other.validation)
+    for part in (splits.train, splits.validation, splits.test):
+        for i in range(len(part)):
+            name = splits.classes[part.labels[i]]
+            files = (root / name).glob("*.png")
+            assert any(np.array_equal(part.image(i), decode_image(file)) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("folders", "sizes"),
+    [
+        (("train",), (32, 8, 10)),
+        (("train", "test"), (40, 10, 50)),
+        (("train", "val"), (40, 10, 50)),
+        (("train", "val", "test"), (50, 50, 50)),
+        (("train", "valid", "test"), (50, 50, 50)),
+        (("train", "validation"), (40, 10, 50)),
+    ],
+)
+def test_splits_of_its_own(root: Path, folders: tuple[str, ...], sizes: tuple[int, int, int]) -> None:
+    for folder in folders:
+        write_tree(root / folder, ["cat", "dog"], 25)
+    splits = load("imagefolder", root)
+    check_splits(splits, sizes)
+    if len(folders) > 1:
+        files = [path.read_bytes() for path in (root / folders[-1]).rglob("*.png")]
+        assert len(files) == len(splits.test)
+        given = {decode_image(path).tobytes() for path in (root / folders[-1]).rglob("*.png")}
+        assert set(identities(splits.test)) == given
+
+
+def test_an_unlabelled_test_folder_is_left_alone(root: Path) -> None:
+    for folder in ("train", "val"):
+        write_tree(root / folder, ["cat", "dog"], 10)
+    (root / "test").mkdir()
+    Image.new("RGB", (5, 6)).save(root / "test" / "0.png")
+    check_splits(load("imagefolder", root), (16, 4, 20))
+
+
+def test_a_class_called_train(root: Path) -> None:
+    write_tree(root, ["plane", "train"], 10)
+    assert load("imagefolder", root).classes == ("plane", "train")
+
+
+def test_nested_files_and_what_does_not_count(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 10)
+    write_tree(root / "cat", ["indoors", ".thumbnails"], 5)
+    write_tree(root, [".git"], 5)
+    for junk in ("cat/.DS_Store", "cat/Thumbs.db", "dog/desktop.ini", "README.md"):
+        (root / junk).write_text("no image")
+    splits = load("imagefolder", root)
+    assert splits.classes == ("cat", "dog")
+    assert sum(map(len, (splits.train, splits.validation, splits.test))) == 25
+
+
+def test_root_errors(root: Path) -> None:
+    for name in ("imagefolder", "tiny_imagenet"):
+        refused(name, root, "does not exist", "data=digits")
+        root.mkdir()
+        refused(name, root, "is empty")
+        root.rmdir()
+        root.touch()
+        refused(name, root, "is not a folder")
+        root.unlink()
+
+
+def test_a_folder_without_classes(root: Path) -> None:
+    write_tree(root, ["cat"], 10)
+    refused("imagefolder", root, "1 class folders")
+    write_tree(root / "images", ["a", "b"], 3)
+    refused("imagefolder", root / "cat", "0 class folders")
+
+
+def test_an_empty_class_folder(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 10)
+    (root / "eel" / "deeper").mkdir(parents=True)
+    refused("imagefolder", root, str(root / "eel"), "holds no images")
+
+
+def test_classes_must_agree(root: Path) -> None:
+    write_tree(root / "train", ["cat", "dog"], 10)
+    write_tree(root / "test", ["cat", "dog", "eel"], 10)
+    refused("imagefolder", root, str(root / "test"), "unexpected", "'eel'")
+    shutil.rmtree(root / "test" / "eel")
+    shutil.rmtree(root / "test" / "dog")
+    refused("imagefolder", root, str(root / "test"), "no folder", "'dog'")
+
+
+def test_ambiguous_splits(root: Path) -> None:
+    for folder in ("train", "val", "valid"):
+        write_tree(root / folder, ["cat", "dog"], 10)
+    refused("imagefolder", root, "both val and valid")
+    shutil.rmtree(root / "train")
+    refused("imagefolder", root, "no train folder")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images_to_divide(root: Path, count: int) -> None:
+    write_tree(root, ["cat", "dog"], 20)
+    write_tree(root, ["eel"], count)
+    refused("imagefolder", root, "class 'eel' has", "at least two")
+
+
+def test_more_classes_than_validation_images(root: Path) -> None:
+    for folder in ("train", "test"):
+        write_tree(root / folder, [f"class{i}" for i in range(5)], 3)
+    refused("imagefolder", root, "into 12 and 3", "5 classes")
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_damaged_files(root: Path, sizes: bool) -> None:
+    write_tree(root, ["cat", "dog"], 20, sizes=sizes)
+    whole = (root / "dog" / "003.png").read_bytes()
+    (root / "cat" / "007.png").write_text("no image")
+    (root / "dog" / "003.png").write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):  # the second time from the cache
+        refused("imagefolder", root, str(root / "cat" / "007.png"), "and 1 more", "data.on_error=skip")
+    splits = load("imagefolder", root, on_error=OnError.skip)
+    assert splits.skipped == 2
+    parts = (splits.train, splits.validation, splits.test)
+    assert sum(map(len, parts)) == 38
+    everything = [image for part in parts for image in identities(part)]
+    expected = [
+        decode_image(path).tobytes()
+        for path in root.rglob("*.png")
+        if path not in (root / "cat" / "007.png", root / "dog" / "003.png")
+    ]
+    assert sorted(everything) == sorted(expected)
+
+
+def test_a_class_of_damaged_files_only(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 20)
+    for path in (root / "dog").iterdir():
+        path.write_text("no image")
+    refused("imagefolder", root, "every image of class 'dog'", on_error=OnError.skip)
+
+
+def test_an_unreadable_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(root, ["cat", "dog"], 5)
+
+    def refuse(*_: object) -> None:  # the tests may run as root, whom no permission stops
+        raise PermissionError(13, "Permission denied", str(root))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"images cannot be read: Permission denied"):
+        load("imagefolder", root)
+
+
+# Tiny ImageNet
+
+
+def write_tiny_imagenet(root: Path, wnids: tuple[str, ...] = ("n01", "n02"), count: int = 10) -> None:
+    for wnid in wnids:
+        write_tree(root / "train" / wnid, ["images"], count)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("0.png\t0\t0\t1\t1\n")
+    write_tree(root / "val", ["images"], count)
+    lines = [f"{i:03}.png\t{wnids[i % len(wnids)]}\t0\t0\t62\t62\n" for i in range(count)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    write_tree(root / "test", ["images"], 2)
+    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn99\tfish, any\n")
+
+
+@pytest.mark.parametrize("below", ["", "tiny-imagenet-200"])
+def test_tiny_imagenet(root: Path, below: str) -> None:
+    write_tiny_imagenet(root / below)
+    splits = load("tiny_imagenet", root)
+    assert splits.classes == ("goldfish", "bullfrog")
+    assert tuple(map(len, (splits.train, splits.validation, splits.test))) == (16, 4, 10)
+    assert splits.test.labels.tolist() == [0, 1] * 5
+    expected = [decode_image(root / below / "val" / "images" / f"{i:03}.png").tobytes() for i in range(10)]
+    assert identities(splits.test) == expected
+
+
+def test_tiny_imagenet_without_distinct_words(root: Path) -> None:
+    write_tiny_imagenet(root)
+    (root / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane, machine\n")
+    assert load("tiny_imagenet", root).classes == ("n01", "n02")
+    (root / "words.txt").unlink()
+    assert load("tiny_imagenet", root).classes == ("n01", "n02")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("000.png\tn77\t0\t0\t1\t1", ("line 3", "'n77'")),
+        ("999.png\tn01\t0\t0\t1\t1", ("line 3", "999.png", "missing")),
+        ("000.png n01", ("line 3", "FILE<tab>CLASS")),
+    ],
+)
+def test_tiny_imagenet_annotations(root: Path, line: str, parts: tuple[str, ...]) -> None:
+    write_tiny_imagenet(root)
+    (root / "val" / "val_annotations.txt").write_text(f"000.png\tn01\n001.png\tn02\n{line}\n")
+    refused("tiny_imagenet", root, *parts)
+
+
+@pytest.mark.parametrize("missing", ["train", "val/images", "val/val_annotations.txt"])
+def test_tiny_imagenet_incomplete(root: Path, missing: str) -> None:
+    write_tiny_imagenet(root)
+    (root / missing).rename(root.parent / "elsewhere")
+    refused("tiny_imagenet", root, str(root / missing), "is missing")
+
+
+def test_tiny_imagenet_empty_class(root: Path) -> None:
+    write_tiny_imagenet(root)
+    shutil.rmtree(root / "train" / "n02" / "images")
+    refused("tiny_imagenet", root, str(root / "train" / "n02" / "images"), "holds no images")
+
+
+# CIFAR-10
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_cifar10_tree(root: Path, sizes: bool) -> None:
+    for part in ("train", "test"):
+        write_tree(root / part, CLASSES, 10, sizes=sizes)
+    splits = load("cifar10", root)
+    check_splits(splits, (80, 20, 100))
+    assert splits.classes == CLASSES
+
+
+def test_cifar10_tree_errors(root: Path) -> None:
+    write_tree(root / "train", CLASSES, 5)
+    refused("cifar10", root, "no test folder")
+    write_tree(root / "test", (*CLASSES, "zebra"), 5)
+    refused("cifar10", root, "unexpected", "'zebra'")
+    shutil.rmtree(root / "test" / "zebra")
+    shutil.rmtree(root / "test" / "ship")
+    refused("cifar10", root, "no folder", "'ship'")
+
+
+class _Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def write_pickles(folder: Path, labels: Callable[[int], int] = lambda i: i % 10) -> dict[str, str]:
+    """CIFAR-10's files with 20 images each: their MD5 by name."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        data = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        batch = {"data": data, "labels": [labels(i) for i in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES)}))
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, md5: dict[str, str]) -> None:
+    """Makes torchvision take these for the published files."""
+    train = [[name, value] for name, value in sorted(md5.items()) if name.startswith("data_batch")]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
+
+
+@pytest.mark.parametrize("below", ["cifar-10-batches-py", ""])
+def test_cifar10_pickles(root: Path, monkeypatch: pytest.MonkeyPatch, below: str) -> None:
+    """In the folder, or as the folder itself."""
+    publish(monkeypatch, write_pickles(root / below))
+    splits = load("cifar10", root)
+    check_splits(splits, (80, 20, 20))
+    assert splits.classes == CLASSES
+    batch = pickle.loads((root / below / "test_batch").read_bytes())
+    planes = batch["data"].reshape(20, 3, 32, 32)
+    assert splits.test.pixels is not None
+    assert np.array_equal(splits.test.pixels.transpose(0, 3, 1, 2), planes)
+    assert splits.test.labels.tolist() == batch["labels"]
+
+
+def test_a_changed_pickle_is_never_opened(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / "cifar-10-batches-py"
+    publish(monkeypatch, write_pickles(folder))
+    for name in ("data_batch_3", "test_batch", "batches.meta"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps(_Trap(tmp_path / "sprung")))
+        refused("cifar10", root, str(folder / name), "not the published file")
+        (folder / name).unlink()
+        refused("cifar10", root, str(folder / name), "is missing")
+        (folder / name).write_bytes(whole)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(_Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()  # the trap does work
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_out_of_range(root: Path, monkeypatch: pytest.MonkeyPatch, label: int) -> None:
+    folder = root / "cifar-10-batches-py"
+    publish(monkeypatch, write_pickles(folder, lambda i: label if i == 13 else i % 10))
+    refused("cifar10", root, f"image 13 has label {label}", "0 to 9")
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An archive on a server of our own that torchvision takes for the published one."""
+    publish(monkeypatch, write_pickles(tmp_path / "packed" / "cifar-10-batches-py"))
+    archive = tmp_path / "served" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "packed" / "cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(SimpleHTTPRequestHandler, directory=archive.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield archive
+        server.shutdown()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_download(archive: Path, root: Path, there: bool) -> None:
+    root = root / "a" / "b"
+    if there:
+        (root / ".cifar10-left").mkdir(parents=True)  # by a download that was killed
+    check_splits(load("cifar10", root), (80, 20, 20))
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
+    archive.unlink()
+    check_splits(load("cifar10", root), (80, 20, 20))
+
+
+@pytest.mark.parametrize("fault", ["not there", "cut short", "no archive", "other content"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_download_leaves_nothing(
+    tmp_path: Path, archive: Path, root: Path, monkeypatch: pytest.MonkeyPatch, fault: str, there: bool
+) -> None:
+    if fault == "not there":
+        archive.unlink()
+    elif fault == "cut short":
+        archive.write_bytes(archive.read_bytes()[:1000])
+    elif fault == "no archive":
+        archive.write_text("<html>moved</html>")
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    else:
+        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
+    if there:
+        root.mkdir()
+        (root / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    refused("cifar10", root / "deeper", CIFAR10.url, "cifar-10-batches-py", "data=digits")
+    after = [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.relative_to(tmp_path).parts]
+    assert after == before
+
+
+def test_download_forbidden(root: Path) -> None:
+    refused("cifar10", root, "data.download=false", "data=digits", download=False)
+    assert not root.exists()
+
+
+def test_root_is_a_file(root: Path) -> None:
+    root.touch()
+    refused("cifar10", root, "data=digits")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10_COPY.is_dir(), reason="../shared/data/cifar10 is absent")
+def test_the_cifar10_copy() -> None:
+    splits = load("cifar10", CIFAR10_COPY)
+    for part, size in ((splits.train, 40_000), (splits.validation, 10_000), (splits.test, 10_000)):
+        assert part.pixels is not None
+        assert part.pixels.shape == (size, 32, 32, 3)
+        assert np.bincount(part.labels).tolist() == [size // 10] * 10
+    first = sorted((CIFAR10_COPY / "test" / "airplane").iterdir())[0]
+    assert np.array_equal(splits.test.image(0), decode_image(first))
+
+
+# Image sets
+
+
+def test_an_image_set_has_one_source() -> None:
+    labels, pixels = np.zeros(2, np.int64), np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="either"):
+        ImageSet(labels)
+    with pytest.raises(ValueError, match="either"):
+        ImageSet(labels, pixels=pixels, paths=(Path("a"), Path("b")))
+    with pytest.raises(ValueError, match="2 for 1"):
+        ImageSet(labels, pixels=pixels[:1])
+
+
+def test_select() -> None:
+    pixels = np.arange(4 * 3, dtype=np.uint8).reshape(4, 1, 1, 3)
+    whole = ImageSet(np.arange(4), pixels=pixels)
+    part = whole.select(np.array([3, 1]))
+    assert part.labels.tolist() == [3, 1]
+    assert part.image(0).tolist() == [[[9, 10, 11]]]
+    files = ImageSet(np.arange(3), paths=(Path("a"), Path("b"), Path("c"))).select(np.array([2]))
+    assert files.paths == (Path("c"),)

@@ -1,0 +1,130 @@
+"""The plan of an epoch, against what an epoch is said to be."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from fastalex.config import Flip
+from fastalex.data.sampling import (
+    EpochPlan,
+    center_offset,
+    evaluation_plan,
+    training_plan,
+    training_samples,
+)
+from fastalex.errors import ConfigError
+
+
+def plan(num_images: int = 24, **changes: object) -> EpochPlan:
+    options = {"flip": Flip.random, "max_offset": 32, "seed": 3, "epoch": 0, "batch_size": 4, **changes}
+    return training_plan(num_images, **options)  # type: ignore[arg-type]
+
+
+def same(a: EpochPlan, b: EpochPlan) -> bool:
+    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in ("indices", "offsets", "flips"))
+
+
+@pytest.mark.parametrize("flip", [Flip.none, Flip.random])
+def test_every_image_once(flip: Flip) -> None:
+    assert sorted(plan(flip=flip).indices.tolist()) == list(range(24))
+
+
+def test_both_ways_once_each() -> None:
+    both = plan(flip=Flip.both)
+    assert Counter(zip(both.indices.tolist(), both.flips.tolist(), strict=True)) == {
+        (image, flip): 1 for image in range(24) for flip in (False, True)
+    }
+
+
+def test_types_and_ranges() -> None:
+    drawn = plan(5000, max_offset=3, batch_size=1)
+    assert (drawn.indices.dtype, drawn.offsets.dtype, drawn.flips.dtype) == (
+        torch.int64,
+        torch.int32,
+        torch.bool,
+    )
+    places = Counter(map(tuple, drawn.offsets.tolist()))
+    assert set(places) == {(top, left) for top in range(4) for left in range(4)}
+    # Binomial(5000, 1/16) and Binomial(5000, 1/2): more than five standard deviations is not chance.
+    assert all(abs(count - 5000 / 16) < 5 * 17.2 for count in places.values())
+    assert abs(int(drawn.flips.sum()) - 2500) < 5 * 35.4
+    assert not plan(flip=Flip.none).flips.any()
+    assert not plan(max_offset=0).offsets.any()
+
+
+@pytest.mark.parametrize("flip", list(Flip))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_epoch(flip: Flip, world_size: int) -> None:
+    """Disjoint, of equal length, in whole batches, and nothing is lost that would make one more batch."""
+    num_images, batch_size = 50, 4
+    samples = num_images * (2 if flip is Flip.both else 1)
+    ranks = [
+        plan(num_images, flip=flip, batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    expected = training_samples(num_images, flip=flip, batch_size=batch_size, world_size=world_size)
+    assert {len(rank) for rank in ranks} == {expected}
+    assert expected % batch_size == 0
+    assert 0 <= samples - expected * world_size < batch_size * world_size
+    seen = Counter(
+        (image, flipped) if flip is Flip.both else image
+        for rank in ranks
+        for image, flipped in zip(rank.indices.tolist(), rank.flips.tolist(), strict=True)
+    )
+    assert set(seen.values()) == {1}
+
+
+def test_a_step_has_the_same_samples_on_any_number_of_ranks() -> None:
+    alone = plan(48, batch_size=12)
+    shared = [plan(48, batch_size=4, rank=rank, world_size=3) for rank in range(3)]
+    for step in range(4):
+        together = torch.cat([rank.batch(step, 4).indices for rank in shared])
+        assert sorted(together.tolist()) == sorted(alone.batch(step, 12).indices.tolist())
+
+
+def test_seed_and_epoch_decide() -> None:
+    assert same(plan(), plan())
+    assert same(plan(seed=-1), plan(seed=-1))
+    drawn = [plan(500, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)]
+    for i, one in enumerate(drawn):
+        for other in drawn[:i]:
+            for field in ("indices", "offsets", "flips"):
+                assert not torch.equal(getattr(one, field), getattr(other, field))
+
+
+def test_the_dropped_images_change() -> None:
+    dropped = [set(range(10)) - set(plan(10, epoch=epoch).indices.tolist()) for epoch in range(20)]
+    assert all(len(images) == 2 for images in dropped)
+    assert len(set().union(*dropped)) > 5
+
+
+def test_batches_are_slices() -> None:
+    drawn = plan(10, batch_size=5)
+    assert [len(drawn.batch(number, 4)) for number in range(3)] == [4, 4, 2]
+    assert torch.equal(drawn.batch(1, 4).offsets, drawn.offsets[4:8])
+
+
+def test_a_batch_larger_than_the_data() -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size=25 .* train.batch_size=24 or less"):
+        plan(24, batch_size=25)
+    with pytest.raises(ConfigError, match=r"on each of 4 ranks"):
+        plan(24, batch_size=8, world_size=4)
+    assert len(plan(24, batch_size=48, flip=Flip.both)) == 48
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 7, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 5, 13])
+def test_evaluation_sees_each_image_once(num_images: int, world_size: int) -> None:
+    ranks = [evaluation_plan(num_images, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(torch.cat(ranks).tolist()) == list(range(num_images))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+@pytest.mark.parametrize("resize", [224, 225, 226, 227, 228, 231])
+def test_center_is_torchvisions(resize: int) -> None:
+    rows = torch.arange(resize).expand(1, resize, resize)
+    assert int(F.center_crop(rows, [224, 224])[0, 0, 0]) == center_offset(resize, 224)
