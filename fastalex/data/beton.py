@@ -1,9 +1,9 @@
 """.beton files, FFCV's format: where one for a set of images lies, how it is written and how it is checked.
 
-A file holds raw uint8 pixels of one size and the labels. Images that are in memory, hence of one size, keep it.
-Files are decoded and resized to ``data.resize`` squared when they are written, rounded to uint8: so a batch is
-within half a grey level of one resized in float, and no training step decodes a JPEG. FFCV's own resize while
-reading (area averaging, up to 102 levels from bilinear) is not used.
+A file holds raw uint8 pixels of one size and the labels. Images in memory, which are of one size, keep it.
+Image files are decoded and resized to ``data.resize`` squared when they are written, rounded to uint8: so a
+batch is within half a grey level of one resized in float, and no training step decodes a JPEG. FFCV's own
+resize while reading (area averaging, up to 102 levels from bilinear) is not used.
 
 The file's name is a digest of all that decides its content, so a changed source, another ``data.resize`` or
 another division into training and validation images has another file, and a stale one is never read.
@@ -51,8 +51,8 @@ with threads_kept():
         from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, MemoryAllocator, handle_sample
     except ImportError as error:
         raise MissingDependencyError(
-            'loader=ffcv needs FFCV, which is not installed: pip install "fastalex[ffcv]" (it is compiled, so '
-            "first apt-get install --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config)"
+            'loader=ffcv needs FFCV, which is not installed: pip install "fastalex[ffcv]" (it is compiled: '
+            "first, apt-get install --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config)"
         ) from error
 
 _FORMAT = 1  # of our files: raise it whenever what is written for the same images changes
@@ -117,10 +117,10 @@ def check_beton(path: Path, images: ImageSet) -> None:
 def _digest(images: ImageSet, resize: int) -> str:
     """Names the content: of decoded images their pixels, of files their paths, sizes and times of change."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
-    digest.update(memoryview(np.ascontiguousarray(images.labels)))
+    digest.update(np.ascontiguousarray(images.labels).data)
     if images.pixels is not None:
         digest.update(str(images.pixels.shape).encode())
-        digest.update(memoryview(np.ascontiguousarray(images.pixels)))
+        digest.update(np.ascontiguousarray(images.pixels).data)
         return digest.hexdigest()
     digest.update(f"{resize}\n".encode())
     for path in images.paths or ():

@@ -157,7 +157,7 @@ def _pipeline(
     dtype: Any,
     layout: str,
 ) -> Any:
-    """One sample: (crop, crop, 3) if ``layout`` is HWC, and one more axis in front if there are more views."""
+    """One sample: (crop, crop, 3) if ``layout`` is HWC, with one more axis in front for several views."""
     images, *rest = fn.external_source(
         source=source,
         num_outputs=source.num_outputs,
