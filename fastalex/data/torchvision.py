@@ -64,7 +64,10 @@ class TorchvisionLoader(PlannedLoader):
                     "for lack of memory or of /dev/shm (docker run --shm-size); use fewer, or 0 to see why"
                 ) from None
             if isinstance(batch, DataError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # the error holds this frame: were it held in turn, the workers would live on
             yield self._on_device(*batch)
 
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
