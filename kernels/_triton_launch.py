@@ -1,8 +1,9 @@
 """How fastalex launches a Triton kernel, and how it describes one to `python -m fastalex.kernels.inspect`.
 
-A kernel file (`*_triton.py`) builds a `Launch` - the kernel, its grid and its arguments by name - and runs it.
-Because a launch is described before it happens, `inspect` can take the very same description and compile it for
-a GPU that is not there, or run it in Triton's interpreter and count the bytes. Nothing is written down twice.
+A kernel file (`*_triton.py`) builds a `Launch` - the kernel, its grid and its arguments by name - and runs
+it. Because a launch is described before it happens, `inspect` can take the very same description and
+compile it for a GPU that is not there, or run it in Triton's interpreter and count the bytes. Nothing is
+written down twice.
 
 To have its kernels inspected, a kernel file defines `inspect_cases() -> list[KernelCase]` and is named in
 `inspect.KERNEL_MODULES`.
@@ -21,6 +22,16 @@ from torch import Tensor
 
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def over(count: int) -> Grid:
+    """A flat grid over `count` lanes, BLOCK to a program."""
+    return lambda constants: (cdiv(count, constants["BLOCK"]),)
 
 
 def is_interpreted() -> bool:

@@ -1,20 +1,21 @@
 """Local response normalisation on NVIDIA GPUs, in Triton: forward, backward, and both fused with max pooling.
 
 **Triton in a paragraph.** A `@triton.jit` function is a kernel: Python syntax, compiled for the GPU. It is
-launched over a grid of *programs*. A program is not a thread: it computes on whole blocks of values at once,
-such as `tl.arange(0, BLOCK)`, and Triton deals a block out over the program's 32 x `num_warps` threads. A value
-marked `tl.constexpr` is known when the kernel is compiled, so an `if` on one, or a `tl.static_range` up to one,
-leaves nothing behind in the machine code. `tl.load` and `tl.store` take a block of addresses and a mask; where
-the mask is off nothing is touched. `@triton.autotune` times the listed block sizes at the first call and keeps
-the fastest.
+launched over a grid of *programs*. A program is not a thread: it computes on whole blocks of values at
+once, such as `tl.arange(0, BLOCK)`, and Triton deals a block out over the program's 32 x `num_warps`
+threads. A value marked `tl.constexpr` is known when the kernel is compiled, so an `if` on one, or a
+`tl.static_range` up to one, leaves nothing behind in the machine code. `tl.load` and `tl.store` take a
+block of addresses and a mask; where the mask is off nothing is touched. `@triton.autotune` times the listed
+block sizes at the first call and keeps the fastest.
 
 **The layout.** A channels-last activation lies in memory as N x H x W x C: the channels of one position are
 neighbours, and so is the window of channels that this normalisation sums over. In NCHW that window would be
-spread over as many distant planes. Other layouts are therefore copied to channels-last and the result back: 8
-bytes an element in bf16, where plain PyTorch moves several times that (`python -m fastalex.kernels.inspect`).
+spread over as many distant planes. Other layouts are therefore copied to channels-last and the result back:
+8 bytes an element in bf16, where plain PyTorch moves several times that (`python -m
+fastalex.kernels.inspect`).
 
-**The formulas.** With d[c] = k + alpha / size * sum of x[j]^2 over the window of c, which runs from
-c - size // 2 to c + (size - 1) // 2 (Krizhevsky et al. 2012, section 3.3; alpha over size is PyTorch's
+**The formulas.** With d[c] = k + alpha / size * sum of x[j]^2 over the window of c, which runs from c -
+size // 2 to c + (size - 1) // 2 (Krizhevsky et al. 2012, section 3.3; alpha over size is PyTorch's
 convention), and with G the incoming gradient,
 
     y[c]  = x[c] * d[c]^-beta
@@ -22,37 +23,40 @@ convention), and with G the incoming gradient,
 
 where the last sum runs over the j whose window holds c. The arithmetic is fp32 whatever the tensors are.
 
-**The fast kernels** (C a multiple of 8, windows of 2 to 5 channels) give every *lane*, an entry of the block,
-a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load a thread has; the grid
-is flat over all such vectors, so that 96 channels leave no lane idle, where a block padded to a power of two
-would idle a quarter. The window of the outer channels reaches into the neighbouring vectors: small *halo* loads,
-masked off at the first and the last vector of a position, fetch those (2 channels a side forward, 4 backward,
-from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is then split into 8 *columns*
-(`_unzip`), each a block of one value a lane, that is, a register. Sliding the window means naming another column:
-no shared memory, no shuffles between threads, no barrier. `_zip` joins the columns for a 128-bit store.
+**The fast kernels** (C a multiple of 8, windows of 2 to 5 channels) give every *lane*, an entry of the
+block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load a thread
+has; the grid is flat over all such vectors, so that 96 channels leave no lane idle, where a block padded to
+a power of two would idle a quarter. The window of the outer channels reaches into the neighbouring vectors:
+small *halo* loads, masked off at the first and the last vector of a position, fetch those (2 channels a
+side forward, 4 backward, from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is
+then split into 8 *columns* (`_unzip`), each a block of one value a lane, that is, a register. Sliding the
+window means naming another column: no shared memory, no shuffles between threads, no barrier. `_zip` joins
+the columns for a 128-bit store.
 
-**Pooling** (3x3 windows, stride 2, as in AlexNet). Forward, a lane walks down one pooled column, normalises a row
-of three positions at a time, and keeps the row that two pooled rows share. It writes the maximum and, in one
-byte, which of the nine won; the normalised activation is never written. Backward, a lane walks down the input
-in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling windows, always in the
-same places, so for each position the lane *gathers* the gradient of those windows whose winner it was. Gathering
-is why there are no atomics, which would add in a different order each run: every element of dx is written once,
-by one lane, in a fixed order.
+**Pooling** (3x3 windows, stride 2, as in AlexNet). Forward, a lane walks down one pooled column, normalises
+a row of three positions at a time, and keeps the row that two pooled rows share. It writes the maximum and,
+in one byte, which of the nine won; the normalised activation is never written. Backward, a lane walks down
+the input in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling
+windows, always in the same places, so for each position the lane *gathers* the gradient of those windows
+whose winner it was. Gathering is why there are no atomics, which would add in a different order each run:
+every element of dx is written once, by one lane, in a fixed order.
 
-**Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they cost a
-few instructions on values that must be loaded anyway, and saving them would cost memory traffic, which is what
-these kernels are bound by.
+**Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they
+cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic,
+which is what these kernels are bound by.
 
 **Registers** decide how many threads a GPU can keep in flight. What was tried for the pooled backward, the
-hungriest (bf16, sm_90): all four windows of a quad loaded at once 127; one position at a time 85; sums of the
-window without sharing pairs 77; ReLU by comparing in fp32 instead of a maximum, which the compiler moves to
-packed bf16 halves, 64; loops over the windows that stay loops, so that the loads are not all hoisted to the top,
-62. Serving both positions of a row from one load of a window saves 8% of the instructions but needs 77; a cap at
-64 (`maxnreg`) spills for all but the last.
+hungriest (bf16, sm_90): all four windows of a quad loaded at once 127; one position at a time 85; sums of
+the window without sharing pairs 77; ReLU by comparing in fp32 instead of a maximum, which the compiler
+moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the loads are not all
+hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8% of the
+instructions but needs 77; a cap at 64 (`maxnreg`) spills for all but the last.
 
-**Everything else** (other channel counts, other windows) takes the plain kernels at the end: a lane an element,
-a loop over the window, loads that the cache serves.
+**Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
+lane an element, a loop over the window, loads that the cache serves.
 """
+
+# ruff: noqa: RUF005 (Triton concatenates tuples; it does not unpack into them)
 
 from __future__ import annotations
 
@@ -65,14 +69,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_launch import Grid, KernelCase, Launch
+from ._lrn_triton_plain import (
+    plain_backward,
+    plain_forward,
+    plain_pool_forward,
+    power,
+    reciprocal,
+    scalars,
+    slope,
+)
+from ._triton_launch import Grid, KernelCase, Launch, cdiv, over
 
-# --------------------------------------------------------------------------- loading and storing eight channels
+# ---------------------------------------------------------------- loading and storing eight channels
 
 
 @triton.jit
 def _unzip(tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """A (BLOCK, WIDTH) tile as WIDTH columns. `tl.split` halves a last axis of 2: even columns, odd columns."""
+    """A (BLOCK, WIDTH) tile as WIDTH columns. `tl.split` halves a last axis of two: even and odd columns."""
     if WIDTH == 1:
         return (tl.reshape(tile, (BLOCK,)),)
     else:
@@ -102,14 +115,13 @@ def _zip(columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load(pointer, offset, mask, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH neighbouring channels of every lane, from `offset`, as WIDTH columns; 0 where the mask is off."""
+    """WIDTH neighbouring channels of every lane, from `offset` on, as columns; 0 where the mask is off."""
     if WIDTH == 0:
         return ()
     elif WIDTH * pointer.dtype.element_ty.primitive_bitwidth > 128:
-        # Two loads of 128 bits: one of 256 would make Triton rearrange the tile through shared memory.
-        return _load(pointer, offset, mask, BLOCK, WIDTH // 2) + _load(
-            pointer, offset + WIDTH // 2, mask, BLOCK, WIDTH // 2
-        )
+        # Two loads of 128 bits: after one of 256 Triton rearranges the tile through shared memory.
+        HALF: tl.constexpr = WIDTH // 2
+        return _load(pointer, offset, mask, BLOCK, HALF) + _load(pointer, offset + HALF, mask, BLOCK, HALF)
     else:
         address = pointer + offset[:, None] + tl.arange(0, WIDTH)[None, :]
         return _unzip(tl.load(address, mask=mask[:, None], other=0), BLOCK, WIDTH)
@@ -128,38 +140,24 @@ def _store(pointer, offset, mask, columns, BLOCK: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def _load_with_halo(
-    pointer, offset, mask, left_mask, right_mask, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
-):
-    """Channels -LEFT ... 7 + RIGHT of every lane's vector. A halo load is as wide as a power of two, so aligned."""
+def _vector_masks(mask, group, GROUPS: tl.constexpr):
+    """Where to load a vector, its left halo and its right. `group`: which of the C / 8 vectors it is."""
+    return mask, mask & (group > 0), mask & (group < GROUPS - 1)
+
+
+@triton.jit
+def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Channels -LEFT ... 7 + RIGHT of every lane's vector, as columns."""
+    # A halo is loaded a power of two wide: Triton's blocks are, and it keeps the access aligned.
     LEFT_WIDTH: tl.constexpr = triton.next_power_of_2(LEFT)
     RIGHT_WIDTH: tl.constexpr = triton.next_power_of_2(RIGHT)
-    left = _load(pointer, offset - LEFT_WIDTH, left_mask, BLOCK, LEFT_WIDTH)
-    middle = _load(pointer, offset, mask, BLOCK, 8)
-    right = _load(pointer, offset + 8, right_mask, BLOCK, RIGHT_WIDTH)
+    left = _load(pointer, offset - LEFT_WIDTH, masks[1], BLOCK, LEFT_WIDTH)
+    middle = _load(pointer, offset, masks[0], BLOCK, 8)
+    right = _load(pointer, offset + 8, masks[2], BLOCK, RIGHT_WIDTH)
     return left[LEFT_WIDTH - LEFT :] + middle + right[:RIGHT]
 
 
-# --------------------------------------------------------------------------- the arithmetic, on columns in registers
-
-
-@triton.jit
-def _power(d, neg_beta, THREE_QUARTERS: tl.constexpr):
-    """d ** -beta. The usual beta of 0.75 takes two fast instructions, and is inf at 0 and 0 at inf as it must."""
-    if THREE_QUARTERS:
-        r = tl.rsqrt(d)
-        return r * tl.sqrt(r)
-    else:
-        return tl.where(neg_beta == 0.0, 1.0, tl.exp2(neg_beta * tl.log2(d)))
-
-
-@triton.jit
-def _reciprocal(d, THREE_QUARTERS: tl.constexpr):
-    if THREE_QUARTERS:
-        r = tl.rsqrt(d)  # the one that `_power` has computed already
-        return r * r
-    else:
-        return 1.0 / d
+# ---------------------------------------------------------------- the arithmetic, on columns in registers
 
 
 @triton.jit
@@ -178,33 +176,29 @@ def _window_sums(columns, COUNT: tl.constexpr, SIZE: tl.constexpr):
 def _normalise(
     x_pointer,
     offset,
-    mask,
-    left_mask,
-    right_mask,
-    alpha,
-    k,
-    neg_beta,
+    masks,
+    terms,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
 ):
-    """Eight channels of LRN (of ReLU) for every lane."""
+    """Eight channels of the normalised (ReLU of) x for every lane. `terms`: alpha / size, k and -beta."""
+    alpha, k, neg_beta = terms
     LEFT: tl.constexpr = SIZE // 2
-    raw = _load_with_halo(x_pointer, offset, mask, left_mask, right_mask, BLOCK, LEFT, (SIZE - 1) // 2)
+    loaded = _load_with_halo(x_pointer, offset, masks, BLOCK, LEFT, (SIZE - 1) // 2)
     x = ()
     squares = ()
     for i in tl.static_range(7 + SIZE):
-        v = raw[i].to(tl.float32)
+        v = loaded[i].to(tl.float32)
         if RELU:
             v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
         x = x + (v,)
         squares = squares + (v * v,)
-    y = ()
     sums = _window_sums(squares, 8, SIZE)
+    y = ()
     for i in tl.static_range(8):
-        d = k + alpha * sums[i]
-        y = y + (x[LEFT + i] * _power(d, neg_beta, THREE_QUARTERS),)
+        y = y + (x[LEFT + i] * power(k + alpha * sums[i], neg_beta, B75),)
     return y
 
 
@@ -212,67 +206,64 @@ def _normalise(
 def _gradient(
     x_pointer,
     offset,
-    mask,
-    left_mask,
-    right_mask,
+    masks,
     grad,
-    alpha,
-    k,
-    neg_beta,
+    terms,
     slope,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
 ):
-    """Eight channels of the gradient for every lane; `grad` has channels -RIGHT ... 7 + LEFT."""
+    """Eight channels of dx for every lane; `grad` holds channels -RIGHT ... 7 + LEFT of G as columns."""
+    alpha, k, neg_beta = terms
     LEFT: tl.constexpr = SIZE // 2
     RIGHT: tl.constexpr = (SIZE - 1) // 2
     HALO: tl.constexpr = SIZE - 1
-    raw = _load_with_halo(x_pointer, offset, mask, left_mask, right_mask, BLOCK, HALO, HALO)
+    loaded = _load_with_halo(x_pointer, offset, masks, BLOCK, HALO, HALO)
     x = ()
     squares = ()
     for i in tl.static_range(8 + 2 * HALO):
-        v = raw[i].to(tl.float32)
+        v = loaded[i].to(tl.float32)
         if RELU:
-            v = tl.where(v < 0.0, 0.0, v)  # a maximum would cost registers here: see above
+            v = tl.where(v < 0.0, 0.0, v)  # the same as a maximum, in fewer registers: see the docstring
         x = x + (v,)
         squares = squares + (v * v,)
+    sums = _window_sums(squares, 8 + HALO, SIZE)
     scaled = ()
     ratios = ()
-    sums = _window_sums(squares, 8 + HALO, SIZE)
     for j in tl.static_range(8 + HALO):
         d = k + alpha * sums[j]
-        # A channel that does not exist must add nothing, and with k = 0 its d is 0.
+        # A channel that does not exist must add nothing; with k = 0 its d would be 0 and the power infinite.
         if j < RIGHT:
-            d = tl.where(left_mask, d, 1.0)
+            d = tl.where(masks[1], d, 1.0)
         if j >= 8 + RIGHT:
-            d = tl.where(right_mask, d, 1.0)
-        w = grad[j].to(tl.float32) * _power(d, neg_beta, THREE_QUARTERS)
+            d = tl.where(masks[2], d, 1.0)
+        w = grad[j].to(tl.float32) * power(d, neg_beta, B75)
         scaled = scaled + (w,)
-        ratios = ratios + (w * x[LEFT + j] * _reciprocal(d, THREE_QUARTERS),)
-    dx = ()
+        ratios = ratios + (w * x[LEFT + j] * reciprocal(d, B75),)
     sums = _window_sums(ratios, 8, SIZE)
+    dx = ()
     for i in tl.static_range(8):
         v = x[HALO + i]
         out = scaled[RIGHT + i] - slope * v * sums[i]
         if RELU:
-            out = tl.where(v == 0.0, 0.0, out)  # ReLU's gradient is 0 at 0, and NaN passes
+            out = tl.where(v == 0.0, 0.0, out)  # not v > 0: NaN passes, as in PyTorch
         dx = dx + (out,)
     return dx
 
 
-# --------------------------------------------------------------------------- kernels: local response normalisation
+# ---------------------------------------------------------------- kernels: local response normalisation
 
-
-_VECTOR_CONFIGS = [
+# One vector a thread, or two. What suits a GPU is found there, by timing.
+_CONFIGS = [
     triton.Config({"BLOCK": 256}, num_warps=8),
     triton.Config({"BLOCK": 128}, num_warps=4),
     triton.Config({"BLOCK": 256}, num_warps=4),
 ]
 
 
-@triton.autotune(configs=_VECTOR_CONFIGS, key=["C", "SIZE", "RELU"])
+@triton.autotune(configs=_CONFIGS, key=["C", "SIZE", "RELU"])
 @triton.jit
 def _forward_kernel(
     x_pointer,
@@ -284,24 +275,19 @@ def _forward_kernel(
     C: tl.constexpr,
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = C // 8
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # 64 bits once a program; the lanes' offsets stay at 32
     lane = tl.arange(0, BLOCK)
-    mask = lane < vectors - first
-    group = ((first % GROUPS).to(tl.int32) + lane) % GROUPS
-    x_pointer += first * 8
-    y_pointer += first * 8
-    y = _normalise(
-        x_pointer, lane * 8, mask, mask & (group > 0), mask & (group < GROUPS - 1),
-        alpha, k, neg_beta, BLOCK, SIZE, RELU, THREE_QUARTERS,
-    )  # fmt: skip
-    _store(y_pointer, lane * 8, mask, y, BLOCK, 8)
+    group = ((start % GROUPS).to(tl.int32) + lane) % GROUPS
+    masks = _vector_masks(lane < vectors - start, group, GROUPS)
+    y = _normalise(x_pointer + start * 8, lane * 8, masks, (alpha, k, neg_beta), BLOCK, SIZE, RELU, B75)
+    _store(y_pointer + start * 8, lane * 8, masks[0], y, BLOCK, 8)
 
 
-@triton.autotune(configs=_VECTOR_CONFIGS, key=["C", "SIZE", "RELU"])
+@triton.autotune(configs=_CONFIGS, key=["C", "SIZE", "RELU"])
 @triton.jit
 def _backward_kernel(
     x_pointer,
@@ -315,72 +301,53 @@ def _backward_kernel(
     C: tl.constexpr,
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = C // 8
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    mask = lane < vectors - first
-    group = ((first % GROUPS).to(tl.int32) + lane) % GROUPS
-    left_mask = mask & (group > 0)
-    right_mask = mask & (group < GROUPS - 1)
-    x_pointer += first * 8
-    grad_pointer += first * 8
-    dx_pointer += first * 8
-    grad = _load_with_halo(
-        grad_pointer, lane * 8, mask, left_mask, right_mask, BLOCK, (SIZE - 1) // 2, SIZE // 2
-    )
-    dx = _gradient(
-        x_pointer, lane * 8, mask, left_mask, right_mask, grad,
-        alpha, k, neg_beta, slope, BLOCK, SIZE, RELU, THREE_QUARTERS,
-    )  # fmt: skip
-    _store(dx_pointer, lane * 8, mask, dx, BLOCK, 8)
+    group = ((start % GROUPS).to(tl.int32) + lane) % GROUPS
+    masks = _vector_masks(lane < vectors - start, group, GROUPS)
+    grad = _load_with_halo(grad_pointer + start * 8, lane * 8, masks, BLOCK, (SIZE - 1) // 2, SIZE // 2)
+    terms = (alpha, k, neg_beta)
+    dx = _gradient(x_pointer + start * 8, lane * 8, masks, grad, terms, slope, BLOCK, SIZE, RELU, B75)
+    _store(dx_pointer + start * 8, lane * 8, masks[0], dx, BLOCK, 8)
 
 
-# --------------------------------------------------------------------------- kernels: with 3x3 stride-2 max pooling
+# ---------------------------------------------------------------- kernels: with 3x3 stride-2 max pooling
 
 
 @triton.jit
-def _keep_larger(best, best_tap, value, tap, step: tl.constexpr):
-    """Max pooling's comparison: the first of equals stays, and NaN wins."""
-    out = ()
-    out_tap = ()
+def _keep_larger(best, best_tap, value, tap, STEP: tl.constexpr):
+    """Max pooling's comparison, on eight columns: the first of equals stays, and NaN wins."""
+    new = ()
+    new_tap = ()
     for i in tl.static_range(8):
         larger = (value[i] > best[i]) | (value[i] != value[i])
-        out = out + (tl.where(larger, value[i], best[i]),)
-        out_tap = out_tap + (tl.where(larger, tap[i] + step, best_tap[i]),)
-    return out, out_tap
+        new = new + (tl.where(larger, value[i], best[i]),)
+        new_tap = new_tap + (tl.where(larger, tap[i] + STEP, best_tap[i]),)
+    return new, new_tap
 
 
 @triton.jit
 def _row_maximum(
     x_pointer,
     offset,
-    mask,
-    left_mask,
-    right_mask,
-    alpha,
-    k,
-    neg_beta,
+    masks,
+    terms,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
 ):
-    """The largest of three neighbouring positions of a row, and which of them it is (0, 1, 2)."""
+    """The largest of three neighbouring positions of a row, and which it is: 0, 1 or 2."""
     zero = tl.zeros((BLOCK,), tl.int32)
     zeros = (zero, zero, zero, zero, zero, zero, zero, zero)
-    best = _normalise(
-        x_pointer, offset, mask, left_mask, right_mask,
-        alpha, k, neg_beta, BLOCK, SIZE, True, THREE_QUARTERS,
-    )  # fmt: skip
+    best = _normalise(x_pointer, offset, masks, terms, BLOCK, SIZE, True, B75)
     best_tap = zeros
     for column in tl.static_range(1, 3):
-        y = _normalise(
-            x_pointer, offset + column * C, mask, left_mask, right_mask,
-            alpha, k, neg_beta, BLOCK, SIZE, True, THREE_QUARTERS,
-        )  # fmt: skip
+        y = _normalise(x_pointer, offset + column * C, masks, terms, BLOCK, SIZE, True, B75)
         best, best_tap = _keep_larger(best, best_tap, y, zeros, column)
     return best, best_tap
 
@@ -388,8 +355,8 @@ def _row_maximum(
 @triton.autotune(
     configs=[
         triton.Config({"BLOCK": 256, "ROWS": 9}, num_warps=8),
-        triton.Config({"BLOCK": 128, "ROWS": 9}, num_warps=4),
         triton.Config({"BLOCK": 256, "ROWS": 5}, num_warps=8),
+        triton.Config({"BLOCK": 128, "ROWS": 9}, num_warps=4),
         triton.Config({"BLOCK": 128, "ROWS": 14}, num_warps=4),
     ],
     key=["H", "W", "C", "SIZE"],
@@ -407,10 +374,11 @@ def _pool_forward_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """A lane: one vector of channels, down ROWS pooled rows of one pooled column."""
     GROUPS: tl.constexpr = C // 8
     POOLED_H: tl.constexpr = (H - 3) // 2 + 1
     POOLED_W: tl.constexpr = (W - 3) // 2 + 1
@@ -418,32 +386,23 @@ def _pool_forward_kernel(
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = lane % GROUPS
     column = lane // GROUPS % POOLED_W
-    strip = lane // (GROUPS * POOLED_W) % STRIPS
+    first_row = lane // (GROUPS * POOLED_W) % STRIPS * ROWS
     image = (lane // (GROUPS * POOLED_W * STRIPS)).to(tl.int64)
     inside = image < batch
-    source = image * (H * W * C) + ((2 * ROWS * strip * W + 2 * column) * C + group * 8)
-    target = image * (POOLED_H * POOLED_W * C) + ((ROWS * strip * POOLED_W + column) * C + group * 8)
-    best, best_tap = _row_maximum(
-        x_pointer, source, inside, inside & (group > 0), inside & (group < GROUPS - 1),
-        alpha, k, neg_beta, C, BLOCK, SIZE, THREE_QUARTERS,
-    )  # fmt: skip
+    source = image * (H * W * C) + ((2 * first_row * W + 2 * column) * C + group * 8)
+    target = image * (POOLED_H * POOLED_W * C) + ((first_row * POOLED_W + column) * C + group * 8)
+    terms = (alpha, k, neg_beta)
+    masks = _vector_masks(inside, group, GROUPS)
+    best, best_tap = _row_maximum(x_pointer, source, masks, terms, C, BLOCK, SIZE, B75)
     for row in range(ROWS):
-        mask = inside & (strip * ROWS + row < POOLED_H)
-        left_mask = mask & (group > 0)
-        right_mask = mask & (group < GROUPS - 1)
-        middle, middle_tap = _row_maximum(
-            x_pointer, source + W * C, mask, left_mask, right_mask,
-            alpha, k, neg_beta, C, BLOCK, SIZE, THREE_QUARTERS,
-        )  # fmt: skip
+        masks = _vector_masks(inside & (first_row + row < POOLED_H), group, GROUPS)
+        middle, middle_tap = _row_maximum(x_pointer, source + W * C, masks, terms, C, BLOCK, SIZE, B75)
         best, best_tap = _keep_larger(best, best_tap, middle, middle_tap, 3)
-        last, last_tap = _row_maximum(
-            x_pointer, source + 2 * W * C, mask, left_mask, right_mask,
-            alpha, k, neg_beta, C, BLOCK, SIZE, THREE_QUARTERS,
-        )  # fmt: skip
+        last, last_tap = _row_maximum(x_pointer, source + 2 * W * C, masks, terms, C, BLOCK, SIZE, B75)
         best, best_tap = _keep_larger(best, best_tap, last, last_tap, 6)
-        _store(y_pointer, target, mask, best, BLOCK, 8)
-        _store(argmax_pointer, target, mask, best_tap, BLOCK, 8)
-        best = last
+        _store(y_pointer, target, masks[0], best, BLOCK, 8)
+        _store(argmax_pointer, target, masks[0], best_tap, BLOCK, 8)
+        best = last  # the row that the next window begins with
         best_tap = last_tap
         source += 2 * W * C
         target += POOLED_W * C
@@ -454,62 +413,54 @@ def _pooled_gradient(
     grad_pointer,
     argmax_pointer,
     pooled,
-    qy,
-    qx,
+    quad,
     inside,
-    not_first,
-    not_last,
-    POOLED_H: tl.constexpr,
-    POOLED_W: tl.constexpr,
+    group,
+    H: tl.constexpr,
+    W: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    """The gradient that reaches position (ROW, COLUMN) of a quad from the windows whose maximum it was."""
+    """What reaches position (ROW, COLUMN) of a quad: the gradient of the windows that it won, with the halo.
+
+    Pooling window (r, c) begins at the first position of quad (r, c), so a quad's even rows lie under the
+    windows of its own row and the one above (where they are the third row), its odd rows under its own only;
+    columns likewise. `pooled` is the offset of the window that begins in the quad.
+    """
+    POOLED_H: tl.constexpr = (H - 3) // 2 + 1
+    POOLED_W: tl.constexpr = (W - 3) // 2 + 1
+    BEFORE: tl.constexpr = (SIZE - 1) // 2
+    AFTER: tl.constexpr = SIZE // 2
     zero = tl.zeros((BLOCK,), tl.float32)
     total = ()
     for _ in tl.static_range(7 + SIZE):
         total = total + (zero,)
+    # Loops, not static ranges: unrolled, the loads of all windows move to the top and fill the registers.
     for up in range(2 - ROW):
-        row_mask = inside & (qy - up < POOLED_H) & (qy >= up)
         for back in range(2 - COLUMN):
-            mask = row_mask & (qx >= back) & (qx - back < POOLED_W)
+            y = quad[0] - up
+            x = quad[1] - back
+            exists = (y >= 0) & (y < POOLED_H) & (x >= 0) & (x < POOLED_W)
+            masks = _vector_masks(inside & exists, group, C // 8)
             offset = pooled - (up * POOLED_W + back) * C
-            grad = _load_with_halo(
-                grad_pointer,
-                offset,
-                mask,
-                mask & not_first,
-                mask & not_last,
-                BLOCK,
-                (SIZE - 1) // 2,
-                SIZE // 2,
-            )
-            argmax = _load_with_halo(
-                argmax_pointer,
-                offset,
-                mask,
-                mask & not_first,
-                mask & not_last,
-                BLOCK,
-                (SIZE - 1) // 2,
-                SIZE // 2,
-            )
-            new_total = ()
+            grad = _load_with_halo(grad_pointer, offset, masks, BLOCK, BEFORE, AFTER)
+            argmax = _load_with_halo(argmax_pointer, offset, masks, BLOCK, BEFORE, AFTER)
+            tap = (ROW + 2 * up) * 3 + COLUMN + 2 * back
+            added = ()
             for i in tl.static_range(7 + SIZE):
-                here = argmax[i] == (ROW + 2 * up) * 3 + COLUMN + 2 * back
-                new_total = new_total + (tl.where(here, total[i] + grad[i].to(tl.float32), total[i]),)
-            total = new_total
+                added = added + (tl.where(argmax[i] == tap, total[i] + grad[i].to(tl.float32), total[i]),)
+            total = added
     return total
 
 
 @triton.autotune(
     configs=[
         triton.Config({"BLOCK": 256, "ROWS": 7}, num_warps=8),
-        triton.Config({"BLOCK": 128, "ROWS": 7}, num_warps=4),
         triton.Config({"BLOCK": 256, "ROWS": 4}, num_warps=8),
+        triton.Config({"BLOCK": 128, "ROWS": 7}, num_warps=4),
         triton.Config({"BLOCK": 128, "ROWS": 14}, num_warps=4),
     ],
     key=["H", "W", "C", "SIZE"],
@@ -529,249 +480,48 @@ def _pool_backward_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
+    B75: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """A lane: one vector of channels, down ROWS quads of 2x2 input positions."""
     GROUPS: tl.constexpr = C // 8
     POOLED_H: tl.constexpr = (H - 3) // 2 + 1
     POOLED_W: tl.constexpr = (W - 3) // 2 + 1
-    QUADS_H: tl.constexpr = (H + 1) // 2
     QUADS_W: tl.constexpr = (W + 1) // 2
-    STRIPS: tl.constexpr = (QUADS_H + ROWS - 1) // ROWS
+    STRIPS: tl.constexpr = ((H + 1) // 2 + ROWS - 1) // ROWS
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = lane % GROUPS
-    qx = lane // GROUPS % QUADS_W
-    qy = lane // (GROUPS * QUADS_W) % STRIPS * ROWS
+    quad_x = lane // GROUPS % QUADS_W
+    quad_y = lane // (GROUPS * QUADS_W) % STRIPS * ROWS
     image = (lane // (GROUPS * QUADS_W * STRIPS)).to(tl.int64)
     inside = image < batch
-    source = image * (H * W * C) + ((2 * qy * W + 2 * qx) * C + group * 8)
-    pooled = image * (POOLED_H * POOLED_W * C) + ((qy * POOLED_W + qx) * C + group * 8)
-    not_first = group > 0
-    not_last = group < GROUPS - 1
+    source = image * (H * W * C) + ((2 * quad_y * W + 2 * quad_x) * C + group * 8)
+    pooled = image * (POOLED_H * POOLED_W * C) + ((quad_y * POOLED_W + quad_x) * C + group * 8)
+    terms = (alpha, k, neg_beta)
     for _ in range(ROWS):
         for position in tl.static_range(4):
             grad = _pooled_gradient(
-                grad_pointer, argmax_pointer, pooled, qy, qx, inside, not_first, not_last,
-                POOLED_H, POOLED_W, C, BLOCK, SIZE, position // 2, position % 2,
+                grad_pointer, argmax_pointer, pooled, (quad_y, quad_x), inside, group,
+                H, W, C, BLOCK, SIZE, position // 2, position % 2,
             )  # fmt: skip
-            mask = inside & (2 * qy + position // 2 < H)
-            if position % 2 == 1:
-                mask = mask & (2 * qx + 1 < W)
+            exists = (2 * quad_y + position // 2 < H) & (2 * quad_x + position % 2 < W)
+            masks = _vector_masks(inside & exists, group, GROUPS)
             offset = source + (position // 2 * W + position % 2) * C
-            dx = _gradient(
-                x_pointer, offset, mask, mask & not_first, mask & not_last, grad,
-                alpha, k, neg_beta, slope, BLOCK, SIZE, True, THREE_QUARTERS,
-            )  # fmt: skip
-            _store(dx_pointer, offset, mask, dx, BLOCK, 8)
-        qy += 1
+            dx = _gradient(x_pointer, offset, masks, grad, terms, slope, BLOCK, SIZE, True, B75)
+            _store(dx_pointer, offset, masks[0], dx, BLOCK, 8)
+        quad_y += 1
         source += 2 * W * C
         pooled += POOLED_W * C
 
 
-# --------------------------------------------------------------------------- plain kernels: any channels, any window
-
-
-@triton.jit
-def _load_relu(x_pointer, offset, mask, RELU: tl.constexpr):
-    x = tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        x = tl.where(x < 0.0, 0.0, x)
-    return x
-
-
-@triton.jit
-def _denominator(x_pointer, offset, channel, mask, C, before, after, alpha, k, RELU: tl.constexpr):
-    total = tl.zeros_like(channel).to(tl.float32)
-    for shift in range(-before, after + 1):
-        inside = mask & (channel + shift >= 0) & (channel + shift < C)
-        x = _load_relu(x_pointer, offset + shift, inside, RELU)
-        total += x * x
-    return k + alpha * total
-
-
-@triton.jit
-def _load_gradient(
-    grad_pointer, argmax_pointer, offset, channel, mask, C, H, W, POOLED: tl.constexpr
-):  # fmt: skip
-    """The gradient of one element of the normalised activation; with pooling, from the windows that it won."""
-    if POOLED:
-        position = offset // C
-        column = position % W
-        row = position // W % H
-        image = position // W // H
-        pooled_h = (H - 3) // 2 + 1
-        pooled_w = (W - 3) // 2 + 1
-        grad = tl.zeros_like(channel).to(tl.float32)
-        for up in range(2):
-            for back in range(2):
-                y = row // 2 - up
-                x = column // 2 - back
-                tap = (row - 2 * y) * 3 + column - 2 * x
-                inside = mask & (y >= 0) & (y < pooled_h) & (x >= 0) & (x < pooled_w)
-                inside = inside & (row - 2 * y < 3) & (column - 2 * x < 3)
-                source = ((image * pooled_h + y) * pooled_w + x) * C + channel
-                won = tl.load(argmax_pointer + source, mask=inside, other=9) == tap
-                grad += tl.load(grad_pointer + source, mask=inside & won, other=0.0).to(tl.float32)
-        return grad
-    else:
-        return tl.load(grad_pointer + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-_PLAIN_CONFIGS = [triton.Config({"BLOCK": 1024}, num_warps=8), triton.Config({"BLOCK": 256}, num_warps=4)]
-
-
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
-def _plain_forward_kernel(
-    x_pointer,
-    y_pointer,
-    elements,
-    C,
-    before,
-    after,
-    alpha,
-    k,
-    neg_beta,
-    RELU: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < elements
-    channel = offset % C
-    d = _denominator(x_pointer, offset, channel, mask, C, before, after, alpha, k, RELU)
-    y = _load_relu(x_pointer, offset, mask, RELU) * _power(d, neg_beta, THREE_QUARTERS)
-    tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
-
-
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
-def _plain_pool_forward_kernel(
-    x_pointer,
-    y_pointer,
-    argmax_pointer,
-    elements,
-    C,
-    H,
-    W,
-    before,
-    after,
-    alpha,
-    k,
-    neg_beta,
-    THREE_QUARTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    target = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = target < elements
-    channel = target % C
-    pooled_h = (H - 3) // 2 + 1
-    pooled_w = (W - 3) // 2 + 1
-    position = target // C
-    row = position // pooled_w % pooled_h * 2
-    column = position % pooled_w * 2
-    image = position // pooled_w // pooled_h
-    best = tl.zeros((BLOCK,), tl.float32)
-    best_tap = tl.zeros((BLOCK,), tl.int32)
-    for tap in range(9):
-        source = ((image * H + row + tap // 3) * W + column + tap % 3) * C + channel
-        d = _denominator(x_pointer, source, channel, mask, C, before, after, alpha, k, True)
-        y = _load_relu(x_pointer, source, mask, True) * _power(d, neg_beta, THREE_QUARTERS)
-        larger = (y > best) | (y != y) | (tap == 0)
-        best = tl.where(larger, y, best)
-        best_tap = tl.where(larger, tap, best_tap)
-    tl.store(y_pointer + target, best.to(y_pointer.dtype.element_ty), mask=mask)
-    tl.store(argmax_pointer + target, best_tap.to(tl.uint8), mask=mask)
-
-
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
-def _plain_ratio_kernel(
-    x_pointer,
-    grad_pointer,
-    argmax_pointer,
-    ratio_pointer,
-    elements,
-    C,
-    H,
-    W,
-    before,
-    after,
-    alpha,
-    k,
-    neg_beta,
-    RELU: tl.constexpr,
-    POOLED: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """First half of the plain backward: G * x * d^(-beta - 1), in fp32, so that the second has one loop, not two."""
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < elements
-    channel = offset % C
-    d = _denominator(x_pointer, offset, channel, mask, C, before, after, alpha, k, RELU)
-    grad = _load_gradient(grad_pointer, argmax_pointer, offset, channel, mask, C, H, W, POOLED)
-    x = _load_relu(x_pointer, offset, mask, RELU)
-    ratio = grad * _power(d, neg_beta, THREE_QUARTERS) * x * _reciprocal(d, THREE_QUARTERS)
-    tl.store(ratio_pointer + offset, ratio, mask=mask)
-
-
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
-def _plain_backward_kernel(
-    x_pointer,
-    grad_pointer,
-    argmax_pointer,
-    ratio_pointer,
-    dx_pointer,
-    elements,
-    C,
-    H,
-    W,
-    before,
-    after,
-    alpha,
-    k,
-    neg_beta,
-    slope,
-    RELU: tl.constexpr,
-    POOLED: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < elements
-    channel = offset % C
-    total = tl.zeros((BLOCK,), tl.float32)
-    for shift in range(-after, before + 1):
-        inside = mask & (channel + shift >= 0) & (channel + shift < C)
-        total += tl.load(ratio_pointer + offset + shift, mask=inside, other=0.0)
-    d = _denominator(x_pointer, offset, channel, mask, C, before, after, alpha, k, RELU)
-    grad = _load_gradient(grad_pointer, argmax_pointer, offset, channel, mask, C, H, W, POOLED)
-    x = _load_relu(x_pointer, offset, mask, RELU)
-    dx = grad * _power(d, neg_beta, THREE_QUARTERS) - slope * x * total
-    if RELU:
-        dx = tl.where(x == 0.0, 0.0, dx)
-    tl.store(dx_pointer + offset, dx.to(dx_pointer.dtype.element_ty), mask=mask)
-
-
-# --------------------------------------------------------------------------- what to launch, on channels-last tensors
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _over(count: int) -> Grid:
-    """A flat grid over `count` lanes."""
-    return lambda constants: (_cdiv(count, constants["BLOCK"]),)
+# ---------------------------------------------------------------- what to launch, on channels-last tensors
 
 
 def _over_strips(batch: int, rows: int, width: int, groups: int) -> Grid:
     """A flat grid over strips of ROWS rows: one lane for each image, strip, column and vector of channels."""
     return lambda constants: (
-        _cdiv(batch * _cdiv(rows, constants["ROWS"]) * width * groups, constants["BLOCK"]),
+        cdiv(batch * cdiv(rows, constants["ROWS"]) * width * groups, constants["BLOCK"]),
     )
 
 
@@ -780,74 +530,68 @@ def _is_fast(rows: Tensor, size: int) -> bool:
     return rows.shape[-1] % 8 == 0 and 2 <= size <= 5 and image < 2**31  # 32-bit offsets within an image
 
 
-def _scalars(size: int, alpha: float, beta: float, k: float) -> dict[str, float | bool]:
-    return {"alpha": alpha / size, "k": float(k), "neg_beta": -float(beta), "THREE_QUARTERS": beta == 0.75}
-
-
-def _slope(size: int, alpha: float, beta: float) -> float:
-    return 2 * alpha * beta / size
-
-
-def _reach(size: int, channels: int) -> dict[str, int]:
-    """How far the window reaches either way; channels that do not exist need no loop."""
-    return {"before": min(size // 2, channels - 1), "after": min((size - 1) // 2, channels - 1)}
-
-
 def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Launch:
-    channels = x.shape[-1]
-    common = {"x_pointer": x, "y_pointer": y, "C": channels, "RELU": relu, **_scalars(size, alpha, beta, k)}
-    if _is_fast(x, size):
-        vectors = x.numel() // 8
-        return Launch(_forward_kernel, _over(vectors), {**common, "vectors": vectors, "SIZE": size})
-    arguments = {**common, "elements": x.numel(), **_reach(size, channels)}
-    return Launch(_plain_forward_kernel, _over(x.numel()), arguments)
+    if not _is_fast(x, size):
+        return plain_forward(x, y, size, alpha, beta, k, relu)
+    vectors = x.numel() // 8
+    arguments = {
+        "x_pointer": x,
+        "y_pointer": y,
+        "vectors": vectors,
+        "C": x.shape[-1],
+        "SIZE": size,
+        "RELU": relu,
+        **scalars(size, alpha, beta, k),
+    }
+    return Launch(_forward_kernel, over(vectors), arguments)
 
 
 def _backward(
     grad: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> list[Launch]:
     if not _is_fast(x, size):
-        return _plain_backward(grad, None, x, dx, size, alpha, beta, k, relu)
+        return plain_backward(grad, None, x, dx, size, alpha, beta, k, relu)
     vectors = x.numel() // 8
     arguments = {
         "x_pointer": x,
         "grad_pointer": grad,
         "dx_pointer": dx,
         "vectors": vectors,
-        "slope": _slope(size, alpha, beta),
+        "slope": slope(size, alpha, beta),
         "C": x.shape[-1],
         "SIZE": size,
         "RELU": relu,
-        **_scalars(size, alpha, beta, k),
+        **scalars(size, alpha, beta, k),
     }
-    return [Launch(_backward_kernel, _over(vectors), arguments)]
+    return [Launch(_backward_kernel, over(vectors), arguments)]
 
 
 def _pool_forward(
     x: Tensor, y: Tensor, argmax: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Launch:
+    if not _is_fast(x, size):
+        return plain_pool_forward(x, y, argmax, size, alpha, beta, k)
     batch, height, width, channels = x.shape
-    common = {
+    arguments = {
         "x_pointer": x,
         "y_pointer": y,
         "argmax_pointer": argmax,
+        "batch": batch,
         "H": height,
         "W": width,
         "C": channels,
-        **_scalars(size, alpha, beta, k),
+        "SIZE": size,
+        **scalars(size, alpha, beta, k),
     }
-    if _is_fast(x, size):
-        grid = _over_strips(batch, y.shape[1], y.shape[2], channels // 8)
-        return Launch(_pool_forward_kernel, grid, {**common, "batch": batch, "SIZE": size})
-    arguments = {**common, "elements": y.numel(), **_reach(size, channels)}
-    return Launch(_plain_pool_forward_kernel, _over(y.numel()), arguments)
+    grid = _over_strips(batch, y.shape[1], y.shape[2], channels // 8)
+    return Launch(_pool_forward_kernel, grid, arguments)
 
 
 def _pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> list[Launch]:
     if not _is_fast(x, size):
-        return _plain_backward(grad, argmax, x, dx, size, alpha, beta, k, True)
+        return plain_backward(grad, argmax, x, dx, size, alpha, beta, k, True)
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
@@ -855,62 +599,27 @@ def _pool_backward(
         "argmax_pointer": argmax,
         "dx_pointer": dx,
         "batch": batch,
-        "slope": _slope(size, alpha, beta),
+        "slope": slope(size, alpha, beta),
         "H": height,
         "W": width,
         "C": channels,
         "SIZE": size,
-        **_scalars(size, alpha, beta, k),
+        **scalars(size, alpha, beta, k),
     }
     grid = _over_strips(batch, (height + 1) // 2, (width + 1) // 2, channels // 8)
     return [Launch(_pool_backward_kernel, grid, arguments)]
 
 
-def _plain_backward(
-    grad: Tensor,
-    argmax: Tensor | None,
-    x: Tensor,
-    dx: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    relu: bool,
-) -> list[Launch]:
-    channels = x.shape[-1]
-    common = {
-        "x_pointer": x,
-        "grad_pointer": grad,
-        "argmax_pointer": grad if argmax is None else argmax,  # not read without pooling
-        "ratio_pointer": torch.empty(x.shape, dtype=torch.float32, device=x.device),
-        "elements": x.numel(),
-        "C": channels,
-        "H": x.shape[1],
-        "W": x.shape[2],
-        "RELU": relu,
-        "POOLED": argmax is not None,
-        **_reach(size, channels),
-        **_scalars(size, alpha, beta, k),
-    }
-    grid = _over(x.numel())
-    return [
-        Launch(_plain_ratio_kernel, grid, common),
-        Launch(
-            _plain_backward_kernel, grid, {**common, "dx_pointer": dx, "slope": _slope(size, alpha, beta)}
-        ),
-    ]
-
-
-# --------------------------------------------------------------------------- the four functions
+# ---------------------------------------------------------------- the four functions
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` as (N, ..., C) with the channels contiguous: a view of a channels-last tensor, a copy of any other."""
+    """`x` as (N, ..., C), contiguous: a view of a channels-last tensor, a copy of any other."""
     return x.movedim(1, -1).contiguous()
 
 
 def _empty_rows(out: Tensor) -> Tensor:
-    """Where a kernel writes `out` in channels-last order: `out` itself if it is channels-last, else a buffer."""
+    """Where a kernel writes `out`, as (N, ..., C): `out` itself if it is channels-last, else a buffer."""
     rows = out.movedim(1, -1)
     return rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=out.dtype, device=out.device)
 
@@ -951,8 +660,8 @@ def lrn_backward(
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
     """`max_pool2d(lrn(relu(x)), kernel_size=3, stride=2)`.
 
-    x: (N, C, H, W) with H and W at least 3. Returns the pooled result and a uint8 tensor of the same shape and
-    strides: which of the window's nine positions won, 3 * row + column; the first of equals, as in PyTorch.
+    x: (N, C, H, W) with H and W at least 3. Returns the pooled result and a uint8 tensor of the same shape
+    and strides: which of the window's nine positions won, 3 * row + column; the first of equals.
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
     out = torch.empty_like(like)
@@ -979,7 +688,7 @@ def lrn_max_pool_backward(
     return out
 
 
-# --------------------------------------------------------------------------- for `python -m fastalex.kernels.inspect`
+# ---------------------------------------------------------------- for `inspect`
 
 _PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 _HEIGHT, _CHANNELS = 55, 96  # AlexNet's first normalisation
