@@ -63,7 +63,7 @@ _WORDS = ir.VectorType(ir.IntType(32), LANES)
 _BOOLS = ir.VectorType(ir.IntType(1), LANES)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
+class _BFloat(ir.Type):
     """LLVM's bf16, which llvmlite does not know."""
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ def pointer(typing_context, array):
     def codegen(context, builder, signature, args):
         return context.make_array(array)(context, builder, args[0]).data
 
-    return types.CPointer(array.dtype)(array), codegen
+    return types.CPointer(array.dtype)(array), codegen  # type: ignore[attr-defined]
 
 
 _STORED = {
@@ -185,7 +185,7 @@ def load(typing_context, start, index):
     vector = ir.VectorType(_STORED[start.dtype], LANES)
 
     def codegen(context, builder, signature, args):
-        raw = builder.load(_address(builder, *args, vector), align=_ALIGNMENT[start.dtype])
+        raw = builder.load(_address(builder, args[0], args[1], vector), align=_ALIGNMENT[start.dtype])
         return _to_float(builder, raw, start.dtype)
 
     return _vector(start, types.intp), codegen
@@ -212,7 +212,7 @@ def store(typing_context, start, index, value):
 
     def codegen(context, builder, signature, args):
         stored = _from_float(context, builder, args[2], start.dtype)
-        builder.store(stored, _address(builder, *args[:2], vector), align=_ALIGNMENT[start.dtype])
+        builder.store(stored, _address(builder, args[0], args[1], vector), align=_ALIGNMENT[start.dtype])
         return context.get_dummy_value()
 
     return types.void(start, types.intp, _vector), codegen
@@ -238,7 +238,7 @@ def bytes_equal(typing_context, start, index, byte):
     vector = ir.VectorType(ir.IntType(8), LANES)
 
     def codegen(context, builder, signature, args):
-        raw = builder.load(_address(builder, *args[:2], vector), align=1)
+        raw = builder.load(_address(builder, args[0], args[1], vector), align=1)
         return builder.icmp_unsigned("==", raw, _splat(builder, builder.trunc(args[2], ir.IntType(8))))
 
     return _mask(start, types.intp, types.intp), codegen

@@ -148,6 +148,7 @@ def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, r
 
 @_lrn_backward.register_fake
 def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+    _check_gradient(grad, x, x)
     return torch.empty_like(x)
 
 
@@ -181,6 +182,7 @@ def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: fl
 
 @_lrn_max_pool_backward.register_fake
 def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    _check_gradient(grad, _pooled(x), x)
     return torch.empty_like(x)
 
 

@@ -1,0 +1,510 @@
+"""The LRN functions against PyTorch's own in float64, on every layout, dtype and window, and inside PyTorch.
+
+CUDA tensors take the same tests where there is a GPU; the Triton kernels are also tested without one, in
+`test_lrn_triton.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastalex.kernels import local_response_norm, lrn, lrn_reference, relu_lrn, relu_lrn_max_pool
+
+ALEXNET = (5, 5e-4, 0.75, 2.0)  # size, alpha in PyTorch's meaning, beta, k
+STRONG = (5, 0.5, 0.75, 1.0)  # a window whose neighbours matter
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+Options = tuple[int, float, float, float]
+
+
+def torch_local_response_norm(x: Tensor, options: Options) -> Tensor:
+    return F.local_response_norm(x, *options)
+
+
+def torch_relu_lrn(x: Tensor, options: Options) -> Tensor:
+    return F.local_response_norm(x.relu(), *options)
+
+
+def torch_relu_lrn_max_pool(x: Tensor, options: Options) -> Tensor:
+    return F.max_pool2d(F.local_response_norm(x.relu(), *options), 3, 2)
+
+
+FUNCTIONS = [
+    pytest.param(local_response_norm, torch_local_response_norm, id="local_response_norm"),
+    pytest.param(relu_lrn, torch_relu_lrn, id="relu_lrn"),
+    pytest.param(relu_lrn_max_pool, torch_relu_lrn_max_pool, id="relu_lrn_max_pool"),
+]
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def check(
+    ours: Callable[..., Tensor], theirs: Callable[[Tensor, Options], Tensor], x: Tensor, options: Options
+) -> Tensor:
+    """Result and gradient against float64, dtype and strides against the input's; returns the result."""
+    x = x.detach().requires_grad_()
+    exact_x = x.detach().double().contiguous().requires_grad_()
+    result, exact = ours(x, *options), theirs(exact_x, options)
+    grad = random(tuple(result.shape), x.dtype, str(x.device), seed=1)
+    (dx,) = torch.autograd.grad(result, x, grad)
+    (exact_dx,) = torch.autograd.grad(exact, exact_x, grad.double())
+    assert result.dtype == dx.dtype == x.dtype
+    # A 16-bit result is rounded once: half a unit in the last place, and the fp32 arithmetic beneath it.
+    relative = 4e-6 if x.dtype == torch.float32 else 0.51 * torch.finfo(x.dtype).eps
+    scale = max(1.0, exact_dx.abs().max().item() if exact_dx.numel() else 1.0)
+    torch.testing.assert_close(result.double(), exact, rtol=relative, atol=1e-6)
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=relative, atol=4e-6 * scale)
+    assert dx.stride() == torch.empty_like(x).stride()
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 96, 97, 256])
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_against_float64(
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    channels: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    device: str,
+) -> None:
+    x = random((2, channels, 7, 6), dtype, device).contiguous(memory_format=layout)
+    for options in (ALEXNET, STRONG):
+        result = check(ours, theirs, x, options)
+        assert result.is_contiguous(memory_format=layout)
+
+
+# Even windows, a window of one, one wider than the channels, one wider than what the kernels hold at once.
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 12, 33, 34, 70])
+@pytest.mark.parametrize("channels", [3, 32, 41])
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_any_window(
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    channels: int,
+    size: int,
+    device: str,
+) -> None:
+    x = random((1, channels, 5, 4), torch.float32, device).contiguous(memory_format=torch.channels_last)
+    check(ours, theirs, x, (size, 0.5, 0.75, 1.0))
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("k", [0.5, 3.0])
+def test_any_exponent(beta: float, k: float, device: str) -> None:
+    check(relu_lrn, torch_relu_lrn, random((2, 32, 4, 4), torch.float32, device), (5, 0.3, beta, k))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 9), (2, 32, 3, 4), (2, 32, 2, 3, 4)], ids=["3d", "4d", "5d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    check(local_response_norm, torch_local_response_norm, random(shape, dtype, device), STRONG)
+
+
+def test_channels_last_3d(device: str) -> None:
+    x = random((2, 32, 2, 3, 4), torch.bfloat16, device).contiguous(memory_format=torch.channels_last_3d)
+    result = check(local_response_norm, torch_local_response_norm, x, STRONG)
+    assert result.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x[:, :, 1:, 2:],
+        lambda x: x[:, 3:35],
+        lambda x: x[::2],
+        lambda x: x[:, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+    ],
+    ids=["pixels", "channels", "batch", "strided_channels", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_slices(
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    layout: torch.memory_format,
+    cut: Callable[[Tensor], Tensor],
+    device: str,
+) -> None:
+    x = random((3, 36, 7, 8), torch.bfloat16, device).contiguous(memory_format=layout)
+    check(ours, theirs, cut(x), STRONG)
+
+
+def test_gradient_in_another_layout(device: str) -> None:
+    x = random((2, 32, 5, 5), torch.float32, device).contiguous(memory_format=torch.channels_last)
+    grad = random((2, 32, 2, 2), torch.float32, device, seed=1)
+    grads = [
+        torch.ops.fastalex.lrn_max_pool_backward(
+            g, torch.ops.fastalex.lrn_max_pool(x, *STRONG)[1], x, *STRONG
+        )
+        for g in (grad, grad.contiguous(memory_format=torch.channels_last), grad.mT.contiguous().mT)
+    ]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_empty_batch(
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    x = random((0, 16, 7, 7), dtype, device).contiguous(memory_format=layout).requires_grad_()
+    result = ours(x, *ALEXNET)
+    result.sum().backward()
+    assert result.shape == theirs(torch.zeros(1, 16, 7, 7), ALEXNET)[:0].shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+def test_gradcheck(
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    layout: torch.memory_format,
+) -> None:
+    x = random((2, 7, 5, 4), torch.float64).contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ours(x, 4, 0.5, 0.75, 1.0), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+@pytest.mark.parametrize("channels", [32, 33])  # the fast kernel and the general one
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_nan_and_infinity_pass_as_in_torch(
+    value: float,
+    channels: int,
+    ours: Callable[..., Tensor],
+    theirs: Callable[[Tensor, Options], Tensor],
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    x = random((2, channels, 7, 7), dtype, device).contiguous(memory_format=torch.channels_last)
+    x[0, [0, 10, 31], 2, 3] = value
+    x[1, 15:18, 0, 0] = value
+    x = x.requires_grad_()
+    exact_x = x.detach().float().requires_grad_()
+    result, exact = ours(x, *STRONG), theirs(exact_x, STRONG)
+    result.sum().backward()
+    exact.sum().backward()
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    relative = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(result.float(), exact, rtol=relative, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(x.grad.float(), exact_x.grad, rtol=relative, atol=1e-5, equal_nan=True)
+
+
+def test_fp16_squares_that_overflow(device: str) -> None:
+    """Squares of values above 256 exceed fp16's largest number, 65504."""
+    x = (random((2, 32, 4, 4), torch.float32, device) * 5000).half()
+    result = check(local_response_norm, torch_local_response_norm, x, (5, 1e-4, 0.75, 1.0))
+    assert result.abs().max() > 1  # squaring in fp16 would have given 0 throughout
+
+
+def test_bf16_rounds_to_nearest_even() -> None:
+    """With alpha 0, y = x / k^beta exactly: 1 and 1.5 times an odd and an even mantissa, halfway cases."""
+    x = torch.tensor([1 + i * 2.0**-7 for i in range(128)]).view(1, 16, 8, 1).bfloat16()
+    result = local_response_norm(x, 1, 0.0, 1.0, 1 / 1.5)
+    assert torch.equal(result, (x.float() / torch.tensor(1 / 1.5)).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_where_max_pool_sends_them(dtype: torch.dtype, device: str) -> None:
+    """Equal pixels, zeros among them, have equal results: the argmax must be torch's everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(-1, 2, (4, 32), generator=generator).to(dtype)  # four kinds of pixel
+    kinds = torch.randint(0, 4, (2, 11, 9), generator=generator)
+    x = pixels[kinds].permute(0, 3, 1, 2).to(device).contiguous(memory_format=torch.channels_last)
+    _, argmax = torch.ops.fastalex.lrn_max_pool(x, *STRONG)
+    _, index = F.max_pool2d(F.local_response_norm(x.double().relu(), *STRONG), 3, 2, return_indices=True)
+    row = torch.arange(5, device=device)[:, None] * 2 + argmax // 3
+    column = torch.arange(4, device=device) * 2 + argmax % 3
+    assert torch.equal(row * 9 + column, index)
+    assert (argmax != 0).any()  # ties were not all there was
+    check(relu_lrn_max_pool, torch_relu_lrn_max_pool, x, STRONG)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 32, 3, 3), (2, 17, 4, 3), (1, 16, 8, 9), (3, 16, 9, 8)])
+def test_pooling_at_the_borders(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Rows and columns that no window reaches, as max_pool2d leaves them out, have zero gradient."""
+    x = random(shape, dtype, device).contiguous(memory_format=torch.channels_last)
+    check(relu_lrn_max_pool, torch_relu_lrn_max_pool, x, STRONG)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [5, 4])
+def test_agrees_with_the_reference(size: int, dtype: torch.dtype, device: str) -> None:
+    x = random((2, 48, 9, 8), dtype, device).contiguous(memory_format=torch.channels_last)
+    options = (size, 0.5, 0.75, 1.0)
+    pooled, argmax = torch.ops.fastalex.lrn_max_pool(x, *options)
+    expected, expected_argmax = lrn_reference.lrn_max_pool_forward(x, *options)
+    grad = random(tuple(pooled.shape), dtype, device, seed=1)
+    dx = torch.ops.fastalex.lrn_max_pool_backward(grad, argmax, x, *options)
+    expected_dx = lrn_reference.lrn_max_pool_backward(grad, argmax, x, *options)
+    relative = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(pooled, expected, rtol=relative, atol=1e-6)
+    torch.testing.assert_close(dx, expected_dx, rtol=relative, atol=1e-5)
+    assert (argmax == expected_argmax).float().mean() > 0.999  # fp32 rounding may order near-equals otherwise
+
+
+# --- inside PyTorch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype, layout: torch.memory_format, device: str) -> None:
+    x = random((2, 16, 7, 8), dtype, device).contiguous(memory_format=layout).requires_grad_()
+    torch.library.opcheck(lrn._lrn, (x, *ALEXNET, True))
+    torch.library.opcheck(lrn._lrn_max_pool, (x, *ALEXNET))
+    x = x.detach()
+    pooled, argmax = lrn._lrn_max_pool(x, *ALEXNET)
+    torch.library.opcheck(lrn._lrn_backward, (x, x, *ALEXNET, True))
+    torch.library.opcheck(lrn._lrn_max_pool_backward, (pooled, argmax, x, *ALEXNET))
+
+
+class Block(nn.Module):
+    """A convolution and both kernels: AlexNet's first block and a half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.second = nn.Conv2d(16, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu_lrn_max_pool(self.first(x), *STRONG)
+        return relu_lrn(self.second(x), *STRONG)
+
+    def plain(self, x: Tensor) -> Tensor:
+        x = torch_relu_lrn_max_pool(self.first(x), STRONG)
+        return torch_relu_lrn(self.second(x), STRONG)
+
+
+def gradients(module: nn.Module, output: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    output.square().sum().backward()
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return random((4, 3, 15, 13), torch.float32).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(block: Block, images: Tensor, dynamic: bool) -> None:
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    expected = gradients(block, block.plain(images))
+    for ours, theirs in zip(gradients(block, compiled(images)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_keeps_bf16(block: Block, images: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        activation = block.first(images)
+        pooled = relu_lrn_max_pool(activation, *STRONG)
+        assert activation.dtype == pooled.dtype == relu_lrn(pooled, 5).dtype == torch.bfloat16
+        assert relu_lrn(images, 5).dtype == torch.float32
+        output = block(images)
+    for ours, theirs in zip(gradients(block, output), gradients(block, block.plain(images)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
+
+
+def test_no_grad_and_checkpointing(block: Block, images: Tensor) -> None:
+    expected = gradients(block, block(images))
+    with torch.no_grad():
+        assert not block(images).requires_grad
+    recomputed = gradients(block, checkpoint(block, images, use_reentrant=False))
+    for ours, theirs in zip(recomputed, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_distributed_data_parallel(block: Block, images: Tensor, tmp_path: Path) -> None:
+    expected = gradients(block, block(images))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(block)
+        for ours, theirs in zip(gradients(wrapped, wrapped(images)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_deterministic_whatever_the_threads(block: Block, images: Tensor) -> None:
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = random((3, 96, 13, 11), torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        results = []
+        for count in (1, 2, 2, max(threads, 3)):
+            torch.set_num_threads(count)
+            y = x.clone().requires_grad_()
+            pooled = relu_lrn_max_pool(relu_lrn(y, *ALEXNET), *ALEXNET)
+            pooled.square().sum().backward()
+            assert y.grad is not None
+            results.append((pooled.detach(), y.grad))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    for pooled, grad in results[1:]:
+        assert torch.equal(pooled, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_second_derivative_is_refused() -> None:
+    for function in (relu_lrn, relu_lrn_max_pool):
+        x = random((1, 16, 5, 5), torch.float32).requires_grad_()
+        (dx,) = torch.autograd.grad(function(x, 5).square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            dx.sum().backward()
+
+
+def test_callers_in_several_threads() -> None:
+    x = random((4, 96, 9, 9), torch.float32).contiguous(memory_format=torch.channels_last)
+    expected = relu_lrn(x, *ALEXNET)
+    results: list[Tensor] = []
+
+    def call() -> None:
+        for _ in range(20):
+            results.append(relu_lrn(x, *ALEXNET))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 80
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def run_python(program: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | environment,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_after_fork_and_on_every_threading_layer(layer: str) -> None:
+    """A forked worker with one thread, as PyTorch's DataLoader makes them, must not touch a thread pool."""
+    program = """
+        import os, threading, torch
+        from fastalex.kernels import relu_lrn
+        x = torch.randn(4, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+        expected = relu_lrn(x, 5)
+        callers = [threading.Thread(target=lambda: [relu_lrn(x, 5) for _ in range(50)]) for _ in range(3)]
+        [caller.start() for caller in callers]
+        [caller.join() for caller in callers]
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            os._exit(0 if torch.equal(relu_lrn(x, 5), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        print("same")
+    """
+    assert run_python(program, NUMBA_THREADING_LAYER=layer).strip() == "same"
+
+
+@pytest.mark.slow
+def test_works_where_no_cache_can_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("a file is no folder")
+    program = """
+        import torch
+        from unittest import mock
+        import numba.core.caching as caching
+        read_only = OSError("read-only")
+        with mock.patch.object(caching._CacheLocator, "ensure_cache_path", side_effect=read_only):
+            from fastalex.kernels import relu_lrn
+            print(relu_lrn(torch.ones(1, 16, 1, 1), 1, 0.0, 1.0, 2.0).unique().item())
+    """
+    assert run_python(program, NUMBA_CACHE_DIR=str(blocked)).strip() == "0.5"
+
+
+def test_importing_loads_no_compiler() -> None:
+    program = """
+        import sys
+        import fastalex.kernels
+        print("numba" in sys.modules, "triton" in sys.modules)
+    """
+    assert run_python(program).split()[0] == "False"
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: relu_lrn(torch.ones(4, 4), 5), r"3-D or 4-D or 5-D tensor.*got shape \(4, 4\)"),
+        (lambda: local_response_norm(torch.ones(1, 1, 1, 1, 1, 1), 5), "local_response_norm: expected"),
+        (lambda: relu_lrn_max_pool(torch.ones(2, 4, 4), 5), r"expected a 4-D tensor.*got shape \(2, 4, 4\)"),
+        (lambda: relu_lrn(torch.ones(1, 4, 4, dtype=torch.int32), 5), "got torch.int32"),
+        (lambda: relu_lrn(torch.ones(1, 4, 4, dtype=torch.complex64), 5), "got torch.complex64"),
+        (lambda: relu_lrn(torch.ones(1, 4, 4), 0), "size must be .* at least 1, got 0"),
+        (lambda: relu_lrn(torch.ones(1, 4, 4), 2.5), r"size must be .* got 2\.5"),
+        (lambda: relu_lrn_max_pool(torch.ones(1, 4, 2, 5), 5), r"at least 3, got \(1, 4, 2, 5\)"),
+        (
+            lambda: torch.ops.fastalex.lrn_backward(torch.ones(1, 4, 5), torch.ones(1, 4, 4), *ALEXNET, True),
+            r"gradient does not fit.*\(1, 4, 5\).*expected torch.float32 \(1, 4, 4\)",
+        ),
+        (
+            lambda: torch.ops.fastalex.lrn_backward(
+                torch.ones(1, 4, 4, device="meta"), torch.ones(1, 4, 4), *ALEXNET, True
+            ),
+            "on meta, expected torch.float32 .* on cpu",
+        ),
+    ],
+)
+def test_errors_say_what_was_given(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
