@@ -146,6 +146,7 @@ def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int) -> None
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00nonsense", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff", b"Exif\x00\x00"]
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_unreadable_exif_is_upright(tmp_path: Path, exif: bytes) -> None:
     assert decode(tmp_path / "a.jpg", Image.fromarray(smooth(40, 60)), exif=exif).shape == (40, 60, 3)
 
