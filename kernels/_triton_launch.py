@@ -24,6 +24,10 @@ Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -709,7 +709,7 @@ def inspect_cases() -> list[KernelCase]:
 
     def backward(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
         x = activation(dtype, batch, device)
-        return _backward(torch.empty_like(x), x, torch.empty_like(x), **_PAPER, relu=True)[0]
+        return _backward(torch.ones_like(x), x, torch.empty_like(x), **_PAPER, relu=True)[0]
 
     def pool_forward(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
         y = activation(dtype, batch, device, _POOLED)

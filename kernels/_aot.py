@@ -1,0 +1,173 @@
+"""Compiling a Triton kernel for a GPU that is not here, and reading what came out.
+
+Triton compiles to PTX, and the `ptxas` it ships turns that into the GPU's own machine code; neither needs a
+GPU. `cuobjdump`, which it ships too, prints the registers and the instructions. Not to be used in a process
+that runs the interpreter (TRITON_INTERPRET=1): there, `@triton.jit` does not give a function that compiles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ._triton_launch import KernelCase, Launch
+
+_POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Sm:
+    """What one streaming multiprocessor can hold."""
+
+    gpus: str
+    warps: int
+    blocks: int
+    shared: int  # bytes
+
+
+# CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
+# All of them have 65,536 registers, in four parts of 16,384, handed out to a warp 256 at a time (the rules of
+# the occupancy calculator in Nsight Compute).
+ARCHITECTURES = {
+    80: Sm("A100", 64, 32, 164 * 1024),
+    86: Sm("RTX 30", 48, 16, 100 * 1024),
+    89: Sm("RTX 40, L4", 48, 24, 100 * 1024),
+    90: Sm("H100, H200", 64, 32, 228 * 1024),
+    100: Sm("B200", 64, 32, 228 * 1024),
+    120: Sm("RTX 50", 48, 24, 100 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the compiler made of a kernel. Loads and stores are counts of instructions by width in bits."""
+
+    registers: int
+    stack: int  # bytes a thread
+    shared: int  # bytes a program
+    local_accesses: int  # spills and arrays in memory
+    loads: dict[int, int]
+    stores: dict[int, int]
+    instructions: int
+
+
+def _signature(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
+    """Types, constants and alignments, as Triton's launcher would derive them from the arguments."""
+    kernel = launch.kernel.fn
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    types: dict[str, str] = {}
+    values: dict[str, object] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        value = launch.arguments.get(name)
+        divisible = False
+        if name in constants or (isinstance(value, int) and value == 1):
+            types[name] = "constexpr"
+            if name in launch.arguments:
+                values[name] = value
+        elif isinstance(value, Tensor):
+            types[name] = _POINTER[value.dtype]
+            divisible = True  # PyTorch's allocator aligns to 512 bytes
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        else:
+            raise ValueError(f"{kernel.__name__}: no tensor or number for the argument {name!r}")
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, values, attributes
+
+
+def compile_launch(launch: Launch, arch: int, config: int = 0, maxnreg: int | None = None) -> MachineCode:
+    """Compile a launch under its `config`-th autotuning configuration for compute capability arch / 10.
+
+    maxnreg caps the registers a thread may have; what does not fit is then spilled to memory.
+    """
+    chosen = launch.kernel.configs[config]
+    types, values, attributes = _signature(launch)
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
+    source = ASTSource(launch.kernel.fn, types, {**values, **chosen.kwargs}, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        return _read(_dump("--dump-resource-usage", cubin.name), _dump("-sass", cubin.name))
+
+
+def _dump(option: str, path: str) -> str:
+    command = [knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read(resources: str, sass: str) -> MachineCode:
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", resources)}
+    # A line is `/*0590*/  @P0 LDG.E.128 R4, ... ;`: address, perhaps a predicate, the instruction.
+    pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)"
+    instructions = Counter(re.findall(pattern, sass, re.MULTILINE))
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for name, count in instructions.items():
+        width = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+        if name.startswith(("LDG", "STG")):
+            (loads if name.startswith("LDG") else stores)[int(width.group(1)) if width else 32] += count
+    return MachineCode(
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        shared=usage["SHARED"],
+        local_accesses=sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
+        loads=dict(sorted(loads.items(), reverse=True)),
+        stores=dict(sorted(stores.items(), reverse=True)),
+        instructions=sum(n for name, n in instructions.items() if name != "NOP"),
+    )
+
+
+def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
+    """The share of an SM's warps that programs of so many warps, registers and shared bytes can fill."""
+    sm = ARCHITECTURES[arch]
+    registers_a_warp = -(-registers * 32 // 256) * 256
+    blocks = min(sm.blocks, sm.warps // warps, 16384 // registers_a_warp * 4 // warps)
+    if shared:
+        blocks = min(blocks, sm.shared // (shared + 1024))  # CUDA keeps 1 KB a block for itself
+    return blocks * warps / sm.warps
+
+
+def problems(case: KernelCase, dtype: torch.dtype, code: MachineCode) -> list[str]:
+    """Which of the case's promises the machine code breaks, one line each."""
+    wide = 2 if dtype == torch.float32 else 1  # accesses of 128 bits to eight channels
+    found = []
+    if code.stack or code.local_accesses:
+        found.append(f"spills: {code.stack} bytes of stack, {code.local_accesses} accesses to local memory")
+    for kind, counts, wanted in (
+        ("load", code.loads, case.vector_loads * wide),
+        ("store", code.stores, case.vector_stores * wide),
+    ):
+        if counts.get(128, 0) + counts.get(256, 0) < wanted:
+            found.append(f"{counts.get(128, 0)} {kind}s of 128 bits, fewer than {wanted}")
+    narrowest = min(code.stores, default=0)
+    if narrowest < case.narrowest_store:
+        found.append(f"a store of {narrowest} bits, narrower than {case.narrowest_store}")
+    return found

@@ -1,0 +1,219 @@
+"""Counting what a Triton kernel loads and stores, by running it in Triton's interpreter.
+
+With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, a program
+after the other, in NumPy. Every load and store then passes two methods with its addresses and its mask;
+`count` listens there. `nearest_even` mends the one thing in which the interpreter differs from a GPU for
+these kernels: it cuts fp32 to bf16 where a GPU rounds.
+
+`python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON;
+`inspect` runs that in a process of its own, because it compiles too and one process cannot do both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+
+from ._triton_launch import FLOAT_DTYPES, KernelCase, Launch, dtype_name, is_interpreted
+
+_SECTOR = 32  # bytes: the least that a GPU fetches from memory
+_BATCH = 1
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes and faults of one launch.
+
+    moved: 32-byte sectors that a program touches, each once for each program, summed over the programs. That
+        is the memory traffic if a program finds in the L1 cache what it has touched before, and no program
+        what another has; what the L2 cache shares between programs comes off it.
+    floor: bytes touched at all, each once.
+    elements: of the tensor that the case divides by.
+    out_of_bounds: lanes that touched memory of no tensor, or stored to an input, or loaded from an output.
+    unwritten, rewritten: elements of the outputs stored never, or more than once.
+    """
+
+    moved: int
+    floor: int
+    elements: int
+    out_of_bounds: int
+    unwritten: int
+    rewritten: int
+
+
+class _Recorder:
+    def __init__(self, tensors: dict[str, Tensor], writes: tuple[str, ...]) -> None:
+        self.spans = {
+            name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size())
+            for name, t in tensors.items()
+        }
+        self.writes = writes
+        self.touched = {name: np.zeros(t.numel(), np.int64) for name, t in tensors.items()}
+        self.sectors: list[np.ndarray] = []  # of the program that is running
+        self.program: tuple[int, ...] | None = None
+        self.moved = 0
+        self.out_of_bounds = 0
+
+    def record(self, program: tuple[int, ...], pointers: np.ndarray, mask: np.ndarray, stores: bool) -> None:
+        if program != self.program:
+            self.finish_program()
+            self.program = program
+        addresses = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64)
+        known = np.zeros(addresses.shape, bool)
+        for name, (start, end, width) in self.spans.items():
+            if (name in self.writes) != stores:
+                continue
+            inside = (addresses >= start) & (addresses + width <= end)
+            known |= inside
+            np.add.at(self.touched[name], (addresses[inside] - start) // width, 1)
+        self.out_of_bounds += int((~known).sum())
+        self.sectors.append(np.unique(addresses[known] // _SECTOR) * 2 + stores)
+
+    def finish_program(self) -> None:
+        if self.sectors:
+            self.moved += _SECTOR * len(np.unique(np.concatenate(self.sectors)))
+        self.sectors = []
+
+
+@contextlib.contextmanager
+def _replaced(**methods: Callable[..., Any]) -> Iterator[None]:
+    """The interpreter with some of its methods replaced."""
+    builder = interpreter.InterpreterBuilder
+    originals = {name: getattr(builder, name) for name in methods}
+    for name, method in methods.items():
+        setattr(builder, name, method)
+    try:
+        yield
+    finally:
+        for name, method in originals.items():
+            setattr(builder, name, method)
+
+
+def nearest_even() -> contextlib.AbstractContextManager[None]:
+    """Makes the interpreter round fp32 to bf16 to nearest, ties to even, as GPUs do."""
+    original = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(builder: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return original(builder, source, target)
+        rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    return _replaced(cast_impl=cast)
+
+
+def count(case: KernelCase, launch: Launch) -> Traffic:
+    """Run a launch on CPU tensors, in the interpreter, and count."""
+    if not is_interpreted():
+        raise RuntimeError("counting needs TRITON_INTERPRET=1 in the environment before Triton is imported")
+    recorder = _Recorder(launch.tensors, case.writes)
+    load = interpreter.InterpreterBuilder.create_masked_load
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        recorder.record(tuple(builder.grid_idx), pointers.data, mask.data, stores=False)
+        return load(builder, pointers, mask, *rest)
+
+    def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        recorder.record(tuple(builder.grid_idx), pointers.data, mask.data, stores=True)
+        return store(builder, pointers, value, mask, *rest)
+
+    with nearest_even(), _replaced(create_masked_load=counted_load, create_masked_store=counted_store):
+        launch.run()
+    recorder.finish_program()
+    written = np.concatenate([recorder.touched[name] for name in case.writes])
+    return Traffic(
+        moved=recorder.moved,
+        floor=sum(
+            int((times > 0).sum()) * recorder.spans[name][2] for name, times in recorder.touched.items()
+        ),
+        elements=launch.tensors[case.elements].numel(),
+        out_of_bounds=recorder.out_of_bounds,
+        unwritten=int((written == 0).sum()),
+        rewritten=int((written > 1).sum()),
+    )
+
+
+def problems(case: KernelCase, traffic: Traffic) -> list[str]:
+    """Which of the case's promises the counts break, one line each."""
+    found = []
+    if traffic.out_of_bounds:
+        found.append(f"{traffic.out_of_bounds} accesses out of bounds")
+    if traffic.unwritten or traffic.rewritten:
+        found.append(f"{traffic.unwritten} output elements not written, {traffic.rewritten} more than once")
+    if traffic.moved > case.traffic_limit * traffic.floor:
+        ratio = traffic.moved / traffic.floor
+        found.append(f"moves {ratio:.3f} times the floor, more than {case.traffic_limit}")
+    return found
+
+
+class _EagerBytes(TorchDispatchMode):
+    """Adds up what every operator that does arithmetic reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            for values in ((args, kwargs), result):
+                distinct = {id(v): v for v in tree_leaves(values) if isinstance(v, Tensor)}.values()
+                self.total += sum(
+                    min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in distinct
+                )
+        return result
+
+
+def eager_bytes(case: KernelCase, dtype: torch.dtype, batch: int) -> int | None:
+    """Bytes that plain PyTorch's operators would read and write for the same result."""
+    if case.eager is None:
+        return None
+    run = case.eager(dtype, batch)
+    with _EagerBytes() as counter:
+        run()
+    return counter.total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastalex.kernels._traffic")
+    parser.add_argument("--modules", nargs="+", required=True)
+    parser.add_argument("--dtype", nargs="+", default=[dtype_name(dtype) for dtype in FLOAT_DTYPES])
+    parser.add_argument("--kernel", default="")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.modules:
+        for case in importlib.import_module(name).inspect_cases():
+            for dtype in case.dtypes:
+                if arguments.kernel not in case.name or dtype_name(dtype) not in arguments.dtype:
+                    continue
+                traffic = count(case, case.launch(dtype, _BATCH, torch.device("cpu")))
+                rows.append(
+                    {
+                        "kernel": case.name,
+                        "dtype": dtype_name(dtype),
+                        **asdict(traffic),
+                        "eager": eager_bytes(case, dtype, _BATCH),
+                        "problems": problems(case, traffic),
+                    }
+                )
+                print(case.name, dtype, file=sys.stderr, flush=True)
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
