@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """Resize, crop, flip and normalise on the CPU: a row at a time, each source row once.
 
 Resizing is separable. A source row is converted and normalised (the weights of a pixel sum to 1, so that may
@@ -22,50 +23,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._numba_simd import LANES, bits, fma, inline, jit, load, splat, store, store_partial
+from ._numba_simd import LANES, bits, fma, inline, jit, load, pointer, splat, store, store_partial
 from .lrn_numba import _run
 
 f32 = np.float32
 
 
 @lru_cache(maxsize=64)
-def _taps(source: int, resized: int) -> tuple[Any, Any]:
+def _taps(source: int, resized: int) -> tuple[Any, Any, int]:
     """For each resized pixel the first source pixel it depends on, and the weights of it and those after it.
 
-    int64 (resized,) and float32 (resized, taps); the weights sum to 1 and first + taps never passes the end.
-    The filter is the triangle of `augment_reference`, in whole numbers.
+    int64 (resized,), float32 (resized * taps,) and taps; the weights of a pixel sum to 1, and first + taps
+    never passes the end. The filter is the triangle of `augment_reference`, in whole numbers.
     """
     i, j = np.arange(resized)[:, None], np.arange(source)
     weights = np.maximum(2 * max(source, resized) - np.abs((2 * j + 1) * resized - (2 * i + 1) * source), 0)
     taps = int((weights > 0).sum(axis=1).max())
     first = np.minimum((weights > 0).argmax(axis=1), source - taps)
     weights = np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1)
-    return first, (weights / weights.sum(axis=1, keepdims=True)).astype(f32)
+    return first, (weights / weights.sum(axis=1, keepdims=True)).astype(f32).ravel(), taps
 
 
 @inline
-def _normalise_row(images, at, line, scale, shift):
-    for p in range(0, len(line), 3):
+def _normalise_row(images, at, line, width, scale, shift):
+    for p in range(0, 3 * width, 3):
         for c in range(3):
             line[p + c] = f32(images[at + p + c]) * scale[c] + shift[c]
 
 
 @inline
-def _resize_row(line, first, weights, left, flip, row, at, crop):
+def _resize_row(line, first, weights, taps, left, flip, row, at, crop):
     """The part of `line` that is in the crop, resized and perhaps mirrored, to row[at:]."""
     column = left + crop - 1 if flip else left
     step = -1 if flip else 1
-    taps = weights.shape[1]
     for to in range(at, at + 3 * crop, 3):
         p = 3 * first[column]
         red, green, blue = f32(0), f32(0), f32(0)
-        for k in range(taps):
-            weight = weights[column, k]
-            red += weight * line[p]
-            green += weight * line[p + 1]
-            blue += weight * line[p + 2]
+        for k in range(taps * column, taps * column + taps):
+            red += weights[k] * line[p]
+            green += weights[k] * line[p + 1]
+            blue += weights[k] * line[p + 2]
             p += 3
-        row[to], row[to + 1], row[to + 2] = red, green, blue
+        row[to] = red
+        row[to + 1] = green
+        row[to + 2] = blue
         column += step
 
 
@@ -77,57 +78,71 @@ def _write(out, at, total, left):
         store_partial(out, at, total, left)
 
 
-@jit(error_model="numpy")
-def _augment(
-    start, stop, images, height, width, indices, offsets, flips, views, crop,
-    first_row, row_weights, first_column, column_weights, scale, shift, out,
+@inline
+def _outputs(
+    start, stop, line, ring, images, height, width, indices, offsets, flips, views, crop,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
 ):  # fmt: skip
-    """Outputs start .. stop - 1; `images` and `out` are flat."""
-    taps = row_weights.shape[1]
     length = 3 * crop
-    padded = (length + LANES - 1) // LANES * LANES
-    ring = np.zeros(taps * padded, np.float32)
-    line = np.empty(3 * width, np.float32)
+    padded = ring.size // row_taps
+    line, ring, images, out = pointer(line), pointer(ring), pointer(images), pointer(out)
+    first_row, row_weights = pointer(first_row), pointer(row_weights)
+    first_column, column_weights = pointer(first_column), pointer(column_weights)
+    scale, shift = pointer(scale), pointer(shift)
     for n in range(start, stop):
         image = indices[n // views] * height
         view = n % views if views > 1 else n
         top, left, flip = offsets[view, 0], offsets[view, 1], flips[view]
         done = first_row[top]  # source rows before this one are in the ring, or not needed
         for y in range(crop):
-            first = first_row[top + y]
-            while done < first + taps:
-                _normalise_row(images, (image + done) * 3 * width, line, scale, shift)
-                to = done % taps * padded
-                _resize_row(line, first_column, column_weights, left, flip, ring, to, crop)
+            first, weights = first_row[top + y], row_taps * (top + y)
+            while done < first + row_taps:
+                _normalise_row(images, (image + done) * 3 * width, line, width, scale, shift)
+                to = done % row_taps * padded
+                _resize_row(line, first_column, column_weights, column_taps, left, flip, ring, to, crop)
                 done += 1
             at = (n * crop + y) * length
-            upper = first % taps * padded
-            weight = splat(row_weights[top + y, 0])
-            if taps == 2:
+            upper = first % row_taps * padded
+            weight = splat(row_weights[weights])
+            if row_taps == 2:
                 lower = padded - upper
-                other = splat(row_weights[top + y, 1])
+                other = splat(row_weights[weights + 1])
                 for e in range(0, length, LANES):
                     total = fma(other, load(ring, lower + e), weight * load(ring, upper + e))
                     _write(out, at + e, total, length - e)
             else:
                 for e in range(0, length, LANES):
                     total = weight * load(ring, upper + e)
-                    for k in range(1, taps):
-                        row = (first + k) % taps * padded
-                        total = fma(splat(row_weights[top + y, k]), load(ring, row + e), total)
+                    for k in range(1, row_taps):
+                        row = (first + k) % row_taps * padded
+                        total = fma(splat(row_weights[weights + k]), load(ring, row + e), total)
                     _write(out, at + e, total, length - e)
+
+
+@jit(error_model="numpy", fastmath={"contract"})
+def _augment(
+    start, stop, images, height, width, indices, offsets, flips, views, crop,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+):  # fmt: skip
+    """Outputs start .. stop - 1; all arrays but `offsets` are flat."""
+    line = np.empty(3 * width, np.float32)
+    ring = np.zeros(row_taps * ((3 * crop + LANES - 1) // LANES * LANES), np.float32)
+    _outputs(
+        start, stop, line, ring, images, height, width, indices, offsets, flips, views, crop,
+        first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+    )  # fmt: skip
 
 
 @jit(parallel=True)
 def _parallel_augment(
     tasks, count, images, height, width, indices, offsets, flips, views, crop,
-    first_row, row_weights, first_column, column_weights, scale, shift, out,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
 ):  # fmt: skip
     for task in numba.prange(tasks):
         _augment(
             task * count // tasks, (task + 1) * count // tasks,
             images, height, width, indices, offsets, flips, views, crop,
-            first_row, row_weights, first_column, column_weights, scale, shift, out,
+            first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
         )  # fmt: skip
 
 
