@@ -288,6 +288,24 @@ def fma(typing_context, a, b, c):
 
 
 @intrinsic
+def absolute(typing_context, v):
+    """|v|, sign bit cleared: also of NaN and of -0."""
+    return _vector(v), lambda context, builder, signature, args: _call(
+        builder, f"llvm.fabs.v{LANES}f32", *args
+    )
+
+
+@intrinsic
+def exceeds(typing_context, a, b):
+    """a > b by the bits: for numbers with the sign bit clear the same, except that NaN exceeds infinity."""
+
+    def codegen(context, builder, signature, args):
+        return builder.icmp_signed(">", *(builder.bitcast(v, _WORDS) for v in args))
+
+    return _mask(a, b), codegen
+
+
+@intrinsic
 def power(typing_context, a, b):
     """a to the power of b, through the C library, lane by lane: slow."""
     return _vector(a, b), lambda context, builder, signature, args: _call(

@@ -31,9 +31,11 @@ from torch import Tensor
 from . import lrn_reference as reference
 from ._numba_simd import (
     LANES,
+    absolute,
     bits,
     bytes_equal,
     concatenated,
+    exceeds,
     first_lanes,
     fma,
     guess_inverse_fourth_root,
@@ -139,15 +141,16 @@ def _window_sum(previous, current, following, mirrored, general):
 
 
 @inline
-def _forward_pixel(x, at, y, to, stored, channels, scale, k, floor, general):
-    """The pixel at x[at:] normalised into the first `stored` lanes from y[to:]."""
+def _forward_pixel(x, at, y, to, stored, channels, scale, k, floor, general, unsigned):
+    """The pixel at x[at:], or its absolute value, normalised into the first `stored` lanes from y[to:]."""
     v = _load_input(x, at, channels, floor, general)
     previous, current = splat(f32(0)), v * v  # the squares of the block before, and of this one
     for c in range(0, channels, LANES):
         next_v = _load_input(x, at + c + LANES, channels - c - LANES, floor, general)
         following = next_v * next_v
         d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
-        _store(y, to + c, v * _inverse_power(d, general), stored - c, general)
+        result = v * _inverse_power(d, general)
+        _store(y, to + c, absolute(result) if unsigned else result, stored - c, general)
         previous, current, v = current, following, next_v
 
 
@@ -213,7 +216,7 @@ def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, flo
 def _forward(start, stop, x, y, channels, scale, k, factor, floor, general):
     x, y = pointer(x), pointer(y)
     for at in range(start * channels, stop * channels, channels):
-        _forward_pixel(x, at, y, at, channels, channels, scale, k, floor, general)
+        _forward_pixel(x, at, y, at, channels, channels, scale, k, floor, general, False)
 
 
 @jit()
@@ -236,7 +239,7 @@ def _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, facto
             for w in range(width):
                 to = (row % 3 * width + w) * padded
                 at = (row * width + w) * channels
-                _forward_pixel(x, at, rows, to, padded, channels, scale, k, floor, general)
+                _forward_pixel(x, at, rows, to, padded, channels, scale, k, floor, general, True)
         done = top + 2
         for j in range(pooled_width):
             out = (pooled * pooled_width + j) * channels
@@ -246,7 +249,7 @@ def _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, facto
                 for position in range(1, 9):
                     row, column = top + position // 3, 2 * j + position % 3
                     value = load(rows, (row % 3 * width + column) * padded + c)
-                    wins = (value > best) | (value != value)  # the first of equals, and any NaN
+                    wins = exceeds(value, best)  # so the first of equals stays, and NaN passes
                     best = where(wins, value, best)
                     index = where(wins, splat(f32(position)), index)
                 _store(y, out + c, best, channels - c, general)
