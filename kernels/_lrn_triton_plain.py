@@ -7,6 +7,9 @@ kernels where its own do not fit. Every offset is 64 bits wide.
 A negative d (which takes a negative k or alpha) gives NaN, whatever beta.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (Triton's values have no types that mypy knows)
+
 from __future__ import annotations
 
 import torch

@@ -87,14 +87,10 @@ def _jobs(archs: list[int], dtypes: list[str], kernel: str) -> list[_Job]:
 
 def _count(dtypes: list[str], kernel: str) -> list[dict[str, Any]]:
     """Byte counts of every case, from a process that runs the interpreter."""
-    process = subprocess.run(
-        [sys.executable, "-m", "fastalex.kernels._traffic", "--modules", *KERNEL_MODULES]
-        + ["--dtype", *dtypes, "--kernel", kernel],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "fastalex.kernels._traffic", "--modules", *KERNEL_MODULES]
+    command += ["--dtype", *dtypes, "--kernel", kernel]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(process.stdout)
 
 
@@ -106,7 +102,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _traffic_table(traffic: list[dict[str, Any]]) -> str:
     rows = []
     for row in traffic:
-        moved, floor, eager = (None if row[key] is None else row[key] / row["elements"] for key in _BYTES)
+        elements, eager = row["elements"], row["eager"]
+        moved, floor = row["moved"] / elements, row["floor"] / elements
         rows.append(
             [
                 row["kernel"],
@@ -114,8 +111,8 @@ def _traffic_table(traffic: list[dict[str, Any]]) -> str:
                 f"{floor:.2f}",
                 f"{moved:.2f}",
                 f"{moved / floor:.3f}",
-                "" if eager is None else f"{eager:.1f}",
-                "" if eager is None else f"{eager / moved:.1f}",
+                "" if eager is None else f"{eager / elements:.1f}",
+                "" if eager is None else f"{eager / row['moved']:.1f}",
             ]
         )
     return _table(["kernel", "dtype", "floor", "moved", "moved / floor", "eager", "eager / moved"], rows)
@@ -165,8 +162,8 @@ def report(traffic: list[dict[str, Any]], codes: list[dict[str, Any]]) -> str:
     others = [row for row in codes if not row["first_config"]]
     return f"""# The Triton kernels, seen without a GPU
 
-Written by `python -m fastalex.kernels.inspect` (triton {triton.__version__}, torch {torch.__version__}); how to
-read it: [docs/gpu.md](../../docs/gpu.md). No GPU took part.
+Written by `python -m fastalex.kernels.inspect` (triton {triton.__version__}, torch {torch.__version__}).
+How to read it: [docs/gpu.md](../../docs/gpu.md). No GPU took part.
 
 ## Bytes an element
 

@@ -56,7 +56,10 @@ instructions but needs 77; a cap at 64 (`maxnreg`) spills for all but the last.
 lane an element, a loop over the window, loads that the cache serves.
 """
 
-# ruff: noqa: RUF005 (Triton concatenates tuples; it does not unpack into them)
+# mypy: disable-error-code="no-untyped-def,assignment"
+# (Triton's values have no types that mypy knows)
+# ruff: noqa: RUF005
+# (Triton concatenates tuples; it does not unpack into them)
 
 from __future__ import annotations
 
@@ -690,7 +693,7 @@ def lrn_max_pool_backward(
 
 # ---------------------------------------------------------------- for `inspect`
 
-_PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+_PAPER: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 _HEIGHT, _CHANNELS = 55, 96  # AlexNet's first normalisation
 _POOLED = (_HEIGHT - 3) // 2 + 1
 
