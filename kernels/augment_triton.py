@@ -71,14 +71,14 @@ def _pick(channel, red, green, blue):
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
 
 
-_CONFIGS = [
-    triton.Config({"BLOCK": 32}, num_warps=1),
-    triton.Config({"BLOCK": 64}, num_warps=2),
-    triton.Config({"BLOCK": 128}, num_warps=4),
-]
-
-
-@triton.autotune(configs=_CONFIGS, key=["HEIGHT", "WIDTH", "RESIZE", "CROP"])
+@triton.autotune(
+    configs=[
+        triton.Config({"BLOCK": 128}, num_warps=4),
+        triton.Config({"BLOCK": 64}, num_warps=2),
+        triton.Config({"BLOCK": 32}, num_warps=1),
+    ],
+    key=["HEIGHT", "WIDTH", "RESIZE", "CROP"],
+)
 @triton.jit
 def _enlarge_kernel(
     image_pointer,
@@ -156,7 +156,7 @@ def _first_tap(center, reach, resize: tl.constexpr):
     configs=[
         triton.Config({"BLOCK": 32, "ROWS": 8}, num_warps=1),
         triton.Config({"BLOCK": 32, "ROWS": 2}, num_warps=1),
-        triton.Config({"BLOCK": 128, "ROWS": 8}, num_warps=4),
+        triton.Config({"BLOCK": 64, "ROWS": 8}, num_warps=2),
     ],
     key=["HEIGHT", "WIDTH", "RESIZE", "CROP"],
 )
