@@ -1,0 +1,87 @@
+"""Running Triton kernels on the CPU from the tests.
+
+Triton reads TRITON_INTERPRET when it is imported, and a process that interprets kernels cannot compile any:
+not those of `inspect`, not those of torch.compile. So the interpreter has a process of its own, a module's
+tests share it, and the tests hand it functions of their module by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Interpreter:
+    """A process with TRITON_INTERPRET=1 that has loaded the test module at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(path)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def __call__(self, check: Callable[..., Any], *arguments: Any) -> Any:
+        """`check(*arguments)`, a function of the test module, over there; its failure is the test's."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        pickle.dump((check.__name__, arguments), self.process.stdin)
+        self.process.stdin.flush()
+        failure, result = pickle.load(self.process.stdout)
+        if failure:
+            pytest.fail(failure, pytrace=False)
+        return result
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
+    """Calls a function of the test module in a process where Triton kernels run interpreted."""
+    interpreter = Interpreter(request.path)
+    yield interpreter
+    interpreter.close()
+
+
+def _serve(path: str) -> None:
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a check prints goes to the terminal, not among the replies
+    import torch
+
+    torch.set_num_threads(1)
+    from fastalex.kernels._traffic import nearest_even
+
+    spec = importlib.util.spec_from_file_location("interpreted_tests", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with nearest_even():
+        while True:
+            try:
+                name, arguments = pickle.load(requests)
+            except EOFError:
+                return
+            try:
+                reply = None, getattr(module, name)(*arguments)
+            except BaseException:
+                reply = traceback.format_exc(), None
+            pickle.dump(reply, replies)
+            replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

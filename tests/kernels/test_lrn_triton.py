@@ -1,0 +1,353 @@
+"""The Triton LRN kernels, run in Triton's interpreter, against float64 `torch.nn.functional`.
+
+The functions `check_*` run in the interpreter's process (see conftest); the tests name what to check.
+"""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Half a unit in the last place for the one rounding at the end, doubled; fp32 sums in another order.
+RTOL = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+CHANNELS_LAST, CONTIGUOUS, SLICED = "channels_last", "contiguous", "sliced"
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, scale: float = 5.0) -> Tensor:
+    """Seeded random values in one of the layouts."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if layout == SLICED:  # every other row of a larger tensor, from the second on
+        whole = make((shape[0], shape[1], 2 * shape[2], *shape[3:]), dtype, CONTIGUOUS, scale)
+        return whole[:, :, 1::2]
+    values = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    if layout == CHANNELS_LAST:
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
+    return values
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """To the dtype's rounding, relative to the value, or to fp32's where terms cancel."""
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=RTOL[dtype], atol=3e-6 * largest, equal_nan=True
+    )
+
+
+def check_lrn(
+    shape: tuple[int, ...],
+    size: int,
+    dtype: torch.dtype,
+    layout: str,
+    relu: bool,
+    alpha: float = 1e-2,
+    beta: float = 0.75,
+    k: float = 2.0,
+    scale: float = 5.0,
+) -> None:
+    """Forward and backward against float64, and the layout of both results."""
+    from fastalex.kernels import lrn_triton
+
+    x = make(shape, dtype, layout, scale)
+    y = lrn_triton.lrn_forward(x, size, alpha, beta, k, relu)
+    grad = torch.randn_like(y)
+    dx = lrn_triton.lrn_backward(grad, x, size, alpha, beta, k, relu)
+    exact = x.double().requires_grad_()
+    expected = F.local_response_norm(F.relu(exact) if relu else exact, size, alpha, beta, k)
+    (expected_dx,) = torch.autograd.grad(expected, exact, grad.double())
+    assert_close(y, expected.detach(), dtype)
+    assert_close(dx, expected_dx, dtype)
+    assert y.dtype == dx.dtype == dtype
+    assert y.stride() == dx.stride() == torch.empty_like(x).stride()
+
+
+def windows(values: Tensor) -> Tensor:
+    """The nine values of every 3x3 stride-2 window: (N, C, H, W) to (N, C, PH, PW, 9)."""
+    return values.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
+
+
+def check_pool(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, layout: str, beta: float = 0.75, k: float = 2.0
+) -> None:
+    """Maximum, winner, gradient and layouts against float64."""
+    from fastalex.kernels import lrn_triton
+
+    arguments = (size, 1e-2, beta, k)
+    x = make(shape, dtype, layout)
+    y, argmax = lrn_triton.lrn_max_pool_forward(x, *arguments)
+    grad = torch.randn_like(y)
+    dx = lrn_triton.lrn_max_pool_backward(grad, argmax, x, *arguments)
+    exact = x.double().requires_grad_()
+    normalised = F.local_response_norm(F.relu(exact), *arguments)
+    assert_close(y, F.max_pool2d(normalised, 3, 2).detach(), dtype)
+    assert argmax.dtype == torch.uint8
+    # The winner holds the maximum; exact ties are `check_ties`. Two values may be closer than fp32 can tell.
+    won = windows(normalised).gather(-1, argmax.long()[..., None])[..., 0]
+    torch.testing.assert_close(won, F.max_pool2d(normalised, 3, 2), rtol=1e-6, atol=0)
+    (expected_dx,) = torch.autograd.grad(won, exact, grad.double())
+    assert_close(dx, expected_dx, dtype)
+    # The layouts that `lrn.py` announces to torch.compile.
+    assert y.stride() == argmax.stride() == torch.empty_like(x[:, :, : y.shape[2], : y.shape[3]]).stride()
+    assert dx.stride() == torch.empty_like(x).stride()
+
+
+def check_ties(channels: int) -> None:
+    """Equal values: small integers, the same in all channels of a position, tie often and exactly."""
+    from fastalex.kernels import lrn_triton
+
+    x = torch.randint(-1, 3, (1, 1, 9, 9), generator=torch.Generator().manual_seed(0)).float()
+    x = x.expand(1, channels, 9, 9).contiguous(memory_format=torch.channels_last)
+    _, argmax = lrn_triton.lrn_max_pool_forward(x, 5, 1e-2, 0.75, 2.0)
+    y = F.local_response_norm(F.relu(x), 5, 1e-2, 0.75, 2.0)
+    _, index = F.max_pool2d(y, 3, 2, return_indices=True)
+    row = index // 9 - 2 * torch.arange(4)[:, None]
+    column = index % 9 - 2 * torch.arange(4)
+    assert (windows(y) == y.amax()).sum(-1).max() > 1, "the test needs ties"
+    torch.testing.assert_close(argmax.long(), 3 * row + column)
+
+
+def check_special_values(channels: int, relu: bool) -> None:
+    """NaN, infinity and squares that overflow fp32, where PyTorch in fp32 has them."""
+    from fastalex.kernels import lrn_triton
+
+    x = make((1, channels, 3, 5), torch.float32, CHANNELS_LAST)
+    for column, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e30)):
+        x[0, channels // 2, 1, column] = value
+    grad = torch.ones_like(x)
+    reference = x.clone().requires_grad_()
+    expected = F.local_response_norm(F.relu(reference) if relu else reference, 5, 1e-2, 0.75, 2.0)
+    (expected_dx,) = torch.autograd.grad(expected, reference, grad)
+    y = lrn_triton.lrn_forward(x, 5, 1e-2, 0.75, 2.0, relu)
+    dx = lrn_triton.lrn_backward(grad, x, 5, 1e-2, 0.75, 2.0, relu)
+    assert expected.isnan().any()
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def check_nan_wins(channels: int) -> None:
+    """A NaN is the maximum of every window it is in, as in max_pool2d."""
+    from fastalex.kernels import lrn_triton
+
+    x = make((1, channels, 5, 5), torch.float32, CHANNELS_LAST)
+    x[0, :, 2, 2] = float("nan")
+    x[0, :, 0, 1] = float("nan")
+    y, argmax = lrn_triton.lrn_max_pool_forward(x, 5, 1e-2, 0.75, 2.0)
+    expected, index = F.max_pool2d(
+        F.local_response_norm(F.relu(x), 5, 1e-2, 0.75, 2.0), 3, 2, return_indices=True
+    )
+    row = index // 5 - 2 * torch.arange(2)[:, None]
+    column = index % 5 - 2 * torch.arange(2)
+    assert expected.isnan().all()
+    assert y.isnan().all()
+    torch.testing.assert_close(argmax.long(), 3 * row + column)
+
+
+def check_no_constant(channels: int) -> None:
+    """k = 0: d is 0 for the channels that do not exist, and they must not reach the others."""
+    check_lrn((1, channels, 2, 3), 5, torch.float32, CHANNELS_LAST, False, 1e-2, 0.75, 0.0)
+
+
+def check_empty() -> None:
+    from fastalex.kernels import lrn_triton
+
+    for shape in ((0, 8, 5, 5), (0, 3, 5, 5)):
+        x = torch.empty(shape)
+        assert lrn_triton.lrn_forward(x, 5, 1e-4, 0.75, 1.0, True).shape == shape
+        assert lrn_triton.lrn_backward(x, x, 5, 1e-4, 0.75, 1.0, True).shape == shape
+        y, argmax = lrn_triton.lrn_max_pool_forward(x, 5, 1e-4, 0.75, 1.0)
+        assert y.shape == argmax.shape == (0, shape[1], 2, 2)
+        assert lrn_triton.lrn_max_pool_backward(y, argmax, x, 5, 1e-4, 0.75, 1.0).shape == shape
+
+
+def check_configurations() -> None:
+    """Blocks and strips of another size give the same result, to the bit."""
+    from fastalex.kernels import lrn_triton
+
+    for case in lrn_triton.inspect_cases():
+        launch = small(case.name)
+        results = []
+        for config in (launch.kernel.configs[0], launch.kernel.configs[-1]):
+            # The interpreter takes the first: let it be this one.
+            launch.kernel.configs.insert(0, config)
+            try:
+                launch.run()
+            finally:
+                launch.kernel.configs.pop(0)
+            results.append([launch.tensors[name].clone() for name in case.writes])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b), case.name
+
+
+def small(name: str) -> Any:
+    """The launch that an inspected kernel gets for one image of 7x7x16."""
+    from fastalex.kernels import lrn_triton
+
+    x = torch.randn(1, 7, 7, 16)
+    y = torch.zeros(1, 3, 3, 16)
+    argmax = torch.arange(144).reshape(y.shape).remainder(9).to(torch.uint8)
+    arguments = (5, 1e-2, 0.75, 2.0)
+    if name == "relu_lrn forward":
+        return lrn_triton._forward(x, torch.zeros_like(x), *arguments, True)
+    if name == "relu_lrn backward":
+        return lrn_triton._backward(torch.randn_like(x), x, torch.zeros_like(x), *arguments, True)[0]
+    if name == "relu_lrn_max_pool forward":
+        return lrn_triton._pool_forward(x, y, argmax, *arguments)
+    return lrn_triton._pool_backward(torch.randn_like(y), argmax, x, torch.zeros_like(x), *arguments)[0]
+
+
+def check_offsets_beyond_32_bits(channels: int) -> None:
+    """More than 2^31 elements: the last program, which alone is run, reads and writes the right ones.
+
+    The tensors are allocated and, but for their ends, never touched, so they take no memory.
+    """
+    from triton.runtime import interpreter
+
+    from fastalex.kernels import lrn_triton
+
+    def last_program(*bounds: int) -> range:
+        return builtins.range(bounds[0] - 1, bounds[0]) if bounds[-1] > 10_000 else builtins.range(*bounds)
+
+    interpreter.range = last_program
+    write_back = interpreter.GridExecutor._restore_args_dev
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # it would copy all of the tensors
+    try:
+        batch = 2**31 // (9 * channels) + 3
+        x = torch.empty(batch, 3, 3, channels, dtype=torch.bfloat16)
+        dx = torch.empty_like(x)
+        y = torch.empty(batch, 1, 1, channels, dtype=torch.bfloat16)
+        argmax = torch.empty(batch, 1, 1, channels, dtype=torch.uint8)
+        assert x.numel() > 2**31
+        last = slice(batch - 2, batch)
+        x[last] = make((2, 3, 3, channels), torch.bfloat16, CONTIGUOUS)
+        arguments = (5, 1e-2, 0.75, 2.0)
+        exact = x[last].movedim(-1, 1).double().requires_grad_()
+        normalised = F.local_response_norm(F.relu(exact), *arguments)
+
+        lrn_triton._forward(x, dx, *arguments, True).run()
+        assert_close(dx[last].movedim(-1, 1), normalised.detach(), torch.bfloat16)
+        lrn_triton._pool_forward(x, y, argmax, *arguments).run()
+        pooled = F.max_pool2d(normalised, 3, 2)
+        assert_close(y[last].movedim(-1, 1), pooled.detach(), torch.bfloat16)
+        if channels % 8 == 0:
+            y[last] = 1.0
+            lrn_triton._pool_backward(y, argmax, x, dx, *arguments)[0].run()
+            (expected,) = torch.autograd.grad(pooled, exact, torch.ones_like(pooled))
+            assert_close(dx[last].movedim(-1, 1), expected, torch.bfloat16)
+    finally:
+        del interpreter.range
+        interpreter.GridExecutor._restore_args_dev = write_back
+
+
+FAST = [
+    ((1, 96, 5, 7), 5),
+    ((2, 8, 3, 5), 5),
+    ((1, 16, 4, 3), 2),
+    ((1, 24, 3, 3), 3),
+    ((1, 16, 3, 4), 4),
+]
+PLAIN = [
+    ((1, 1, 3, 5), 1),
+    ((2, 3, 5, 7), 5),
+    ((1, 97, 5, 4), 5),
+    ((1, 3, 4, 4), 9),  # wider than the channels
+    ((1, 16, 5, 3), 8),  # even
+    ((1, 8, 3, 3), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "size"), FAST + PLAIN, ids=str)
+def test_lrn(interpreted: Any, shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
+    interpreted(check_lrn, shape, size, dtype, CHANNELS_LAST, dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "size"), [*FAST[:2], *PLAIN], ids=str)
+def test_pool(interpreted: Any, shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
+    interpreted(check_pool, shape, size, dtype, CHANNELS_LAST)
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (4, 4), (5, 8), (8, 5)])
+def test_pool_edges(interpreted: Any, height: int, width: int) -> None:
+    """Heights and widths that leave no row over, or one."""
+    interpreted(check_pool, (1, 8, height, width), 3, torch.float32, CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, SLICED])
+@pytest.mark.parametrize("channels", [8, 5])
+def test_layouts(interpreted: Any, channels: int, layout: str) -> None:
+    interpreted(check_lrn, (2, channels, 3, 4), 5, torch.bfloat16, layout, True)
+    interpreted(check_pool, (2, channels, 5, 5), 5, torch.bfloat16, layout)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 5), (2, 7, 5), (1, 16, 2, 3, 2), (1, 7, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
+def test_ranks(interpreted: Any, shape: tuple[int, ...], layout: str) -> None:
+    interpreted(check_lrn, shape, 5, torch.float32, layout, False)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 0.0])
+@pytest.mark.parametrize("channels", [8, 5])
+def test_other_beta(interpreted: Any, channels: int, beta: float) -> None:
+    interpreted(check_lrn, (1, channels, 3, 3), 5, torch.float32, CHANNELS_LAST, False, 1e-2, beta)
+
+
+@pytest.mark.parametrize("channels", [16, 5])
+def test_squares_beyond_fp16(interpreted: Any, channels: int) -> None:
+    """Values of some thousands: their squares do not fit in fp16."""
+    interpreted(
+        check_lrn, (1, channels, 3, 3), 5, torch.float16, CHANNELS_LAST, False, 1e-4, 0.75, 1.0, 3000.0
+    )
+
+
+@pytest.mark.parametrize("channels", [16, 7])
+def test_ties(interpreted: Any, channels: int) -> None:
+    interpreted(check_ties, channels)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels", [16, 7])
+def test_special_values(interpreted: Any, channels: int, relu: bool) -> None:
+    interpreted(check_special_values, channels, relu)
+
+
+@pytest.mark.parametrize("channels", [8, 7])
+def test_nan_wins_the_maximum(interpreted: Any, channels: int) -> None:
+    interpreted(check_nan_wins, channels)
+
+
+@pytest.mark.parametrize("channels", [16, 7])
+def test_no_constant(interpreted: Any, channels: int) -> None:
+    interpreted(check_no_constant, channels)
+
+
+def test_empty_batch(interpreted: Any) -> None:
+    interpreted(check_empty)
+
+
+def test_configurations_give_the_same_bits(interpreted: Any) -> None:
+    interpreted(check_configurations)
+
+
+@pytest.mark.parametrize("channels", [8, 3])
+def test_offsets_beyond_32_bits(interpreted: Any, channels: int) -> None:
+    interpreted(check_offsets_beyond_32_bits, channels)
+
+
+def check_wrong_window(size: int) -> None:
+    from fastalex.kernels import lrn_triton
+
+    x = make((1, 16, 3, 3), torch.float32, CHANNELS_LAST)
+    y = lrn_triton.lrn_forward(x, size, 1e-2, 0.75, 2.0, False)
+    assert_close(y, F.local_response_norm(x.double(), 5, 1e-2, 0.75, 2.0), torch.float32)
+
+
+def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
+    """Negative control: a window of 4 is not one of 5, and the comparison says so."""
+    with pytest.raises(pytest.fail.Exception, match="not close"):
+        interpreted(check_wrong_window, 4)
