@@ -13,7 +13,7 @@ DEV = [
 setup(
     name="fastalex",
     version="0.1.0",
-    description="The fastest way to train AlexNet on any machine, CPU or GPU, that still reproduces the published error",
+    description="The fastest way to train AlexNet, on a CPU or a GPU, that still reproduces its error",
     python_requires=">=3.10",
     packages=[
         "fastalex",

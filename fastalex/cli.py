@@ -86,7 +86,7 @@ def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
 
 def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
     known = {f.name for f in dataclasses.fields(config)}
-    for key in composed:
+    for key in map(str, composed):
         if key not in known:
             raise ConfigError(f"{prefix}{key}={composed[key]}: there is no such key; leave it out")
         if dataclasses.is_dataclass(getattr(config, key)):

@@ -194,7 +194,7 @@ def validate(config: Config) -> None:
         ConfigError: naming the key, its value and the remedy.
     """
     data, train = config.data, config.train
-    for key, value in (
+    for key, count in (
         ("data.resize", data.resize),
         ("data.crop", data.crop),
         ("data.images", data.images),
@@ -203,29 +203,29 @@ def validate(config: Config) -> None:
         ("train.batch_size", train.batch_size),
         ("log_every", config.log_every),
     ):
-        if value < 1:
-            raise ConfigError(f"{key}={value}: must be at least 1")
+        if count < 1:
+            raise ConfigError(f"{key}={count}: must be at least 1")
     if data.crop > data.resize:
         raise ConfigError(
             f"data.crop={data.crop}: larger than data.resize={data.resize}, the image it is cut from; "
             "lower data.crop or raise data.resize"
         )
-    for key, value, low, high in (
-        ("train.lr", train.lr, 0.0, math.inf),
-        ("data.validation_fraction", data.validation_fraction, 0.0, 1.0),
+    for key, value, high in (
+        ("train.lr", train.lr, math.inf),
+        ("data.validation_fraction", data.validation_fraction, 1.0),
     ):
-        if not low < value < high:
-            raise ConfigError(f"{key}={value}: must lie between {low:g} and {high:g}")
+        if not 0 < value < high:
+            raise ConfigError(f"{key}={value}: must lie between 0 and {high:g}, both left out")
     for key, value, low, high in (
         ("train.momentum", train.momentum, 0.0, 1.0),
         ("train.weight_decay", train.weight_decay, 0.0, math.inf),
         ("train.warmup", train.warmup, 0.0, 1.0),
-        ("train.patience", train.patience, 0, math.inf),
-        ("runtime.threads", config.runtime.threads, 0, math.inf),
-        ("loader.workers", config.loader.workers, -1, math.inf),
+        ("train.patience", float(train.patience), 0.0, math.inf),
+        ("runtime.threads", float(config.runtime.threads), 0.0, math.inf),
+        ("loader.workers", float(config.loader.workers), -1.0, math.inf),
     ):
         if not low <= value < high:
-            raise ConfigError(f"{key}={value}: must be at least {low:g} and below {high:g}")
+            raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
     if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"

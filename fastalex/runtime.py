@@ -6,6 +6,7 @@ import ctypes
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -51,12 +52,12 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device in its memory format."""
-        return model.to(self.device, memory_format=self.memory_format)
+        return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module) -> nn.Module:
         """Return the network to call in the loop; it shares its parameters with ``model``."""
         # One size of batch, and of crop, lasts for many steps: specialise on it.
-        return torch.compile(model, dynamic=False) if self.compile else model
+        return cast(nn.Module, torch.compile(model, dynamic=False)) if self.compile else model
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it; a CPU always has."""

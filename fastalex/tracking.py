@@ -47,10 +47,9 @@ class RunFolder:
         shown = images[:32].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
         self._writer.add_images("augmented inputs", shown.clamp(0, 1), 0)
 
-    def loss(self, step: int, value: float, learning_rate: float) -> None:
+    def loss(self, step: int, value: float) -> None:
         """Record the mean training loss up to a step."""
         self._writer.add_scalar("loss/train", value, step)
-        self._writer.add_scalar("learning rate", learning_rate, step)
 
     def epoch(self, epoch: Epoch) -> None:
         """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and ``losses.png`` drawn anew."""
@@ -63,8 +62,10 @@ class RunFolder:
             ("error/validation top-1", epoch.validation_top1_error),
             ("error/validation top-5", epoch.validation_top5_error),
             ("images per second", epoch.images_per_second),
+            ("learning rate", epoch.learning_rate),
         ):
-            self._writer.add_scalar(name, value, epoch.step)
+            if value is not None:
+                self._writer.add_scalar(name, value, epoch.step)
         self._writer.flush()
         plots.losses(self._epochs, self.path / "losses.png")
 

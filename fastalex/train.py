@@ -66,7 +66,7 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
     def on_step(step: int, loss: float | None) -> None:
         progress.update()
         if loss is not None:
-            folder.loss(step, loss, trainer.learning_rate.current)
+            folder.loss(step, loss)
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     trainer = Trainer(

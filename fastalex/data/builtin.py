@@ -23,7 +23,7 @@ def load_digits(config: DataConfig, seed: int) -> DataSplits:
     what = f"data.validation_fraction={config.validation_fraction}"
     train, test = divide(images, TEST_FRACTION, 0, classes=classes, what=what)
     train, validation = divide(train, config.validation_fraction, seed, classes=classes, what=what)
-    return DataSplits(train, validation, test, classes)
+    return DataSplits(train, validation, test, classes, source="scikit-learn's digits")
 
 
 def load_synthetic(config: DataConfig) -> DataSplits:
@@ -39,4 +39,4 @@ def load_synthetic(config: DataConfig) -> DataSplits:
     )
     held_out = images.select(np.arange(-(-config.images // 8)))
     classes = tuple(str(label) for label in range(config.classes))
-    return DataSplits(images, held_out, held_out, classes, has_errors=False)
+    return DataSplits(images, held_out, held_out, classes, has_errors=False, source="synthetic noise")

@@ -37,7 +37,7 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
     """CIFAR-10 from ``data.root``: the pickles or ``{train,test}/CLASS/*``, downloaded if it has neither."""
     root = Path(config.root).expanduser()
     batches = _find_batches(root)
-    skipped = 0
+    skipped, source = 0, "CIFAR-10"
     if batches is None and not (root / "train").is_dir():
         batches = _download(root, config)
     if batches is not None:
@@ -48,9 +48,11 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
         parts = {part: scan_classes(root / part, CLASSES, config) for part in ("train", "test")}
         images, skipped = read_parts(root, parts, CLASSES, config, progress=progress)
         train, test = images["train"], images["test"]
+        if any(path.suffix.lower() in (".jpg", ".jpeg") for path in parts["test"].paths):
+            source = "CIFAR-10 (JPEG copy)"  # encoded anew: its pixels are not the published ones
     what = f"data.root={config.root}"
     train, validation = divide(train, config.validation_fraction, seed, classes=CLASSES, what=what)
-    return DataSplits(train, validation, test, CLASSES, skipped)
+    return DataSplits(train, validation, test, CLASSES, skipped, source=source)
 
 
 def _find_batches(root: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastalex.config import DataConfig
 from fastalex.data.builtin import load_digits, load_synthetic
 from fastalex.data.imageset import DataSplits, ImageSet
@@ -28,6 +30,11 @@ def load_splits(config: DataConfig, seed: int, *, progress: bool = True) -> Data
         ConfigError: no such data set.
         DataError: files are missing, damaged or too few.
     """
+    splits = _load(config, seed, progress)
+    return splits if splits.source else replace(splits, source=f"{config.name} at {config.root}")
+
+
+def _load(config: DataConfig, seed: int, progress: bool) -> DataSplits:
     if config.name == "digits":
         return load_digits(config, seed)
     if config.name == "synthetic":

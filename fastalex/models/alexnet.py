@@ -115,7 +115,7 @@ class AlexNet(nn.Module):
         x = self.pool5(x)
         if x.shape[-2:] != (6, 6):  # another crop than 224; at 6x6 the pool would be an identity
             x = F.adaptive_avg_pool2d(x, 6)
-        # flatten() of a channels-last tensor walks it in NCHW order: the weights mean the same in both layouts.
+        # flatten() walks a channels-last tensor in NCHW order: the weights mean the same in both layouts.
         x = self.dropout(F.relu(self.fc6(x.flatten(1)), inplace=True))
         x = self.dropout(F.relu(self.fc7(x), inplace=True))
         return self.fc8(x)

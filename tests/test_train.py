@@ -1,0 +1,260 @@
+"""The commands end to end: what a run writes, what an evaluation repeats, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastalex import evaluate, train
+from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
+from fastalex.tracking import RunFolder
+
+# A network that takes two seconds, on images that come with scikit-learn.
+QUICK = [
+    "data=digits",
+    "model=mobilenet_v3_small",
+    "data.resize=36",
+    "data.crop=32",
+    "train.epochs=2",
+    "runtime.precision=fp32",
+]
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in an empty folder; return its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main: Callable[[], None], *overrides: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastalex", *overrides])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run's folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch, (folder.parent / "out").open("w") as out:
+        patch.setattr(sys, "argv", ["fastalex", *QUICK, f"hydra.run.dir={folder}"])
+        patch.setattr(sys, "stdout", out)
+        train.main()
+    return folder, (folder.parent / "out").read_text()
+
+
+def test_a_run_writes_what_the_readme_lists(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "checkpoint.pt",
+        "config.yaml",
+        "losses.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+        "tensorboard",
+    ]
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert all(epoch["train_loss"] > 0 and epoch["learning_rate"] > 0 for epoch in epochs)
+    with Image.open(folder / "losses.png") as image:
+        assert image.width > 600
+
+
+def test_the_summary_adds_up(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["epochs"] == 2
+    assert summary["steps"] == 2 * (summary["train_images"] // 128)
+    assert summary["train_images"] + summary["validation_images"] + summary["ten_crop"]["images"] == 1797
+    assert summary["top1_error"] == summary["ten_crop"]["top1_error"]
+    assert summary["ten_crop"]["views"] == 5  # digits are never mirrored
+    assert 0 <= summary["top5_error"] <= summary["top1_error"] <= 1
+    assert summary["images_per_second"] > 0
+    assert 0 <= summary["input_wait_fraction"] < 1
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = min(epoch["validation_top1_error"] for epoch in epochs)
+    assert summary["best_on_validation"]["validation_top1_error"] == best
+    assert f"{summary['single_crop']['top1_error']:.4f}" in out
+    assert str(folder) in out
+
+
+def test_tensorboard_has_the_curves_and_one_picture_of_the_inputs(finished: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert {"loss/validation", "error/validation top-1", "learning rate", "images per second"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Images("augmented inputs")] == [0]
+
+
+def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], command: Command) -> None:
+    folder, _ = finished
+    status, out, _ = command(
+        evaluate.main, f"checkpoint={folder / 'checkpoint.pt'}", "runtime.precision=fp32"
+    )
+    assert status == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["single_crop"] == summary["single_crop"]
+    assert evaluation["ten_crop"] == summary["ten_crop"]
+    assert f"{summary['top1_error']:.4f}" in out
+    for name in ("confusion_matrix.png", "mistakes.png"):
+        with Image.open(folder / name) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+        (folder / name).unlink()
+    (folder / "evaluation.json").unlink()
+
+
+def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: Command) -> None:
+    folder, _ = finished
+    command(train.main, *QUICK, "hydra.run.dir=again")
+    first, again = (json.loads((path / "summary.json").read_text()) for path in (folder, Path("again")))
+    assert first["ten_crop"] == again["ten_crop"]
+    command(train.main, *QUICK, "hydra.run.dir=other", "seed=1")
+    other = json.loads((Path("other") / "summary.json").read_text())
+    assert other["ten_crop"]["loss"] != first["ten_crop"]["loss"]
+
+
+def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) -> None:
+    quick = [*QUICK, "data=synthetic", "data.images=256", "train.epochs=1"]
+    assert command(train.main, *quick, "hydra.run.dir=run")[0] == 0
+    before = Path("run/summary.json").read_text()
+    status, _, err = command(train.main, *quick, "hydra.run.dir=run")
+    assert status == 2
+    assert "already holds a run" in err
+    assert Path("run/summary.json").read_text() == before
+    # Hydra hands two runs of the same second the same path.
+    config = Config(ModelConfig("resnet18"), DataConfig("digits"), LoaderConfig("resident"))
+    folders = [RunFolder(tmp_path / "second", False, config).path.name for _ in range(3)]
+    assert folders == ["second", "second-2", "second-3"]
+
+
+def test_synthetic_data_reports_throughput_and_no_error(command: Command) -> None:
+    status, out, _ = command(
+        train.main, *QUICK, "data=synthetic", "data.images=256", "train.epochs=1", "hydra.run.dir=run"
+    )
+    assert status == 0
+    assert "an error would mean nothing" in out
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert not any("error" in key for key in summary)
+    assert "best_on_validation" not in summary
+    status, _, err = command(evaluate.main, "checkpoint=run/checkpoint.pt")
+    assert status == 2
+    assert "synthetic" in err
+
+
+def image_tree(root: Path, per_class: int = 10) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> None:
+    root = image_tree(Path("images"))
+    damaged = root / "cat" / "3.png"
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    overrides = [*QUICK, "data=imagefolder", f"data.root={root}", "train.batch_size=4", "train.epochs=1"]
+    status, _, err = command(train.main, *overrides)
+    assert status == 2
+    assert "cat/3.png" in err
+    assert "data.on_error=skip" in err
+    assert not Path("outputs").exists()
+    status, out, _ = command(train.main, *overrides, "data.on_error=skip", "hydra.run.dir=run")
+    assert status == 0
+    assert "1 damaged images skipped" in out
+    assert json.loads(Path("run/summary.json").read_text())["skipped_images"] == 1
+
+
+def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
+    status, _, err = command(train.main, *QUICK, "train.lr=1e30", "log_every=1", "hydra.run.dir=run")
+    assert status == 1
+    message = err.splitlines()[-1]
+    assert "the loss became" in message
+    assert "at step" in message
+    assert "learning rate" in message
+    assert "no epoch was completed" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lrr=1"], r"train.lrr"),
+        (["quantum=1"], r"quantum"),
+        (["+model.quantum=1"], r"model.quantum=1: there is no such key"),
+        (["data=imagenet"], r"data=imagenet: there is no such choice; choose from cifar10, digits"),
+        (["model=vgg"], r"model=vgg: there is no such choice; choose from alexnet"),
+        (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, seed"),
+        (["train.lr"], r"train.lr: is not of the form key=value"),
+        (["train.lr=fast"], r"train.lr: value 'fast'"),
+        (["train.epochs=1.5"], r"train.epochs: value '1.5'"),
+        (["runtime.precision=bf17"], r"runtime.precision: invalid value 'bf17', expected one of"),
+        (["train.epochs=0"], r"train.epochs=0: must be at least 1"),
+        (["train.batch_size=-1"], r"train.batch_size=-1: must be at least 1"),
+        (["data.resize=0"], r"data.resize=0: must be at least 1"),
+        (["train.lr=-1"], r"train.lr=-1.0: must lie between"),
+        (["train.momentum=1"], r"train.momentum=1: must be at least 0 and below 1"),
+        (["data.validation_fraction=0"], r"data.validation_fraction=0.0"),
+        (["data.std=[1,0,1]"], r"data.std=\[1.0, 0.0, 1.0\]"),
+        (["data.crop=40"], r"data.crop=40: larger than data.resize=36"),
+        (["data.crop=16"], r"data.crop=16: mobilenet_v3_small needs a crop of at least 32"),
+        (["runtime.device=tpu"], r"runtime.device=tpu"),
+        (["train.batch_size=100000"], r"batch"),
+        (["data=imagefolder", "data.root=nowhere"], r"data.root=nowhere"),
+        (["data=cifar10", "data.root=nowhere", "data.download=false"], r"data.root=nowhere"),
+        (["hydra.run.dir=blocker/run"], r"hydra.run.dir=blocker\S*: the run folder cannot be made"),
+        (["hydra.run.dir=/proc/fastalex"], r"hydra.run.dir=/proc/fastalex: the run folder cannot be made"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(command: Command, overrides: list[str], message: str) -> None:
+    Path("blocker").write_text("a file where a folder should be")
+    status, _, err = command(train.main, *QUICK, *overrides)
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("fastalex: error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert re.search(message, lines[0]), lines[0]
+    assert [path.name for path in Path().iterdir()] == ["blocker"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ([], r"checkpoint: has no value; give it as checkpoint="),
+        (["checkpoint=none.pt"], r"checkpoint=none.pt: there is no such file"),
+        (["checkpoint=cut.pt"], r"checkpoint=cut.pt: is damaged or cut short"),
+    ],
+)
+def test_bad_checkpoints_are_one_line(
+    finished: tuple[Path, str], command: Command, checkpoint: list[str], message: str
+) -> None:
+    whole = (finished[0] / "checkpoint.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    status, _, err = command(evaluate.main, *checkpoint)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err), err
