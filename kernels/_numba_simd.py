@@ -167,7 +167,7 @@ def _from_float(context: Any, builder: ir.IRBuilder, value: Any, dtype: types.Ty
     shorts = ir.VectorType(ir.IntType(16), LANES)
     if dtype == types.int16:
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), shorts)
-    if "+avx512bf16" in context.codegen().magic_tuple()[2]:  # one instruction instead of eight
+    if _has(context, "avx512bf16"):  # one instruction instead of eight
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), shorts)
     # bf16 is the upper half of fp32. Adding just under half of the lower one, and one more if the upper is
     # odd, rounds to nearest even; it would carry a NaN over to zero, so a NaN is written as one.
@@ -341,6 +341,43 @@ def concatenated(typing_context, a, b, start):
         return builder.shuffle_vector(args[0], args[1], lanes)
 
     return _vector(a, b, start), codegen
+
+
+def _has(context: Any, feature: str) -> bool:
+    """Whether the code is generated for a processor with this LLVM feature."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
+@intrinsic
+def estimates_suffice(typing_context, start):
+    """Whether results are bf16, and `estimate_inverse_square_root` is as exact as that needs, and fast.
+
+    A constant: LLVM drops the branch that is not taken.
+    """
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int(start.dtype == types.uint16 and _has(context, "avx512f")))
+
+    return types.boolean(start), codegen
+
+
+@intrinsic
+def estimate_inverse_square_root(typing_context, v):
+    """v^(-1/2) within 2^-14 of it: one instruction with AVX-512, else a square root and a division."""
+
+    def codegen(context, builder, signature, args):
+        if not _has(context, "avx512f"):
+            root = _call(builder, f"llvm.sqrt.v{LANES}f32", args[0])
+            return builder.fdiv(_every(ir.FloatType(), 1.0), root)
+        all_lanes = ir.IntType(LANES)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, all_lanes]),
+            "llvm.x86.avx512.rsqrt14.ps.512",
+        )
+        return builder.call(function, [args[0], args[0], ir.Constant(all_lanes, -1)])
+
+    return _vector(v), codegen
 
 
 @intrinsic

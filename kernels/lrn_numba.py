@@ -12,8 +12,8 @@ The gradient has the same shape twice: the squares run one block ahead of the su
 which run one block ahead of the result. Nothing but the input and the gradient is read, nothing but the
 result is written. Other layouts are copied to channels-last and back.
 
-x^(-3/4), AlexNet's exponent, is a guess from the bits of x and one polynomial (`_inverse_power`); dividing
-and two square roots would take longer than everything else together.
+d^(-3/4), AlexNet's power, is a guess from the bits of d and one polynomial, or for bf16 two estimates
+(`_inverse_power`); a division and two square roots would take longer than everything else together.
 
 What takes the time on two cores is memory: see `benchmarks/results/`.
 """
@@ -35,6 +35,8 @@ from ._numba_simd import (
     bits,
     bytes_equal,
     concatenated,
+    estimate_inverse_square_root,
+    estimates_suffice,
     exceeds,
     first_lanes,
     fma,
@@ -93,14 +95,19 @@ def _load_input(x, at, left, floor, general):
 
 
 @inline
-def _inverse_power(d, general):
-    """d^-beta. For 3/4, within 3e-7 of it for every positive normal d, 0 for infinity, NaN for NaN.
+def _inverse_power(d, x, general):
+    """d^-beta. For 3/4, a result for every positive normal d, 0 for infinity, NaN for NaN.
 
-    With y near d^(-1/4) and e = d y^4 - 1, d^(-3/4) is y^3 (1 + e)^(-3/4): a polynomial in e, of degree 5
-    and fitted over the values that e can take.
+    For bf16, with z near d^(-1/2), d^(-3/4) is z^2 z^(-1/2): two estimates, within 1.6e-4 in all, where
+    rounding to bf16 may take 39e-4. Else within 3e-7: with y near d^(-1/4) and e = d y^4 - 1, d^(-3/4) is
+    y^3 (1 + e)^(-3/4), a polynomial in e, of degree 5 and fitted over the values that e can take.
     """
     if general is not None:
         return power(d, splat(-general[2]))
+    infinite = d == splat(f32(np.inf))
+    if estimates_suffice(x):
+        z = estimate_inverse_square_root(d)
+        return where(infinite, splat(f32(0)), z * z * estimate_inverse_square_root(z))
     y = guess_inverse_fourth_root(d)
     y2 = y * y
     e = fma(d * y2, y2, splat(f32(-1)))
@@ -109,7 +116,7 @@ def _inverse_power(d, general):
     p = fma(e, p, splat(f32(0.65623876)))
     p = fma(e, p, splat(f32(-0.7499944)))
     p = fma(e, p, splat(f32(1)))
-    return where(d == splat(f32(np.inf)), splat(f32(0)), y * y2 * p)
+    return where(infinite, splat(f32(0)), y * y2 * p)
 
 
 @inline
@@ -149,7 +156,7 @@ def _forward_pixel(x, at, y, to, stored, channels, scale, k, floor, general, uns
         next_v = _load_input(x, at + c + LANES, channels - c - LANES, floor, general)
         following = next_v * next_v
         d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
-        result = v * _inverse_power(d, general)
+        result = v * _inverse_power(d, x, general)
         _store(y, to + c, absolute(result) if unsigned else result, stored - c, general)
         previous, current, v = current, following, next_v
 
@@ -195,7 +202,7 @@ def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, flo
         scaled, q_next = zero, zero
         if left > 0:
             d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
-            scaled = _load_gradient(g, g_at + c, pooling, left, general) * _inverse_power(d, general)
+            scaled = _load_gradient(g, g_at + c, pooling, left, general) * _inverse_power(d, x, general)
             q_next = scaled * v / d
             if general is not None:  # no summand comes from a channel that does not exist, not even 0 / 0
                 q_next = where(first_lanes(left), q_next, zero)

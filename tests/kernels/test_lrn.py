@@ -62,6 +62,14 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed
     return torch.randn(shape, generator=generator).to(dtype).to(device)
 
 
+def has_rival(x: Tensor, options: Options, distance: float) -> Tensor:
+    """Where a pooling window's two largest values are nearly equal, not equal: rounding may swap them."""
+    normalised = torch_relu_lrn(x, options)
+    windows = normalised.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
+    first, second = windows.topk(2).values.unbind(-1)
+    return (first != second) & (first - second < distance * first)
+
+
 def check(
     ours: Callable[..., Tensor], theirs: Callable[[Tensor, Options], Tensor], x: Tensor, options: Options
 ) -> Tensor:
@@ -70,14 +78,18 @@ def check(
     exact_x = x.detach().double().contiguous().requires_grad_()
     result, exact = ours(x, *options), theirs(exact_x, options)
     grad = random(tuple(result.shape), x.dtype, str(x.device), seed=1)
+    if ours is relu_lrn_max_pool:
+        grad[has_rival(exact_x.detach(), options, 1e-5 if x.dtype == torch.float32 else 1e-3)] = 0
     (dx,) = torch.autograd.grad(result, x, grad)
     (exact_dx,) = torch.autograd.grad(exact, exact_x, grad.double())
     assert result.dtype == dx.dtype == x.dtype
-    # A 16-bit result is rounded once: half a unit in the last place, and the fp32 arithmetic beneath it.
-    relative = 4e-6 if x.dtype == torch.float32 else 0.51 * torch.finfo(x.dtype).eps
+    # A 16-bit result is rounded once, by up to eps / 2; beneath it lie fp32 arithmetic and, for bf16, a power
+    # that is only as exact as bf16 needs. In the gradient two terms may cancel: an error of the larger one.
+    arithmetic = 1.6e-4 if x.dtype == torch.bfloat16 else 4e-6
+    relative = arithmetic + (0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2)
     scale = max(1.0, exact_dx.abs().max().item() if exact_dx.numel() else 1.0)
     torch.testing.assert_close(result.double(), exact, rtol=relative, atol=1e-6)
-    torch.testing.assert_close(dx.double(), exact_dx, rtol=relative, atol=4e-6 * scale)
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=relative, atol=arithmetic * scale)
     assert dx.stride() == torch.empty_like(x).stride()
     return result
 
