@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import reference
 from fastalex.errors import ConfigError
 from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model
 
@@ -72,6 +73,27 @@ def test_equals_the_paper_in_float64(options: dict, memory_format: torch.memory_
         options.get("groups", 1),
     )
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_equals_the_eager_baseline_with_the_same_weights() -> None:
+    """benchmarks/reference.py imports nothing from here: the fp32 kernels against plain PyTorch."""
+    torch.manual_seed(0)
+    ours = create_model("alexnet", init="he").eval().to(memory_format=torch.channels_last)
+    baseline = reference.AlexNet(num_classes=10).eval()
+    with torch.no_grad():
+        for theirs, mine in zip(baseline.parameters(), ours.parameters(), strict=True):
+            theirs.copy_(mine)
+    x = 30 * torch.randn(2, 3, 224, 224)
+    labels = torch.tensor([3, 7])
+    losses = []
+    for model, images in ((ours, x.to(memory_format=torch.channels_last)), (baseline, x)):
+        logits = model(images)
+        losses.append(F.cross_entropy(logits, labels))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(ours.parameters(), baseline.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_normalisation_changes_the_result() -> None:
