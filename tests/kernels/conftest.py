@@ -26,7 +26,7 @@ class Interpreter:
     def __init__(self, path: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(path)],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

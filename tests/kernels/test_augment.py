@@ -9,66 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from fastalex.kernels import augment, augment_reference, ten_crop
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MEAN, STD = [0.485, 0.456, 0.406], [0.9, 1.0, 0.25]
-TORCH_ERROR = 2e-5  # of a resize in fp32, divided by the smallest STD: 0.001 grey levels
-# height, width, resize, crop: enlarging, shrinking, both at once, neither; odd sizes, one pixel, rows that
-# are no whole number of vectors.
-SHAPES = [
-    (32, 32, 256, 224),
-    (32, 32, 64, 56),
-    (8, 8, 8, 8),
-    (20, 37, 40, 29),
-    (1, 1, 7, 5),
-    (1, 6, 7, 7),
-    (9, 3, 3, 1),
-    (37, 50, 25, 22),
-    (8, 30, 16, 13),
-    (200, 3, 8, 5),
-]
-
-
-def sample(height: int, width: int, resize: int, crop: int, count: int = 5) -> dict[str, Any]:
-    """Arguments of `augment`: seven images, and crops that include both corners and both flips."""
-    generator = torch.Generator().manual_seed(height * 1000 + resize)
-    limit = resize - crop
-    offsets = torch.randint(limit + 1, (count, 2), generator=generator, dtype=torch.int32)
-    offsets[:1], offsets[1:2] = 0, limit
-    return {
-        "images": torch.randint(256, (7, height, width, 3), generator=generator, dtype=torch.uint8),
-        "offsets": offsets,
-        "flips": torch.arange(count) % 2 == 1,
-        "indices": torch.randint(7, (count,), generator=generator),
-        "resize": resize,
-        "crop": crop,
-        "mean": MEAN,
-        "std": STD,
-    }
-
-
-def in_float64(
-    images: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    indices: Tensor,
-    resize: int,
-    crop: int,
-    mean: list[float],
-    std: list[float],
-) -> Tensor:
-    planes = images.permute(0, 3, 1, 2).double()
-    resized = interpolate(planes, (resize, resize), mode="bilinear", antialias=True)
-    shift, scale = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
-    crops = []
-    for index, (top, left), flip in zip(indices.tolist(), offsets.tolist(), flips.tolist(), strict=True):
-        crop_of = resized[index, :, top : top + crop, left : left + crop]
-        crops.append(((crop_of.flip(-1) if flip else crop_of) / 255 - shift) / scale)
-    return torch.stack(crops)
+from tests.kernels.augment_cases import DTYPES, MEAN, SHAPES, STD, TORCH_ERROR, in_float64, sample
 
 
 def reference(images: Tensor, offsets: Tensor, flips: Tensor, *, indices: Tensor, **options: Any) -> Tensor:

@@ -1,0 +1,94 @@
+"""The Triton kernels behind `augment`, in Triton's interpreter, against float64 PyTorch.
+
+The functions `run_*` run in the interpreter's process (see conftest). Registers, widths of accesses and
+bytes moved are checked for these kernels with all others, in test_inspect.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalex.kernels import augment, ten_crop
+from tests.kernels.augment_cases import DTYPES, MEAN, SHAPES, STD, in_float64, sample
+
+ERROR = 4e-6  # of fp32 arithmetic
+# Those of the other implementations, but not so large: the interpreter takes milliseconds a program.
+TRITON_SHAPES = [(32, 32, 64, 56), *(shape for shape in SHAPES if shape[3] < 50)]
+HALVES = [(shape, torch.bfloat16) for shape in TRITON_SHAPES] + [((9, 7, 20, 12), torch.float16)]
+
+
+def run(arguments: dict[str, Any], dtype: torch.dtype, views: int = 1) -> Tensor:
+    from fastalex.kernels import augment_triton
+
+    tensors = (arguments[name] for name in ("images", "indices", "offsets", "flips"))
+    options = (arguments[name] for name in ("resize", "crop", "mean", "std"))
+    return augment_triton.augment(*tensors, views, *options, dtype)
+
+
+@pytest.mark.parametrize("shape", TRITON_SHAPES, ids=str)
+def test_agrees_with_float64(interpreted: Any, shape: tuple[int, int, int, int]) -> None:
+    arguments = sample(*shape, count=3)
+    found = interpreted(run, arguments, torch.float32)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), in_float64(**arguments), rtol=0, atol=ERROR)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), HALVES, ids=str)
+def test_rounds_to_nearest_even(
+    interpreted: Any, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    arguments = sample(*shape, count=2)
+    found = interpreted(run, arguments, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, interpreted(run, arguments, torch.float32).to(dtype))
+
+
+def test_several_views_of_each_image(interpreted: Any) -> None:
+    """Offsets and flips are then those of the views, the same for every image."""
+    arguments = {**sample(9, 7, 20, 12), "indices": torch.tensor([6, 2])}
+    found = interpreted(run, arguments, torch.float32, 5)
+    offsets, flips = arguments["offsets"].repeat(2, 1), arguments["flips"].repeat(2)
+    indices = arguments["indices"].repeat_interleave(5)
+    expected = in_float64(**{**arguments, "indices": indices, "offsets": offsets, "flips": flips})
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ERROR)
+
+
+@pytest.mark.parametrize("size", [8, 20], ids=["enlarging", "shrinking"])
+def test_what_is_out_of_range_is_nan_and_the_rest_is_right(interpreted: Any, size: int) -> None:
+    arguments = sample(size, size, 16, 12, count=6)
+    indices, offsets = arguments["indices"], arguments["offsets"]
+    indices[1], offsets[2, 0], offsets[3, 1], indices[4] = 7, 5, -1, -1
+    found = interpreted(run, arguments, torch.float32)
+    assert found.isnan().flatten(1).all(1).tolist() == [False, True, True, True, True, False]
+    good = torch.tensor([0, 5])
+    rows = {name: arguments[name][good] for name in ("indices", "offsets", "flips")}
+    torch.testing.assert_close(found[good].double(), in_float64(**{**arguments, **rows}), rtol=0, atol=ERROR)
+
+
+def test_empty_batch(interpreted: Any) -> None:
+    found = interpreted(run, sample(8, 8, 16, 12, count=0), torch.bfloat16)
+    assert found.shape == (0, 3, 12, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64_on_a_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    arguments = sample(*shape)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    found = augment(**on_gpu, dtype=dtype).cpu()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(found.double(), in_float64(**arguments), rtol=rounding, atol=ERROR)
+
+
+@pytest.mark.gpu
+def test_ten_crop_on_a_gpu_is_that_of_the_cpu() -> None:
+    images = sample(32, 32, 64, 56)["images"]
+    options = {"resize": 64, "crop": 56, "mean": MEAN, "std": STD, "dtype": torch.float32}
+    on_gpu, on_cpu = ten_crop(images.cuda(), **options), ten_crop(images, **options)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=ERROR)
