@@ -158,12 +158,19 @@ class EvaluateData:
 
 
 @dataclass
+class EvaluateRuntime:
+    """Where the network runs now; it computes in the arithmetic of its training."""
+
+    device: str = "auto"
+
+
+@dataclass
 class EvaluateConfig:
     """What ``python -m fastalex.evaluate`` takes; everything else is read from the checkpoint."""
 
     checkpoint: str = MISSING
     data: EvaluateData = field(default_factory=EvaluateData)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
 
 
 @dataclass

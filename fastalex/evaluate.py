@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def run(config: EvaluateConfig) -> Evaluation:
     if config.data.root is not None:
         run_config.data.root = config.data.root
     model = checkpoint.restore_model()
-    runtime = runtimes.choose(config.runtime)
+    runtime = runtimes.choose(replace(run_config.runtime, device=config.runtime.device))
     print(runtime)
     splits = load_splits(run_config.data, run_config.seed)
     if not splits.has_errors:

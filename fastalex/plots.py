@@ -44,7 +44,7 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
         error.annotate(
             f"best {validation[best]:.2%}",
             (x_validated[best], validation[best]),
-            xytext=(0, 14),
+            xytext=(0, 45),
             textcoords="offset points",
             ha="right" if 2 * best > len(validated) else "left",
             arrowprops={"arrowstyle": "-", "color": "gray"},

@@ -110,9 +110,7 @@ def test_tensorboard_has_the_curves_and_one_picture_of_the_inputs(finished: tupl
 
 def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], command: Command) -> None:
     folder, _ = finished
-    status, out, _ = command(
-        evaluate.main, f"checkpoint={folder / 'checkpoint.pt'}", "runtime.precision=fp32"
-    )
+    status, out, _ = command(evaluate.main, f"checkpoint={folder / 'checkpoint.pt'}")
     assert status == 0
     summary = json.loads((folder / "summary.json").read_text())
     evaluation = json.loads((folder / "evaluation.json").read_text())
