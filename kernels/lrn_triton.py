@@ -461,9 +461,8 @@ def _pooled_gradient(
 
 @triton.autotune(
     configs=[
-        triton.Config({"BLOCK": 256, "ROWS": 7}, num_warps=8),
-        triton.Config({"BLOCK": 256, "ROWS": 4}, num_warps=8),
         triton.Config({"BLOCK": 128, "ROWS": 7}, num_warps=4),
+        triton.Config({"BLOCK": 128, "ROWS": 4}, num_warps=4),
         triton.Config({"BLOCK": 128, "ROWS": 14}, num_warps=4),
     ],
     key=["H", "W", "C", "SIZE"],
