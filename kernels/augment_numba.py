@@ -163,9 +163,11 @@ def augment(
     out = torch.empty((count, 3, crop, crop), dtype=dtype, memory_format=torch.channels_last)
     height, width = images.shape[1:3]
     deviations = np.array(std)
+    # Contiguous, or Numba would compile the kernel once more for strided ones.
+    rows = (t.contiguous().numpy() for t in (indices, offsets, flips))
     _run(
         _augment, _parallel_augment, count,
-        bits(images), height, width, bits(indices), offsets.numpy(), flips.numpy(), views, crop,
+        bits(images), height, width, *rows, views, crop,
         *_taps(height, resize), *_taps(width, resize),
         (1 / (255 * deviations)).astype(f32), (-np.array(mean) / deviations).astype(f32),
         bits(out.permute(0, 2, 3, 1)),

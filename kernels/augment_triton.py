@@ -289,8 +289,8 @@ def augment(
         (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
     )
     if count > 0:
-        tensors = images, indices, offsets.contiguous(), flips.contiguous()
-        _launch(*tensors, out, views, resize, crop, mean, std).run()
+        rows = (t.contiguous() for t in (indices, offsets, flips))
+        _launch(images, *rows, out, views, resize, crop, mean, std).run()
     return out
 
 

@@ -29,6 +29,11 @@ def run(arguments: dict[str, Any], dtype: torch.dtype, views: int = 1) -> Tensor
     return augment_triton.augment(*tensors, views, *options, dtype)
 
 
+def run_every_other(arguments: dict[str, Any]) -> Tensor:
+    rows = {name: arguments[name][::2] for name in ("indices", "offsets", "flips")}
+    return run({**arguments, **rows}, torch.float32)
+
+
 @pytest.mark.parametrize("shape", TRITON_SHAPES, ids=str)
 def test_agrees_with_float64(interpreted: Any, shape: tuple[int, int, int, int]) -> None:
     arguments = sample(*shape, count=3)
@@ -67,6 +72,15 @@ def test_what_is_out_of_range_is_nan_and_the_rest_is_right(interpreted: Any, siz
     good = torch.tensor([0, 5])
     rows = {name: arguments[name][good] for name in ("indices", "offsets", "flips")}
     torch.testing.assert_close(found[good].double(), in_float64(**{**arguments, **rows}), rtol=0, atol=ERROR)
+
+
+def test_rows_of_a_plan_need_not_be_contiguous(interpreted: Any) -> None:
+    arguments = sample(8, 8, 16, 12, count=4)
+    for name in ("indices", "offsets", "flips"):
+        arguments[name] = arguments[name].repeat_interleave(2, 0)
+    found = interpreted(run_every_other, arguments)
+    every_other = {name: arguments[name][::2] for name in ("indices", "offsets", "flips")}
+    torch.testing.assert_close(found.double(), in_float64(**{**arguments, **every_other}), rtol=0, atol=ERROR)
 
 
 def test_empty_batch(interpreted: Any) -> None:
