@@ -1,0 +1,277 @@
+"""What the FFCV loader and its files promise beyond the agreement of all loaders (test_agreement.py)."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.data import ImageSet, Views, build_loader
+from fastalex.errors import DataError, MissingDependencyError, OutputError
+
+installed = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: .ci/install-loaders PYTHON"
+)
+DATA = DataConfig(name="test", resize=40, crop=32, flip=Flip.none)
+
+
+def ffcv_loader(images: ImageSet, folder: Path, views: Views = Views.center, **options: Any) -> Any:
+    settings = {"data": DATA, "workers": 1, "batch_size": 4, **options}
+    loader = LoaderConfig(name="ffcv", workers=settings.pop("workers"), beton=str(folder))
+    return build_loader(images, settings.pop("data"), loader, views=views, **settings)
+
+
+def arrays(count: int = 20, seed: int = 0) -> ImageSet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return ImageSet(np.arange(count), pixels=pixels)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ImageSet:
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.jpg" for i in range(12)]
+    for i, path in enumerate(paths):
+        Image.fromarray(rng.integers(0, 256, (50 + i, 60, 3), dtype=np.uint8)).save(path)
+    return ImageSet(np.arange(12), paths=tuple(paths))
+
+
+@installed
+def test_threads_are_left_as_they_were(tmp_path: Path) -> None:
+    """In a process of its own, because only the first import of FFCV counts; with more workers than cores too."""
+    program = f"""
+import numba, numpy as np, torch
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data import ImageSet, Views, build_loader
+torch.set_num_threads(3)
+numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+def threads():
+    return torch.get_num_threads(), numba.get_num_threads()
+before = threads()
+images = ImageSet(np.arange(8), pixels=np.zeros((8, 32, 32, 3), np.uint8))
+for workers in (1, 2, 1000):
+    loader = build_loader(images, DataConfig(name="test", resize=32, crop=32),
+                          LoaderConfig(name="ffcv", workers=workers, beton={str(tmp_path)!r}),
+                          views=Views.center, batch_size=2)
+    assert threads() == before, (workers, "built", threads())
+    for _ in loader:
+        assert threads() == before, (workers, "first batch", threads())
+    assert threads() == before, (workers, "epoch", threads())
+print("kept")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("kept\n"), done.stderr
+
+
+@installed
+def test_an_epoch_left_early_leaves_no_thread(tmp_path: Path) -> None:
+    loader = ffcv_loader(arrays(80), tmp_path)
+    list(loader)
+    before = threading.active_count()
+    for _ in range(3):
+        for _ in loader:
+            break
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)  # FFCV's thread looks every half second whether it is still wanted
+    assert threading.active_count() == before
+
+
+@installed
+def test_an_error_in_ffcvs_thread_is_raised_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the thread")
+
+    loader = ffcv_loader(arrays(), tmp_path)
+    monkeypatch.setattr(EpochIterator, "run_pipeline", fail)
+    with pytest.raises(RuntimeError, match="in the thread"):
+        list(loader)
+
+
+@installed
+def test_files_are_resized_once_and_rounded(files: ImageSet, tmp_path: Path) -> None:
+    """Half a grey level at most, on whole levels: the pixels of the .beton are the resized image, rounded."""
+    data = DataConfig(name="test", resize=40, crop=40, mean=[0.0] * 3)
+    found = torch.cat([batch for batch, _ in ffcv_loader(files, tmp_path, data=data)]).double() * 255
+    for i, pixels in enumerate(found):
+        planes = torch.from_numpy(files.image(i)).permute(2, 0, 1)[None].double()
+        exact = interpolate(planes, (40, 40), mode="bilinear", antialias=True)[0]
+        assert (pixels - exact).abs().max() < 0.501
+        torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-3)
+
+
+@installed
+def test_a_file_is_written_once_and_found_again(tmp_path: Path) -> None:
+    path = ffcv_loader(arrays(), tmp_path).beton
+    written = path.stat().st_mtime_ns, path.stat().st_ino
+    again = ffcv_loader(arrays(), tmp_path, views=Views.random, batch_size=7).beton
+    assert again == path
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
+
+
+@installed
+def test_a_changed_source_has_another_file(files: ImageSet, tmp_path: Path) -> None:
+    paths = {ffcv_loader(arrays(), tmp_path).beton, ffcv_loader(arrays(seed=1), tmp_path).beton}
+    relabelled = ImageSet(np.arange(20)[::-1].copy(), pixels=arrays().pixels)
+    paths.add(ffcv_loader(relabelled, tmp_path).beton)
+    paths.add(ffcv_loader(files, tmp_path).beton)
+    (before, _), *_ = ffcv_loader(files, tmp_path)
+    Image.new("RGB", (60, 50), "white").save(files.paths[0])
+    loader = ffcv_loader(files, tmp_path)
+    paths.add(loader.beton)
+    (after, _), *_ = loader
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(before[1:], after[1:])
+    paths.add(ffcv_loader(files, tmp_path, data=DataConfig(name="test", resize=48, crop=32)).beton)
+    assert len(paths) == 6
+
+
+@installed
+@pytest.mark.parametrize("kept", [0, 10, 1000, 10_000, 2_000_000, -1])
+def test_a_file_cut_short_is_refused(kept: int, tmp_path: Path) -> None:
+    path = ffcv_loader(arrays(), tmp_path).beton
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size - 1)
+    with pytest.raises(DataError, match=rf"{path} is not a whole \.beton file; delete it"):
+        ffcv_loader(arrays(), tmp_path)
+
+
+@installed
+def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    path = ffcv_loader(arrays(), tmp_path).beton
+    other = ffcv_loader(ImageSet(np.arange(20) + 1, pixels=arrays().pixels), tmp_path).beton
+    other.replace(path)
+    with pytest.raises(DataError, match="was not made from these images"):
+        ffcv_loader(arrays(), tmp_path)
+    path.write_bytes(np.random.default_rng(0).bytes(100_000))
+    with pytest.raises(DataError, match=r"is not a whole \.beton file"):
+        ffcv_loader(arrays(), tmp_path)
+
+
+@installed
+def test_a_damaged_photograph_is_named_and_nothing_left(files: ImageSet, tmp_path: Path) -> None:
+    files.paths[5].write_bytes(files.paths[5].read_bytes()[:500])
+    folder = tmp_path / "beton"
+    with pytest.raises(DataError, match=r"5\.jpg is not a whole image"):
+        ffcv_loader(files, folder)
+    assert not [path for path in folder.iterdir() if path.suffix == ".beton"]
+
+
+@installed
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    images = arrays(4000)  # 12 MB
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            ffcv_loader(images, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("**/*.beton"))
+
+
+@installed
+def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file/beton: cannot be made .*; loader\.beton=FOLDER"):
+        ffcv_loader(arrays(), tmp_path / "file" / "beton")
+
+
+WRITE = """
+import sys, time
+import numpy as np
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data import ImageSet, beton
+pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+images = ImageSet(np.arange(20), pixels=pixels)
+data = DataConfig(name="test", resize=40, crop=32)
+pause, folder = float(sys.argv[1]), sys.argv[2]
+inner = beton.handle_sample
+def slow(*arguments):
+    if pause:
+        print("writing", flush=True)
+    time.sleep(pause)
+    inner(*arguments)
+beton.handle_sample = slow
+print(beton.ensure_beton(images, data, LoaderConfig(name="ffcv", beton=folder)))
+"""
+
+
+@installed
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_an_interrupted_write_leaves_nothing_that_looks_whole(sent: signal.Signals, tmp_path: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITE, "0.2", tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    for _ in range(3):
+        assert writer.stdout.readline() == "writing\n"
+    writer.send_signal(sent)
+    writer.wait()
+    writer.stdout.close()
+    hidden = list(tmp_path.glob(".*.beton"))
+    assert len(hidden) == (1 if sent == signal.SIGKILL else 0)
+    assert not [path for path in tmp_path.glob("*.beton") if path not in hidden]
+    loader = ffcv_loader(arrays(), tmp_path)  # the next one writes it, and clears up
+    assert list(tmp_path.glob("*.beton")) == [loader.beton]
+    assert not list(tmp_path.glob(".*.beton"))
+    assert sum(len(labels) for _, labels in loader) == 20
+
+
+@installed
+def test_of_several_processes_one_writes(tmp_path: Path) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITE, "0.05", tmp_path], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [writer.communicate()[0].splitlines() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sorted(lines.count("writing") for lines in outputs) == [0, 20]
+
+
+@installed
+def test_the_command_writes_what_the_loader_reads(tmp_path: Path) -> None:
+    overrides = ["data=digits", "data.resize=32", "data.crop=28", "seed=3", f"loader.beton={tmp_path}"]
+    command = [sys.executable, "-m", "fastalex.data.write_beton", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = set(tmp_path.glob("*.beton"))
+    assert len(written) == 3
+    assert all(str(path) in done.stdout for path in written)
+    assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in written} | {
+        path.with_suffix(".lock").name for path in written
+    }
+    again = subprocess.run(
+        [*command, "data.crops=3"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert again.returncode == 2
+    assert again.stderr.startswith("fastalex: error: ")
+    assert again.stderr.count("\n") == 1
+
+
+def test_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("fastalex.data.ffcv", "fastalex.data.beton", "ffcv.fields", "ffcv.loader", "ffcv.reader"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    with pytest.raises(
+        MissingDependencyError, match=r'pip install "fastalex\[ffcv\]".*libopencv-dev'
+    ) as caught:
+        ffcv_loader(arrays(), tmp_path)
+    assert "\n" not in str(caught.value)
