@@ -289,7 +289,7 @@ def augment(
         (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
     )
     if count > 0:
-        rows = (t.contiguous() for t in (indices, offsets, flips))
+        rows = indices.contiguous(), offsets.contiguous(), flips.contiguous()
         _launch(images, *rows, out, views, resize, crop, mean, std).run()
     return out
 
