@@ -1,0 +1,130 @@
+"""What kernel benchmarks write down: percentiles, the machine, a CSV file, a bar chart."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from fastalex.files import replacing
+from fastalex.runtime import cpu_name
+from fastalex.tracking import versions
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"eager": "tab:gray", "torch.compile": "tab:orange", "fastalex": "tab:blue"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation's time for one pass; times in ms, bandwidth in GB/s of the bytes that must move.
+
+    `bytes` counts every input once and every output once, whatever the implementation really moves, so
+    rows of one pass and dtype compare; `fraction_of_copy` is that bandwidth over a copy's in the same run.
+    """
+
+    function: str
+    shape: str
+    dtype: str
+    implementation: str
+    direction: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    bytes: int
+    gb_per_s: float
+    fraction_of_copy: float
+    times_faster_than_eager: float | None  # eager fp32; None for a copy, which eager has no equal of
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile in ms."""
+    median, low, high = np.percentile(seconds, [50, 20, 80]) * 1e3
+    return float(median), float(low), float(high)
+
+
+def machine(device: str) -> dict[str, str]:
+    """The hardware and the versions that a figure depends on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "hardware": name,
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": date.today().isoformat(),
+        **versions(),
+    }
+
+
+def write_csv(rows: Sequence[Row], path: Path, device: str) -> None:
+    """Write the rows, each with the machine, replacing the file at once."""
+    about = machine(device)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        records = [{**asdict(row), **about} for row in rows]
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        for record in records:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()})
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    heads = ["function", "shape", "dtype", "implementation", "pass", "median ms", "p20", "p80"]
+    heads += ["GB/s", "of copy", "vs eager"]
+    lines = [
+        [
+            *(row.function, row.shape, row.dtype, row.implementation, row.direction),
+            *(f"{value:.2f}" for value in (row.median_ms, row.p20_ms, row.p80_ms)),
+            *(
+                f"{row.gb_per_s:.2f}",
+                f"{row.fraction_of_copy:.2f}",
+                f"{row.times_faster_than_eager:.1f}x" if row.times_faster_than_eager else "",
+            ),
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [heads, *lines]
+    )
+
+
+def draw(rows: Sequence[Row], path: Path, device: str) -> None:
+    """One panel a function and shape: forward + backward of each implementation and dtype, log scale."""
+    both = [row for row in rows if row.direction == "forward + backward"]
+    panels = list(dict.fromkeys((row.function, row.shape) for row in both))
+    about = machine(device)
+    figure = Figure(figsize=(12, 1.6 + 2.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    for axes, (function, shape) in zip(figure.subplots(-(-len(panels) // 2), 2).flat, panels, strict=False):
+        shown = [row for row in both if (row.function, row.shape) == (function, shape)]
+        shown = [row for row in shown if row.implementation != "copy"][::-1]
+        colours = [COLOURS[row.implementation.split(",")[0].split(" relu")[0]] for row in shown]
+        labels = [f"{row.implementation}, {row.dtype}" for row in shown]
+        axes.barh(labels, [row.median_ms for row in shown], color=colours)
+        errors = [[r.median_ms - r.p20_ms for r in shown], [r.p80_ms - r.median_ms for r in shown]]
+        axes.errorbar(
+            [r.median_ms for r in shown], range(len(shown)), xerr=errors, fmt="none", ecolor="black", lw=1
+        )
+        for position, row in enumerate(shown):
+            note = f" {row.median_ms:,.0f} ms" if row.median_ms >= 100 else f" {row.median_ms:.1f} ms"
+            if row.implementation != "eager":
+                note += f" ({row.times_faster_than_eager:.1f}x)"
+            axes.text(row.p80_ms * 1.05, position, note, va="center", fontsize=8)
+        axes.set(title=f"{function}, {shape}", xscale="log", xlabel="ms, forward + backward (log scale)")
+        axes.set_xlim(min(r.median_ms for r in shown) / 2, max(r.p80_ms for r in shown) * 10)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        f"LRN on {about['hardware']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date']}; "
+        "median, lines from the 20th to the 80th percentile,\nin brackets: how many times faster than eager fp32",
+        fontsize=10,
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,208 @@
+"""Times of the LRN kernels at AlexNet's two shapes, batch 128, beside PyTorch's.
+
+    python -m pytest benchmarks/test_lrn.py --benchmark-enable -s
+
+Writes results/lrn_cpu.csv and .png (lrn_cuda.* on a GPU, timed with CUDA events). The implementations take
+turns within a round, so that whatever else the machine does falls on all of them:
+
+- eager: `nn.ReLU`, `nn.LocalResponseNorm` and, for pooling, `nn.MaxPool2d`, in NCHW, where they are at their
+  fastest. On the CPU in fp32 only: PyTorch has no 16-bit kernel for it there.
+- torch.compile: the formula, written so that Inductor fuses it best, channels-last.
+- fastalex: this package, channels-last; for pooling also `relu_lrn` and then `max_pool2d`.
+- copy: `copy_` of the input, the bandwidth that the others are measured against.
+
+oneDNN has an LRN primitive, but no operator of PyTorch calls it: it cannot be reached from here.
+glibc's malloc is told to keep its pages for all of them (`fastalex.runtime.keep_pages`): by default each
+would spend most of its time on page faults, eager the most seconds of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.report import RESULTS, Row, draw, percentiles, table, write_csv
+from fastalex.kernels import relu_lrn, relu_lrn_max_pool
+from fastalex.runtime import keep_pages
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH = 128
+SHAPES = [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)]
+SIZE, ALPHA, BETA, K = OPTIONS = 5, 5e-4, 0.75, 2.0  # the paper's, in PyTorch's meaning of alpha
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EAGER_DTYPES = DTYPES if DEVICE == "cuda" else {"fp32": torch.float32}
+ROUNDS = 7
+OURS = "fastalex, Triton" if DEVICE == "cuda" else "fastalex, Numba"
+FUNCTIONS = ["relu_lrn", "relu_lrn_max_pool"]
+Function = Callable[[Tensor], Tensor]
+
+
+class Candidate(NamedTuple):
+    """An implementation with the input it is timed on."""
+
+    implementation: str
+    dtype: str
+    call: Function
+    x: Tensor
+
+
+def formula(x: Tensor) -> Tensor:
+    """ReLU and LRN as one writes them for a compiler: in fp32, the channels last, no power, shifted slices.
+
+    Of the variants tried on the CPU this is Inductor's fastest; `** -0.75` alone takes twice as long.
+    """
+    v = x.movedim(1, -1).float().relu()
+    squares = F.pad(v * v, (SIZE // 2, (SIZE - 1) // 2))
+    total = sum(squares[..., i : i + x.shape[1]] for i in range(SIZE))
+    root = (K + ALPHA / SIZE * total).rsqrt()
+    return (v * root * root.sqrt()).to(x.dtype).movedim(-1, 1)
+
+
+def pooled(call: Function) -> Function:
+    return lambda x: F.max_pool2d(call(x), 3, 2)
+
+
+def candidates(function: str, shape: tuple[int, ...]) -> list[Candidate]:
+    nchw = torch.randn(shape, device=DEVICE)
+    inputs = {
+        name: nchw.to(dtype, memory_format=torch.channels_last).requires_grad_()
+        for name, dtype in DTYPES.items()
+    }
+    pools = function == "relu_lrn_max_pool"
+    modules: list[nn.Module] = [nn.ReLU(), nn.LocalResponseNorm(SIZE, ALPHA, BETA, K)]
+    eager = nn.Sequential(*modules, *([nn.MaxPool2d(3, 2)] if pools else []))
+    unfused: Function = lambda x: relu_lrn(x, *OPTIONS)  # noqa: E731
+    found = [
+        Candidate("eager", name, eager, nchw.to(dtype).requires_grad_())
+        for name, dtype in EAGER_DTYPES.items()
+    ]
+    for name, x in inputs.items():
+        compiled = torch.compile(pooled(formula) if pools else formula, dynamic=False)
+        found.append(Candidate("torch.compile", name, compiled, x))
+        if pools:
+            found.append(Candidate("fastalex relu_lrn, then max_pool2d", name, pooled(unfused), x))
+            found.append(Candidate(OURS, name, lambda x: relu_lrn_max_pool(x, *OPTIONS), x))
+        else:
+            found.append(Candidate(OURS, name, unfused, x))
+    return found
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """How long a call takes, and its result; on a GPU between two events on its stream."""
+    if DEVICE == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, result
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result
+
+
+def forward_and_backward(candidate: Candidate, grad: Tensor) -> dict[str, float]:
+    candidate.x.grad = None
+    forward, y = seconds(partial(candidate.call, candidate.x))
+    backward, _ = seconds(partial(torch.autograd.grad, y, candidate.x, grad))
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+
+
+def bytes_moved(function: str, x: Tensor, y: Tensor) -> dict[str, int]:
+    """Every input and output once. Pooling writes, and reads again, one byte a result: where it was."""
+    size = x.element_size()
+    argmax = y.numel() if function == "relu_lrn_max_pool" else 0
+    forward = (x.numel() + y.numel()) * size + argmax
+    backward = (2 * x.numel() + y.numel()) * size + argmax
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[Row]]:
+    """The rows of all cases; written when all have run, so that a part does not replace the whole."""
+    keep_pages()
+    collected: list[Row] = []
+    yield collected
+    if len({(row.function, row.shape) for row in collected}) == len(FUNCTIONS) * len(SHAPES):
+        print("\n" + table(collected))
+        write_csv(collected, RESULTS / f"lrn_{DEVICE}.csv", DEVICE)
+        draw(collected, RESULTS / f"lrn_{DEVICE}.png", DEVICE)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: Any) -> None:
+    if benchmark.disabled:
+        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+    torch.manual_seed(0)
+    field = candidates(function, shape)
+    results = [candidate.call(candidate.x).detach() for candidate in field]
+    for result, candidate in zip(results, field, strict=True):  # what is not equal need not be timed
+        torch.testing.assert_close(
+            result.float(), results[0].float(), rtol=2 * torch.finfo(result.dtype).eps + 1e-5, atol=1e-2
+        )
+        assert result.dtype == candidate.x.dtype
+    grads = [torch.randn_like(result) for result in results]
+    targets = {name: torch.empty_like(c.x) for name, c in ((c.dtype, c) for c in field)}
+    times: list[dict[str, list[float]]] = [{} for _ in field]
+    copies: dict[str, list[float]] = {name: [] for name in targets}
+
+    def measure(index: int) -> None:
+        for direction, duration in forward_and_backward(field[index], grads[index]).items():
+            times[index].setdefault(direction, []).append(duration)
+
+    ours = field.index(next(c for c in field if c.implementation == OURS and c.dtype == "bf16"))
+
+    def everyone_else() -> None:
+        for index, candidate in enumerate(field):
+            if index != ours:
+                measure(index)
+            if candidate.implementation == OURS:
+                copy = partial(targets[candidate.dtype].copy_, candidate.x.detach())
+                copies[candidate.dtype].append(seconds(copy)[0])
+
+    # pytest-benchmark's own clock sees ours in bf16; the others take their turns in its set-up.
+    benchmark.pedantic(partial(measure, ours), setup=everyone_else, rounds=ROUNDS, warmup_rounds=1)
+
+    eager = {direction: percentiles(values[1:])[0] for direction, values in times[0].items()}
+    sizes = {c.dtype: bytes_moved(function, c.x, result) for c, result in zip(field, results, strict=True)}
+    name = "x".join(map(str, shape))
+
+    def row(implementation: str, dtype: str, direction: str, values: list[float], moved: int) -> Row:
+        median, low, high = percentiles(values[1:])  # the first round warms up
+        copied = 2 * targets[dtype].nbytes / percentiles(copies[dtype][1:])[0]
+        speedup = eager[direction] / median if direction in eager else None
+        return Row(
+            function,
+            name,
+            dtype,
+            implementation,
+            direction,
+            median,
+            low,
+            high,
+            len(values) - 1,
+            moved,
+            moved / median / 1e6,
+            moved / median / copied,
+            speedup,
+        )
+
+    for dtype, values in copies.items():
+        rows.append(row("copy", dtype, "copy", values, 2 * targets[dtype].nbytes))
+    for candidate, measured in zip(field, times, strict=True):
+        for direction, values in measured.items():
+            moved = sizes[candidate.dtype][direction]
+            rows.append(row(candidate.implementation, candidate.dtype, direction, values, moved))
+    benchmark.extra_info["median_ms"] = {
+        f"{r.implementation}, {r.dtype}, {r.direction}": r.median_ms
+        for r in rows
+        if (r.function, r.shape) == (function, name)
+    }
