@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train test lint format bench-kernels inspect setup clean
+.PHONY: train test lint format bench-kernels bench-loaders inspect setup clean
 
 # The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
@@ -27,6 +27,11 @@ format: $(STAMP)
 # Times of the LRN kernels and of augment beside PyTorch's: benchmarks/results/lrn_*.csv and .png
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest benchmarks/test_lrn.py benchmarks/test_augment.py --benchmark-enable -s $(ARGS)
+
+# Images a second and memory of the four loaders, DALI and FFCV included: benchmarks/results/loaders_*
+bench-loaders: $(STAMP)
+	.ci/install-loaders $(RUN)
+	$(RUN) -m pytest benchmarks/test_loaders.py --benchmark-enable -s $(ARGS)
 
 # Machine code and memory traffic of the Triton kernels, without a GPU: benchmarks/results/kernels_inspect.*
 inspect: $(STAMP)

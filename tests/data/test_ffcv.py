@@ -51,7 +51,7 @@ def files(tmp_path: Path) -> ImageSet:
 
 @installed
 def test_threads_are_left_as_they_were(tmp_path: Path) -> None:
-    """In a process of its own, because only the first import of FFCV counts; with more workers than cores too."""
+    """In a process of its own, because only the first import of FFCV counts; even with too many workers."""
     program = f"""
 import numba, numpy as np, torch
 from fastalex.config import DataConfig, LoaderConfig
