@@ -1,17 +1,20 @@
-"""`augment` against torchvision on the same images, interleaved: images a second, in one run.
+"""`augment` against torchvision and DALI on the same images, interleaved: images a second, in one run.
 
-    python -m pytest benchmarks/test_augment.py --benchmark-enable
+    python -m pytest benchmarks/test_augment.py --benchmark-enable -s
 
-Before every timed round of `augment` its rivals take a turn, so that all of them see the same machine. Their
-medians, and how many times faster `augment` is, are in each benchmark's extra_info. Memory that is freed
-stays with the process, as in a training run (`fastalex.runtime.keep_pages`).
+Before every timed round of `augment` its rivals take a turn, so that all of them see the same machine. Memory
+that is freed stays with the process, as in a training run (`fastalex.runtime.keep_pages`). A whole run writes
+`benchmarks/results/augment_cpu.csv`: milliseconds a batch, images a second, and how many times faster than
+each rival `augment` is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data import ImageSet, Views, build_loader
 from fastalex.kernels import augment, ten_crop
@@ -33,7 +37,35 @@ OPTIONS: dict[str, Any] = {
     "std": DATA.std,
     "dtype": torch.bfloat16,
 }
-ROUNDS = 11
+ROUNDS = 15
+CASES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation's time for `images` images."""
+
+    case: str
+    implementation: str
+    images: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    images_per_s: float
+    augment_is_times_faster: float
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[Any]]:
+    """The rows of all cases; written when all have run, so that a part does not replace the whole."""
+    keep_pages()
+    collected: list[Any] = []
+    yield collected
+    for row in collected:
+        print(f"\n{row.case}: {row.implementation}, {row.images_per_s:,.0f} images/s", end="")
+    if len({row.case for row in collected}) == CASES:
+        write_csv(collected, RESULTS / "augment_cpu.csv", "cpu")
 
 
 def plan(images: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,69 +101,76 @@ def ten_crop_with_torchvision(images: Tensor) -> Tensor:
 
 
 def compare(
+    rows: list[Any],
     benchmark: Any,
+    case: str,
     ours: Callable[[], object],
     count: int,
     rivals: dict[str, tuple[Callable[[], object], int]],
 ) -> None:
     """Times `ours`, which makes `count` images, and each rival, with the number it makes, by turns."""
-    keep_pages()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    if benchmark.disabled:
+        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+    calls = {**rivals, "fastalex": (ours, count)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def measure(name: str) -> None:
+        start = time.perf_counter()
+        calls[name][0]()
+        seconds[name].append(time.perf_counter() - start)
 
     def others() -> None:
-        for name, (rival, made) in rivals.items():
-            start = time.perf_counter()
-            rival()
-            seconds[name].append((time.perf_counter() - start) / made)
+        for name in rivals:
+            measure(name)
 
-    ours()
-    others()
-    benchmark.pedantic(ours, setup=others, rounds=ROUNDS)
-    if benchmark.stats is None:  # --benchmark-disable: the code ran once, and that is all
-        return
-    own = benchmark.stats.stats.median / count
-    benchmark.extra_info["images/s"] = round(1 / own)
-    for name, times in seconds.items():
-        benchmark.extra_info[f"{name}, images/s"] = round(1 / median(times[2:]))
-        benchmark.extra_info[f"times {name}"] = round(median(times[2:]) / own, 1)
+    benchmark.pedantic(measure, args=("fastalex",), setup=others, rounds=ROUNDS, warmup_rounds=1)
+    own = percentiles(seconds["fastalex"][1:])[0] / count  # the first round compiles, or starts processes
+    for name, (_, made) in calls.items():
+        median, low, high = percentiles(seconds[name][1:])
+        times = len(seconds[name]) - 1
+        rows.append(Row(case, name, made, median, low, high, times, made / median * 1e3, median / made / own))
+    benchmark.extra_info["images/s"] = {
+        row.implementation: row.images_per_s for row in rows if row.case == case
+    }
 
 
-def dataloader_epoch(images: Tensor, workers: int) -> Callable[[], object]:
-    """An epoch of the torchvision loader, from idle workers to idle workers."""
+def epoch(name: str, images: Tensor) -> Callable[[], object]:
+    """An epoch of one of the loaders, from idle workers, one a core, to idle workers."""
     split = ImageSet(np.zeros(len(images), np.int64), pixels=images.numpy())
-    config = LoaderConfig(name="torchvision", workers=workers)
+    config = LoaderConfig(name=name, workers=torch.get_num_threads())
     loader = build_loader(split, DATA, config, views=Views.random, batch_size=128, dtype=torch.bfloat16)
 
-    def epoch() -> None:
+    def run() -> None:
         for _ in loader:
             pass
 
-    return epoch
+    return run
 
 
 @pytest.mark.benchmark(group="augment")
-def test_enlarging_small_images(benchmark: Any) -> None:
+def test_enlarging_small_images(rows: list[Any], benchmark: Any) -> None:
     """128 crops of 224 from 32-pixel images resized to 256: a training batch of CIFAR-10."""
     images = pixels(512, 32, 32)
     indices, offsets, flips = plan(len(images), 128)
-    compare(
-        benchmark,
-        lambda: augment(images, offsets, flips, indices=indices, **OPTIONS),
-        128,
-        {
-            "torchvision, batched": (lambda: with_torchvision(images, indices, offsets, flips), 128),
-            "torchvision, DataLoader": (dataloader_epoch(images, workers=2), len(images)),
-        },
-    )
+    rivals: dict[str, tuple[Callable[[], object], int]] = {
+        "torchvision, batched": (lambda: with_torchvision(images, indices, offsets, flips), 128),
+        "torchvision, DataLoader": (epoch("torchvision", images), len(images)),
+    }
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        rivals["DALI, CPU pipeline"] = epoch("dali", images), len(images)
+    ours = partial(augment, images, offsets, flips, indices=indices, **OPTIONS)
+    compare(rows, benchmark, "32 x 32 to 256, crop 224", ours, 128, rivals)
 
 
 @pytest.mark.benchmark(group="augment")
-def test_shrinking_photographs(benchmark: Any) -> None:
+def test_shrinking_photographs(rows: list[Any], benchmark: Any) -> None:
     """32 crops of 224 from decoded 500x375 photographs."""
     images = pixels(32, 375, 500)
     indices, offsets, flips = plan(len(images), 32)
     compare(
+        rows,
         benchmark,
+        "500 x 375 to 256, crop 224",
         lambda: augment(images, offsets, flips, indices=indices, **OPTIONS),
         32,
         {"torchvision, batched": (lambda: with_torchvision(images, indices, offsets, flips), 32)},
@@ -139,11 +178,13 @@ def test_shrinking_photographs(benchmark: Any) -> None:
 
 
 @pytest.mark.benchmark(group="augment")
-def test_ten_crop(benchmark: Any) -> None:
+def test_ten_crop(rows: list[Any], benchmark: Any) -> None:
     """Ten views each of 16 images of 32 pixels."""
     images = pixels(16, 32, 32)
     compare(
+        rows,
         benchmark,
+        "ten-crop, 32 x 32 to 256, crop 224",
         lambda: ten_crop(images, **OPTIONS),
         16,
         {"torchvision, batched": (lambda: ten_crop_with_torchvision(images), 16)},
@@ -151,16 +192,8 @@ def test_ten_crop(benchmark: Any) -> None:
 
 
 @pytest.mark.benchmark(group="augment")
-def test_resident_epoch(benchmark: Any) -> None:
+def test_resident_epoch(rows: list[Any], benchmark: Any) -> None:
     """A whole epoch of 16 batches: order, offsets, flips, labels and all."""
     images = pixels(2048, 32, 32)
-    split = ImageSet(np.zeros(len(images), np.int64), pixels=images.numpy())
-    loader = build_loader(
-        split, DATA, LoaderConfig(name="resident"), views=Views.random, batch_size=128, dtype=torch.bfloat16
-    )
-
-    def epoch() -> None:
-        for _ in loader:
-            pass
-
-    compare(benchmark, epoch, len(images), {})
+    case = "resident epoch, 32 x 32 to 256, crop 224"
+    compare(rows, benchmark, case, epoch("resident", images), len(images), {})
