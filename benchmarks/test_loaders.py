@@ -66,6 +66,7 @@ class Server:
     """A loader in a process of its own, which runs epochs each time it is asked."""
 
     def __init__(self, name: str, source: Path) -> None:
+        self.name = name
         command = [sys.executable, "-m", "benchmarks.test_loaders", name, str(source)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
@@ -96,7 +97,7 @@ class Server:
         for line in self.process.stdout:
             if line.startswith("answer "):
                 return line.split()[1]
-        raise RuntimeError(f"{self.process.args} ended")
+        raise RuntimeError(f"the process of loader {self.name} ended")
 
     def _watch(self, done: threading.Event) -> None:
         while True:
@@ -147,13 +148,13 @@ def serve(name: str, source: Path) -> None:
     print("answer warm", flush=True)
     epoch = 0
     for _ in sys.stdin:
-        images, start = 0, time.perf_counter()
+        loaded, start = 0, time.perf_counter()
         while time.perf_counter() < start + LEAST_SECONDS:
             epoch += 1
             loader.set_epoch(epoch)
             for _, labels in loader:
-                images += len(labels)
-        print("answer", images / (time.perf_counter() - start), flush=True)
+                loaded += len(labels)
+        print("answer", loaded / (time.perf_counter() - start), flush=True)
     os._exit(0)  # nothing is left to tidy up
 
 
@@ -172,15 +173,16 @@ def test_loaders(kind: str, rows: list[Row], tmp_path: Path, benchmark: Any) -> 
         pytest.skip("DALI and FFCV are not installed: .ci/install-loaders PYTHON")
     source = small_images(tmp_path) if kind.startswith("CIFAR") else photographs(tmp_path)
     servers = {name: Server(name, source) for name in NAMES}
-    others = [server for name, server in servers.items() if name != "resident"]
+
+    def let_others() -> None:
+        for name, server in servers.items():
+            if name != "resident":
+                server.epoch()
+
     try:
         for server in servers.values():
             server.wait_until_warm()
-        benchmark.pedantic(
-            servers["resident"].epoch,
-            setup=lambda: [server.epoch() for server in others] and None,
-            rounds=ROUNDS,
-        )
+        benchmark.pedantic(servers["resident"].epoch, setup=let_others, rounds=ROUNDS)
     finally:
         for server in servers.values():
             server.close()
