@@ -103,12 +103,13 @@ def _signature(
 def compile_launch(launch: Launch, arch: int, config: int = 0, maxnreg: int | None = None) -> MachineCode:
     """Compile a launch under its `config`-th autotuning configuration for compute capability arch / 10.
 
-    maxnreg caps the registers a thread may have; what does not fit is then spilled to memory.
+    maxnreg caps the registers of a thread, over the configuration's own cap; what does not fit is spilled.
     """
     chosen = launch.kernel.configs[config]
     types, values, attributes = _signature(launch)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    if maxnreg is not None:
+    maxnreg = maxnreg or chosen.maxnreg
+    if maxnreg:
         options["maxnreg"] = maxnreg
     source = ASTSource(launch.kernel.fn, types, {**values, **chosen.kwargs}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

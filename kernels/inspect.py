@@ -58,12 +58,13 @@ def _compile(job: _Job) -> dict[str, Any]:
     case = _cases(job.module)[job.case]
     launch = case.launch(job.dtype, BATCH, torch.device("meta"))
     config = launch.kernel.configs[job.config]
+    cap = {"maxnreg": config.maxnreg} if config.maxnreg else {}
     code = _aot.compile_launch(launch, job.arch, job.config)
     return {
         "kernel": case.name,
         "dtype": dtype_name(job.dtype),
         "arch": job.arch,
-        "config": {**config.kwargs, "num_warps": config.num_warps},
+        "config": {**config.kwargs, "num_warps": config.num_warps, **cap},
         "first_config": job.config == 0,
         **asdict(code),
         "occupancy": _aot.occupancy(job.arch, code.registers, code.shared, config.num_warps),

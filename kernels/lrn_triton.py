@@ -50,7 +50,7 @@ hungriest (bf16, sm_90): all four windows of a quad loaded at once 127; one posi
 the window without sharing pairs 77; ReLU by comparing in fp32 instead of a maximum, which the compiler
 moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the loads are not all
 hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8% of the
-instructions but needs 77; a cap at 64 (`maxnreg`) spills for all but the last.
+instructions but needs 77, and spills when capped at 64.
 
 **Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
 lane an element, a loop over the window, loads that the cache serves.
@@ -459,14 +459,6 @@ def _pooled_gradient(
     return total
 
 
-@triton.autotune(
-    configs=[
-        triton.Config({"BLOCK": 128, "ROWS": 7}, num_warps=4),
-        triton.Config({"BLOCK": 128, "ROWS": 4}, num_warps=4),
-        triton.Config({"BLOCK": 128, "ROWS": 14}, num_warps=4),
-    ],
-    key=["H", "W", "C", "SIZE"],
-)
 @triton.jit
 def _pool_backward_kernel(
     x_pointer,
@@ -515,6 +507,19 @@ def _pool_backward_kernel(
         quad_y += 1
         source += 2 * W * C
         pooled += POOLED_W * C
+
+
+def _autotuned_pool_backward(maxnreg: int) -> Any:
+    """The kernel under autotuning, each thread with at most `maxnreg` registers."""
+    configs = [
+        triton.Config({"BLOCK": 128, "ROWS": rows}, num_warps=4, maxnreg=maxnreg) for rows in (7, 4, 14)
+    ]
+    return triton.autotune(configs=configs, key=["H", "W", "C", "SIZE"])(_pool_backward_kernel)
+
+
+# By the bytes of an element. Left to itself ptxas aims, on some GPUs, for fewer registers than the kernel
+# needs, and spills the rest. A cap ends that: the lowest, in steps of eight, at which nothing spills.
+_POOL_BACKWARD_KERNELS = {2: _autotuned_pool_backward(64), 4: _autotuned_pool_backward(72)}
 
 
 # ---------------------------------------------------------------- what to launch, on channels-last tensors
@@ -609,7 +614,7 @@ def _pool_backward(
         **scalars(size, alpha, beta, k),
     }
     grid = _over_strips(batch, (height + 1) // 2, (width + 1) // 2, channels // 8)
-    return [Launch(_pool_backward_kernel, grid, arguments)]
+    return [Launch(_POOL_BACKWARD_KERNELS[x.element_size()], grid, arguments)]
 
 
 # ---------------------------------------------------------------- the four functions

@@ -77,7 +77,7 @@ def test_lrn_kernels_use_no_shared_memory(machine_code: list[dict[str, Any]]) ->
 
 
 def test_lrn_kernels_fill_the_gpu_in_bf16(machine_code: list[dict[str, Any]]) -> None:
-    """At least three eighths of the warps, anywhere; with one register a thread too many it is a quarter."""
+    """At least three eighths of the warps, anywhere."""
     rows = [row for row in machine_code if "lrn" in row["kernel"] and row["dtype"] == "bfloat16"]
     assert min(row["occupancy"] for row in rows) >= 3 / 8
 

@@ -49,11 +49,12 @@ def check_lrn(
     beta: float = 0.75,
     k: float = 2.0,
     scale: float = 5.0,
+    device: str = "cpu",
 ) -> None:
     """Forward and backward against float64, and the layout of both results."""
     from fastalex.kernels import lrn_triton
 
-    x = make(shape, dtype, layout, scale)
+    x = make(shape, dtype, layout, scale).to(device)
     y = lrn_triton.lrn_forward(x, size, alpha, beta, k, relu)
     grad = torch.randn_like(y)
     dx = lrn_triton.lrn_backward(grad, x, size, alpha, beta, k, relu)
@@ -72,13 +73,19 @@ def windows(values: Tensor) -> Tensor:
 
 
 def check_pool(
-    shape: tuple[int, ...], size: int, dtype: torch.dtype, layout: str, beta: float = 0.75, k: float = 2.0
+    shape: tuple[int, ...],
+    size: int,
+    dtype: torch.dtype,
+    layout: str,
+    beta: float = 0.75,
+    k: float = 2.0,
+    device: str = "cpu",
 ) -> None:
     """Maximum, winner, gradient and layouts against float64."""
     from fastalex.kernels import lrn_triton
 
     arguments = (size, 1e-2, beta, k)
-    x = make(shape, dtype, layout)
+    x = make(shape, dtype, layout).to(device)
     y, argmax = lrn_triton.lrn_max_pool_forward(x, *arguments)
     grad = torch.randn_like(y)
     dx = lrn_triton.lrn_max_pool_backward(grad, argmax, x, *arguments)
@@ -351,3 +358,13 @@ def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
     """Negative control: a window of 4 is not one of 5, and the comparison says so."""
     with pytest.raises(pytest.fail.Exception, match="not close"):
         interpreted(check_wrong_window, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS])
+@pytest.mark.parametrize("shape", [(8, 96, 55, 55), (8, 256, 27, 27), (2, 97, 9, 10)], ids=str)
+def test_on_a_gpu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """The same checks, compiled and autotuned."""
+    check_lrn(shape, 5, dtype, layout, True, device="cuda")
+    check_pool(shape, 5, dtype, layout, device="cuda")
