@@ -123,7 +123,8 @@ def draw(rows: Sequence[Row], path: Path, device: str) -> None:
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(
         f"LRN on {about['hardware']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date']}; "
-        "median, lines from the 20th to the 80th percentile,\nin brackets: how many times faster than eager fp32",
+        "median, lines from the 20th to the 80th percentile,\n"
+        "in brackets: how many times faster than eager fp32",
         fontsize=10,
     )
     with replacing(path) as temporary:
