@@ -61,6 +61,7 @@ def formula(x: Tensor) -> Tensor:
     v = x.movedim(1, -1).float().relu()
     squares = F.pad(v * v, (SIZE // 2, (SIZE - 1) // 2))
     total = sum(squares[..., i : i + x.shape[1]] for i in range(SIZE))
+    assert isinstance(total, Tensor)
     root = (K + ALPHA / SIZE * total).rsqrt()
     return (v * root * root.sqrt()).to(x.dtype).movedim(-1, 1)
 
