@@ -46,11 +46,12 @@ cost a few instructions on values that must be loaded anyway, and saving them wo
 which is what these kernels are bound by.
 
 **Registers** decide how many threads a GPU can keep in flight. What was tried for the pooled backward, the
-hungriest (bf16, sm_90): all four windows of a quad loaded at once 127; one position at a time 85; sums of
-the window without sharing pairs 77; ReLU by comparing in fp32 instead of a maximum, which the compiler
-moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the loads are not all
-hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8% of the
-instructions but needs 77, and spills when capped at 64.
+hungriest (registers in bf16 on sm_90): all four windows of a quad loaded at once, 127; one position at a
+time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp32 instead of a maximum,
+which the compiler moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the
+loads are not all hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8%
+of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
+flight on an H100, from a quarter of what it can hold to a half.
 
 **Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
 lane an element, a loop over the window, loads that the cache serves.

@@ -259,3 +259,13 @@ def test_command_says_what_is_wrong(
     assert result.returncode == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+
+
+def test_the_page_quotes_the_results() -> None:
+    """docs/gpu.md shows some rows of the tables: they are rows of the tables, as the command wrote them."""
+    root = Path(__file__).parents[2]
+    results = (root / "benchmarks/results/kernels_inspect.md").read_text().splitlines()
+    page = (root / "docs/gpu.md").read_text().splitlines()
+    quoted = [line for line in page if "| bfloat16 |" in line]
+    assert quoted
+    assert [line for line in quoted if line not in results] == []
