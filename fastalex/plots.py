@@ -46,7 +46,7 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
             (x_validated[best], validation[best]),
             xytext=(0, 45),
             textcoords="offset points",
-            ha="right" if 2 * best > len(validated) else "left",
+            ha="right" if 2 * best >= len(validated) else "left",
             arrowprops={"arrowstyle": "-", "color": "gray"},
         )
     loss.set(title="Cross-entropy", ylabel="nats", ylim=(0, None))
