@@ -133,6 +133,14 @@ def test_any_exponent(beta: float, k: float, device: str) -> None:
     check(relu_lrn, torch_relu_lrn, random((2, 32, 4, 4), torch.float32, device), (5, 0.3, beta, k))
 
 
+@pytest.mark.parametrize("channels", [16, 17])
+def test_no_division_by_zero_beyond_the_last_channel(channels: int, device: str) -> None:
+    """With k = 0 a window of zeros divides by zero: those of channels that do not exist must not count."""
+    x = random((2, channels, 3, 3), torch.float32, device)
+    x[:, -1] = 0
+    check(local_response_norm, torch_local_response_norm, x, (5, 0.5, 0.75, 0.0))
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 9), (2, 32, 3, 4), (2, 32, 2, 3, 4)], ids=["3d", "4d", "5d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ranks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
