@@ -68,11 +68,13 @@ class _Recorder:
         self.moved = 0
         self.out_of_bounds = 0
 
-    def record(self, program: tuple[int, ...], pointers: np.ndarray, mask: np.ndarray, stores: bool) -> None:
+    def record(self, program: tuple[int, ...], pointers: np.ndarray, mask: Any, stores: bool) -> Any:
+        """Take note of an access; returns its mask without the lanes that must not touch memory."""
         if program != self.program:
             self.finish_program()
             self.program = program
-        addresses = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64)
+        lanes = mask.data.astype(bool)
+        addresses = np.broadcast_to(pointers, lanes.shape)[lanes].astype(np.int64)
         known = np.zeros(addresses.shape, bool)
         for name, (start, end, width) in self.spans.items():
             if (name in self.writes) != stores:
@@ -82,6 +84,8 @@ class _Recorder:
             np.add.at(self.touched[name], (addresses[inside] - start) // width, 1)
         self.out_of_bounds += int((~known).sum())
         self.sectors.append(np.unique(addresses[known] // _SECTOR) * 2 + stores)
+        lanes[lanes] = known
+        return interpreter.TensorHandle(lanes, mask.dtype)
 
     def finish_program(self) -> None:
         if self.sectors:
@@ -125,11 +129,11 @@ def count(case: KernelCase, launch: Launch) -> Traffic:
     store = interpreter.InterpreterBuilder.create_masked_store
 
     def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        recorder.record(tuple(builder.grid_idx), pointers.data, mask.data, stores=False)
+        mask = recorder.record(tuple(builder.grid_idx), pointers.data, mask, stores=False)
         return load(builder, pointers, mask, *rest)
 
     def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        recorder.record(tuple(builder.grid_idx), pointers.data, mask.data, stores=True)
+        mask = recorder.record(tuple(builder.grid_idx), pointers.data, mask, stores=True)
         return store(builder, pointers, value, mask, *rest)
 
     with nearest_even(), _replaced(create_masked_load=counted_load, create_masked_store=counted_store):

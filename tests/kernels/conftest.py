@@ -37,7 +37,10 @@ class Interpreter:
         assert self.process.stdout is not None
         pickle.dump((check.__name__, arguments), self.process.stdin)
         self.process.stdin.flush()
-        failure, result = pickle.load(self.process.stdout)
+        try:
+            failure, result = pickle.load(self.process.stdout)
+        except EOFError:
+            pytest.fail(f"the interpreter's process died (exit status {self.process.wait()})", pytrace=False)
         if failure:
             pytest.fail(failure, pytrace=False)
         return result
