@@ -121,6 +121,7 @@ class TrainConfig:
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    clip_norm: float = 0.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: any
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: epochs without improvement before the rate is divided by ten
@@ -226,6 +227,7 @@ def validate(config: Config) -> None:
     for key, value, low, high in (
         ("train.momentum", train.momentum, 0.0, 1.0),
         ("train.weight_decay", train.weight_decay, 0.0, math.inf),
+        ("train.clip_norm", train.clip_norm, 0.0, math.inf),
         ("train.warmup", train.warmup, 0.0, 1.0),
         ("train.patience", float(train.patience), 0.0, math.inf),
         ("runtime.threads", float(config.runtime.threads), 0.0, math.inf),

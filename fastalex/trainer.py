@@ -182,6 +182,9 @@ class Trainer:
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
+        if self.config.clip_norm:
+            self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

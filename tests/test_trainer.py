@@ -152,6 +152,28 @@ def test_plateau_ends_the_run_once_the_rate_has_decayed() -> None:
     assert epochs == 5  # one that sets the mark, then four without improvement
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+def test_the_step_is_as_long_as_clipping_leaves_the_gradient(clip_norm: float) -> None:
+    loader = batches(count=1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    images, labels = loader.batches[0]
+    F.cross_entropy(network.double()(images.double()), labels).backward()
+    norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in network.parameters()))
+    network.float().zero_grad()
+    config = TrainConfig(lr=1e-4, momentum=0, weight_decay=0, clip_norm=clip_norm, schedule=Schedule.plateau)
+    Trainer(network, config, loader, None, fp32()).run_epoch()
+    moved = math.sqrt(
+        sum(
+            (new.detach().double() - old.double()).square().sum().item()
+            for new, old in zip(network.parameters(), before, strict=True)
+        )
+    )
+    assert norm > 0.5
+    assert moved == pytest.approx(1e-4 * (min(norm, clip_norm) if clip_norm else norm), rel=1e-3)
+
+
 def test_bf16_keeps_fp32_weights_and_learns() -> None:
     runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
     torch.manual_seed(0)
