@@ -13,6 +13,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 from torch import Tensor
 
 from fastalex.data.beton import ensure_beton, threads_kept
@@ -24,8 +25,36 @@ with threads_kept():
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader as BetonLoader
+    from ffcv.loader import loader as loader_module
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.pipeline.compiler import Compiler
     from ffcv.transforms import ToTensor
+
+_BYTES = types.Array(types.uint8, 1, "C", readonly=True)
+_NUMBERS = types.uint64[::1]
+
+
+class _MemoryMap(OSCacheManager):
+    """FFCV's reading from a memory map, with a type of its own for read-only bytes.
+
+    FFCV marks Numba's one type for ``uint8[::1]`` as read-only, which changes its hash while other functions'
+    compiled signatures hold it: every kernel that takes uint8 would fail to compile for another dtype.
+    """
+
+    @property
+    def state_type(self) -> types.Tuple:
+        return types.Tuple([_BYTES, _NUMBERS, _NUMBERS])
+
+    def compile_reader(self) -> Any:
+        def read(address: Any, state: Any) -> Any:
+            size = state[2][np.searchsorted(state[1], address)]
+            return state[0][address : address + size]
+
+        return Compiler.compile(read, _BYTES(types.uint64, self.state_type))
+
+
+loader_module.OSCacheManager = _MemoryMap  # Loader takes no manager, only the choice between its own two
 
 
 class FfcvLoader(PlannedLoader):

@@ -26,12 +26,21 @@ from fastalex.data.sampling import center_offset
 FLOAT = 2e-3  # levels: float32 sums over the taps of a strong reduction
 UINT8 = 1.0 + FLOAT
 
+
+def _is_installed(package: str) -> bool:
+    """Also where its parent, as the namespace `nvidia`, is missing or shared with other packages."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 PACKAGES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 LOADERS = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            name in PACKAGES and find_spec(PACKAGES[name].split(".")[0]) is None,
+            name in PACKAGES and not _is_installed(PACKAGES[name]),
             reason=f"{PACKAGES.get(name)} is not installed: .ci/install-loaders PYTHON",
         ),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba import types
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -74,6 +75,16 @@ print("kept")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.endswith("kept\n"), done.stderr
+
+
+@installed
+def test_numbas_own_types_are_left_as_they_were(tmp_path: Path) -> None:
+    """FFCV's reader marks the one uint8[::1] type as read-only, under the feet of all that is compiled."""
+    before = hash(types.uint8[::1])
+    for _ in ffcv_loader(arrays(), tmp_path):
+        pass
+    assert types.uint8[::1].mutable
+    assert hash(types.uint8[::1]) == before
 
 
 @installed
