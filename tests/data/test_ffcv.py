@@ -206,6 +206,8 @@ def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
 
 
 WRITE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 import sys, time
 import numpy as np
 from fastalex.config import DataConfig, LoaderConfig
