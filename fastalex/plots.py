@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fastalex.files import replacing
 
 if TYPE_CHECKING:
+    from fastalex.diagnose import Layer
     from fastalex.trainer import Epoch
 
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
@@ -108,6 +109,36 @@ def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) 
         panel.imshow(image, interpolation="nearest")
         panel.set_title(caption, fontsize=9)
     figure.suptitle("The most confident mistakes" if images else "No mistakes")
+    _save(figure, path)
+
+
+def initialisations(layers: Mapping[str, Sequence[Layer]], path: Path) -> None:
+    """Draw what each initialisation does from layer to layer: a panel for each quantity."""
+    figure = Figure(figsize=(16, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    names = [layer.name for layer in next(iter(layers.values()))]
+    quantities = (
+        ("activation_rms", "Input of the layer (rms)", "log"),
+        ("gradient_rms", "Gradient with respect to that input (rms, an image)", "log"),
+        ("weight_gradient_rms", "Gradient with respect to the weights (rms, the batch)", "log"),
+        ("dead_units", "Dead units of the input", "linear"),
+        ("image_dependence", "Dependence on the image (deviation over images / rms)", "log"),
+    )
+    for panel, (quantity, title, scale) in zip(panels, quantities, strict=False):
+        for (name, line), marker in zip(layers.items(), "osd^", strict=False):
+            # Zero has no place on a logarithmic axis, and the logits no weights: gaps in the line.
+            values = [getattr(layer, quantity) or (0.0 if scale == "linear" else np.nan) for layer in line]
+            panel.plot(names, values, marker=marker, label=name)
+        panel.set(title=title, yscale=scale)
+        if scale == "linear":
+            panel.set_ylim(-0.03, 1.03)
+            panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.grid(alpha=0.3)
+        panel.tick_params(
+            axis="x", rotation=45 if len(names) <= 12 else 90, labelsize=None if len(names) <= 12 else 5
+        )
+    panels[0].legend(title="initialisation")
+    panels[-1].axis("off")
     _save(figure, path)
 
 
