@@ -1,4 +1,10 @@
-"""What kernel benchmarks write down: percentiles, the machine, a CSV file, a bar chart."""
+"""What benchmarks write down: percentiles, the machine, a CSV file; for kernels a table and a bar chart too.
+
+All files in `results/*.csv` have one format, which `read_measurements` reads. A line is a measurement: first
+the columns that say of what, then the median, its 20th and its 80th percentile, then what follows from them,
+and from `hardware` on the machine and the versions. The median's column is named for its unit, or there is
+a column `unit`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +51,38 @@ class Row:
     times_faster_than_eager: float | None  # eager fp32; None for a copy, which eager has no equal of
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A line of a file of results.
+
+    Attributes:
+        of: what was measured: the columns before the median, but for `unit`.
+        unit: of the three figures.
+        record: all columns by name, as text.
+    """
+
+    of: tuple[str, ...]
+    unit: str
+    median: float
+    p20: float
+    p80: float
+    record: dict[str, str]
+
+    @property
+    def less_is_better(self) -> bool:
+        return self.unit in ("ms", "MB")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    median, low, high = np.percentile(values, [50, 20, 80])
+    return float(median), float(low), float(high)
+
+
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile in ms."""
-    median, low, high = np.percentile(seconds, [50, 20, 80]) * 1e3
-    return float(median), float(low), float(high)
+    median, low, high = spread(seconds)
+    return 1e3 * median, 1e3 * low, 1e3 * high
 
 
 def machine(device: str) -> dict[str, str]:
@@ -62,8 +97,8 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-def write_csv(rows: Sequence[Row], path: Path, device: str) -> None:
-    """Write the rows, each with the machine, replacing the file at once."""
+def write_csv(rows: Sequence[Any], path: Path, device: str) -> None:
+    """Write the rows, dataclasses of one kind, each with the machine, replacing the file at once."""
     about = machine(device)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         records = [{**asdict(row), **about} for row in rows]
@@ -71,6 +106,35 @@ def write_csv(rows: Sequence[Row], path: Path, device: str) -> None:
         writer.writeheader()
         for record in records:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()})
+
+
+def read_measurements(text: str) -> list[Measurement]:
+    """The lines of a file that `write_csv` wrote.
+
+    Raises:
+        ValueError: the text is of another format.
+    """
+    reader = csv.DictReader(text.splitlines())
+    names = list(reader.fieldnames or [])
+    first = next((i for i, name in enumerate(names) if name.startswith("p20")), 0)
+    if not first or "hardware" not in names or not names[first + 1].startswith("p80"):
+        raise ValueError("no columns MEDIAN, p20, p80, hardware")
+    of = [name for name in names[: first - 1] if name != "unit"]
+    unit = names[first - 1].removeprefix("median_").replace("_per_", "/")
+    try:
+        return [
+            Measurement(
+                tuple(record[name] for name in of),
+                record.get("unit", unit),
+                float(record[names[first - 1]]),
+                float(record[names[first]]),
+                float(record[names[first + 1]]),
+                record,
+            )
+            for record in reader
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
 def table(rows: Sequence[Row]) -> str:

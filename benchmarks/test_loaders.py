@@ -15,14 +15,13 @@ beforehand, as is FFCV, whose .beton file is written before the clock starts.
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.report import RESULTS, machine
+from benchmarks.memory import family, proportional_bytes
+from benchmarks.report import RESULTS, machine, write_csv
 from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data import ImageSet, Views, build_loader, load_splits
 from fastalex.files import replacing, write_text
@@ -101,26 +101,9 @@ class Server:
 
     def _watch(self, done: threading.Event) -> None:
         while True:
-            self.peak = max(self.peak, sum(map(_proportional_bytes, _family(self.process.pid))))
+            self.peak = max(self.peak, sum(map(proportional_bytes, family(self.process.pid))))
             if done.wait(0.1):
                 return
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all below it."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
-    return found
-
-
-def _proportional_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def serve(name: str, source: Path) -> None:
@@ -238,12 +221,7 @@ def write(rows: Sequence[Row]) -> None:
     text = "\n".join([*lines, "", note, ""])
     print(f"\n{text}")
     write_text(RESULTS / f"loaders_{device}.md", text)
-    with replacing(RESULTS / f"loaders_{device}.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*asdict(rows[0]), *about])
-        writer.writeheader()
-        for row in rows:
-            rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow({**rounded, **about})
+    write_csv(rows, RESULTS / f"loaders_{device}.csv", device)
     draw(rows, RESULTS / f"loaders_{device}.png", about)
 
 

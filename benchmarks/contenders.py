@@ -1,0 +1,181 @@
+"""The programs that `test_step.py` lets train by turns; each runs in a process of its own.
+
+python -m benchmarks.contenders NAME ROOT BATCH_SIZE       answers requests on standard input
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from hydra import compose, initialize_config_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from benchmarks import memory, reference
+from benchmarks.hardware import DEVICE, Hardware, seconds
+from benchmarks.parts import profile_step
+from benchmarks.turns import serve
+from fastalex.cli import to_dataclass
+from fastalex.config import Config, model_options, register
+from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
+from fastalex.evaluation import TEN_CROP
+from fastalex.metrics import predict
+from fastalex.models import create_model
+from fastalex.runtime import choose
+from fastalex.trainer import Trainer
+
+
+class Contender(Protocol):
+    def train(self, steps: int) -> None: ...
+    def evaluate(self, batches: int) -> None: ...
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def evaluation_batch(batch_size: int) -> int:
+    """Images of which ten crops make about a training batch: 12 of 128, in `reference` too."""
+    return max(1, batch_size // TEN_CROP)
+
+
+class Reference:
+    """benchmarks/reference.py: its network, its loops, its DataLoader."""
+
+    def __init__(self, root: Path, batch_size: int) -> None:
+        data = reference.open_split(root, "train", reference.train_transform())
+        test = reference.open_split(root, "test", reference.ten_crop_transform())
+        self.model: nn.Module = reference.AlexNet(len(data.classes)).to(DEVICE)
+        self.optimizer = SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
+        # Iterators that outlast a turn: workers start once, as in an epoch.
+        self.batches = endless(reference.train_loader(data, batch_size))
+        ten_crops: DataLoader = DataLoader(
+            test, evaluation_batch(batch_size), num_workers=reference.WORKERS
+        )  # as ten_crop_evaluate makes it
+        self.ten_crops = endless(ten_crops)
+
+    def train(self, steps: int) -> None:
+        reference.train_epoch(self.model, self.optimizer, self.batches, steps)  # type: ignore[arg-type]
+
+    def evaluate(self, batches: int) -> None:
+        reference.evaluate(self.model, self.ten_crops, batches)  # type: ignore[arg-type]
+
+
+class Stock(Reference):
+    """The same network and data as a careful user of stock PyTorch runs them."""
+
+    def __init__(self, root: Path, batch_size: int) -> None:
+        super().__init__(root, batch_size)
+        self.model.to(memory_format=torch.channels_last)
+        self.network = torch.compile(self.model, dynamic=False)
+        self.optimizer = SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4, fused=True)
+
+    def train(self, steps: int) -> None:
+        self.model.train()
+        for images, labels in islice(self.batches, steps):
+            images = images.to(DEVICE, memory_format=torch.channels_last, non_blocking=True)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = F.cross_entropy(self.network(images), labels.to(DEVICE, non_blocking=True))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+
+class FirstBatches:
+    """A loader whose epochs end after so many batches; see `fastalex.data.Loader`."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.batches = 1
+        self.num_samples = loader.num_samples
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.loader.set_epoch(epoch, start_batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(iter(self.loader), self.batches)
+
+
+class Fastalex:
+    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, in epochs of one turn each."""
+
+    def __init__(self, root: Path, batch_size: int) -> None:
+        register()
+        with initialize_config_module("fastalex.configs", version_base="1.3"):
+            config = to_dataclass(compose("config"), Config)
+        config.data.root = str(root)
+        config.train.batch_size = batch_size
+        config.train.epochs = 1_000_000  # the schedule needs a length, and no turn may be the last
+        self.runtime = choose(config.runtime)
+        splits = load_splits(config.data, config.seed)
+        model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+        self.runtime.place(model)
+        loader = resolve_loader(config.loader, splits, self.runtime.device)
+        placed: dict[str, Any] = {
+            "device": self.runtime.device,
+            "dtype": self.runtime.dtype,
+            "channels_last": self.runtime.channels_last,
+        }
+        train = build_loader(
+            splits.train, config.data, loader, views=Views.random, batch_size=batch_size, **placed
+        )
+        few = evaluation_batch(batch_size)
+        test = build_loader(splits.test, config.data, loader, views=Views.ten_crop, batch_size=few, **placed)
+        self.ten_crops = endless(test)
+        self.loader = FirstBatches(train)
+        self.trainer = Trainer(model, config.train, self.loader, None, self.runtime)
+
+    def train(self, steps: int) -> None:
+        self.loader.batches = steps
+        self.trainer.run_epoch()
+
+    def evaluate(self, batches: int) -> None:
+        predict(self.trainer.network, islice(self.ten_crops, batches), self.runtime)
+        self.runtime.synchronize()
+
+
+def forget_peak_memory() -> None:
+    memory.forget_peak()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
+    "reference": Reference,
+    "stock": Stock,
+    "fastalex": Fastalex,
+}
+
+
+def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]]:
+    """The functions that a process offers."""
+    torch.manual_seed(0)
+    if name == "hardware":
+        hardware = Hardware()
+        return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
+    contender = CONTENDERS[name](Path(root), int(batch_size))
+    return {
+        "train": lambda steps: seconds(lambda: contender.train(steps)),
+        "evaluate": lambda batches: seconds(lambda: contender.evaluate(batches)),
+        "profile": lambda: profile_step(lambda: contender.train(1)),
+        "forget peak memory": forget_peak_memory,
+        "peak memory": memory.peak_bytes,
+        "peak device memory": torch.cuda.max_memory_allocated,
+    }
+
+
+if __name__ == "__main__":
+    serve(lambda: start(*sys.argv[1:]))

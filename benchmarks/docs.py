@@ -1,0 +1,89 @@
+"""Writes docs/benchmarks.md and its pictures from benchmarks/results/*.csv: `python -m benchmarks.docs`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import charts, sections
+from benchmarks.report import RESULTS, Measurement, read_measurements
+from fastalex.errors import OutputError
+from fastalex.files import write_text
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+INTRODUCTION = """# Benchmarks
+
+`make bench` measures everything on this page, `python -m benchmarks.docs` writes the page from the files in
+[`benchmarks/results/`](../benchmarks/results/), and `make bench-compare` sets a new run against the
+committed one. No figure here is typed in.
+
+Programs and kernels that are compared take turns within one run. Figures are medians over the turns; the
+range beside one is from the 20th to the 80th percentile.
+"""
+
+
+class ResultsError(Exception):
+    """A file of results is missing, or is none."""
+
+
+def read(results: Path, name: str) -> list[Measurement]:
+    """The measurements in a file; none if there is no such file."""
+    path = results / name
+    try:
+        return read_measurements(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise ResultsError(f"{path} is not a file of results: {error}") from error
+
+
+def page(results: Path) -> str:
+    """The page as Markdown.
+
+    Raises:
+        ResultsError: there is nothing to show.
+    """
+    kinds: list[tuple[str, Callable[[list[Measurement], str], list[str]]]] = [
+        ("step", sections.step),
+        ("lrn", sections.lrn),
+        ("augment", sections.augment),
+        ("loaders", sections.loaders),
+        ("folded_conv", sections.folded),
+    ]
+    written = []
+    for device in ("cpu", "cuda"):
+        for name, section in kinds:
+            measurements = read(results, f"{name}_{device}.csv")
+            if measurements:
+                written += [*section(measurements, device), sections.machine(measurements), ""]
+    if not written:
+        raise ResultsError(f"no {results}/*_cpu.csv or *_cuda.csv; make bench writes them")
+    return "\n".join([INTRODUCTION, *written]).rstrip() + "\n"
+
+
+def draw(results: Path) -> None:
+    """The pictures, beside the files."""
+    for device in ("cpu", "cuda"):
+        step, kernels = read(results, f"step_{device}.csv"), read(results, f"lrn_{device}.csv")
+        if step:
+            charts.step_parts(step, results / f"step_parts_{device}.png")
+            charts.roofline(step, kernels, results / f"roofline_{device}.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write docs/benchmarks.md and its pictures from the files in benchmarks/results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=main.__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the file to write")
+    args = parser.parse_args(arguments)
+    try:
+        text = page(args.results)
+        draw(args.results)
+        write_text(args.page, text)
+    except (ResultsError, OutputError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"wrote {args.page}")
+
+
+if __name__ == "__main__":
+    main()

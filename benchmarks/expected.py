@@ -1,0 +1,128 @@
+"""How fast a GPU could train at its full rates, by counted FLOPs and bytes: `python -m benchmarks.expected`.
+
+Rewrites that section of docs/gpu.md. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import reference
+from benchmarks.counts import Operation, count_step, totals
+from benchmarks.parts import PARTS
+from fastalex.files import write_text
+from fastalex.models import create_model
+
+PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+BEGIN, END = "<!-- python -m benchmarks.expected writes this -->", "<!-- to here -->"
+BATCH = 128
+CLIP_NORM = 5.0  # recipe=fast
+
+
+@dataclass(frozen=True)
+class Card:
+    """The maker's figures: dense bf16 products accumulated in fp32, in FLOP/s, and memory, in bytes/s."""
+
+    name: str
+    flops_per_second: float
+    bytes_per_second: float
+
+
+CARDS = (
+    # 66 SMs at 2.61 GHz with 512 such FLOP a cycle each, as the Ada whitepaper has it for the RTX 4080
+    # (76 SMs at 2.505 GHz: 97.5 TFLOP/s). The 353 and 706 of the advertisements are FP8, dense and sparse.
+    Card("RTX 4070 Ti SUPER", 66 * 2.61e9 * 512, 672e9),
+    Card("H100 SXM", 989e12, 3350e9),
+)
+
+
+def fast_step() -> list[Operation]:
+    """The operators of fastalex's step on a GPU, before any fusion."""
+    return count_step(lambda: create_model("alexnet"), batch_size=BATCH, clip_norm=CLIP_NORM)
+
+
+def reference_step() -> list[Operation]:
+    """Those of benchmarks/reference.py, which computes in fp32."""
+    return count_step(reference.AlexNet, dtype=torch.float32, batch_size=BATCH)
+
+
+def least_seconds(operations: Sequence[Operation], card: Card) -> float:
+    """Every operator at the card's full rate of arithmetic or of memory, whichever takes it longer."""
+    return sum(
+        max(operation.flops / card.flops_per_second, operation.bytes / card.bytes_per_second)
+        for operation in operations
+    )
+
+
+def section() -> str:
+    """The section as Markdown."""
+    fast, plain = fast_step(), totals(reference_step())
+    heads = ["", "GFLOP", "GB", *(f"{card.name}, ms" for card in CARDS), "GB in the reference, fp32"]
+    lines = [heads, ["---"] * len(heads)]
+    for part in (*PARTS, "step"):
+        chosen = [operation for operation in fast if part in (operation.part, "step")]
+        moved = sum(operation.bytes for operation in chosen)
+        least = [f"{1e3 * least_seconds(chosen, card):.2f}" for card in CARDS]
+        other = plain.get(part, (0, 0))[1] if part != "step" else sum(b for _, b in plain.values())
+        flops = sum(operation.flops for operation in chosen)
+        lines.append([part, f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", *least, f"{other / 1e9:.2f}"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rates = "\n".join(
+        f"- {card.name}: {BATCH / least_seconds(fast, card):,.0f} images/s "
+        f"({card.flops_per_second / 1e12:.0f} TFLOP/s, {card.bytes_per_second / 1e9:,.0f} GB/s)"
+        for card in CARDS
+    )
+    return f"""
+**Computed, not measured.** A step of {BATCH} images at 224x224 in bf16, each operator at the card's full rate
+of arithmetic or of memory, whichever takes it longer, one after another:
+
+{table}
+
+At those rates:
+
+{rates}
+
+The rates of arithmetic are for dense bf16 with fp32 accumulation (`benchmarks/expected.py` says where they
+are from). FLOPs are PyTorch's count, forward and backward. Bytes are every operator's inputs and outputs
+once, before torch.compile fuses any of them, which takes off some of "other" and of "ReLU, LRN, pooling".
+No card runs convolutions at its full rate, and a desktop card may not hold its boost clock: expect less.
+This measures it on a machine with a card, and writes `benchmarks/results/step_cuda.csv`:
+
+```sh
+make bench-step ARGS="--data-root DATA"     # DATA: the folder of CIFAR-10; without, generated images
+```
+"""
+
+
+def replace_section(page: str, text: str) -> str:
+    """The page with the text between its two marks.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compute how fast GPUs could train at their full rates, and write it to docs/gpu.md."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.expected", description=main.__doc__)
+    parser.add_argument("--page", type=Path, default=PAGE, help="the file to rewrite a section of")
+    page = parser.parse_args(arguments).page
+    try:
+        write_text(page, replace_section(page.read_text(), section()))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {page}: {error}\n")
+    print(section())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The sections of docs/benchmarks.md, each from one file of results and for one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.parts import CONVOLUTIONS, PARTS, PRODUCTS
+from benchmarks.report import Measurement
+
+RESULTS_FROM_PAGE = "../benchmarks/results"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """As Markdown, figures to the right."""
+    columns = zip(*rows, strict=True)
+    rules = ["---:" if all(cell[:1].isdigit() for cell in column if cell) else "---" for column in columns]
+    lines = [heads, rules, *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def number(text: str, digits: int = 3) -> str:
+    """A figure of the file to so many significant digits; nothing stays nothing."""
+    if not text:
+        return ""
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def spread(m: Measurement) -> list[str]:
+    return [number(str(m.median)), f"{number(str(m.p20))} to {number(str(m.p80))}"]
+
+
+def times(text: str) -> str:
+    return f"{float(text):.2f}" if text else ""
+
+
+def machine(measurements: Sequence[Measurement]) -> str:
+    record = measurements[0].record
+    return (
+        f"*{record['hardware']}, {record['threads']} threads, {record['system']}, Python {record['python']}, "
+        f"PyTorch {record['torch']}, Numba {record['numba']}, {record['date']}.*"
+    )
+
+
+def step(measurements: list[Measurement], device: str) -> list[str]:
+    of = {
+        name: [m for m in measurements if m.record["measurement"] == name]
+        for name in (
+            "training",
+            "hardware",
+            "ten-crop evaluation",
+            "peak memory",
+            "peak device memory",
+            "step by part",
+        )
+    }
+    training = [
+        [
+            m.record["program"],
+            *spread(m),
+            times(m.record["times_reference"]),
+            times(m.record["times_stock"]),
+            number(m.record["gflop_per_s"]),
+            f"{float(m.record['fraction_of_matmul']):.0%}",
+        ]
+        for m in of["training"]
+    ]
+    heads = ["", "images/s", "range", "times reference", "times stock", "GFLOP/s", "of the matrix product"]
+    limits = ", ".join(f"{m.record['program']} {number(str(m.median))} {m.unit}" for m in of["hardware"])
+    evaluation = [
+        [m.record["program"], *spread(m), times(m.record["times_reference"])]
+        for m in of["ten-crop evaluation"]
+    ]
+    memory = [
+        [f"{m.record['program']}, {m.of[0]}", number(str(m.median)), times(m.record["times_reference"])]
+        for m in of["peak memory"] + of["peak device memory"]
+    ]
+    programs = list(dict.fromkeys(m.record["program"] for m in of["step by part"]))
+    cells = {(m.record["program"], m.record["part"]): m for m in of["step by part"]}
+    parts = [
+        [part, *(f"{number(str(c.median))} ({float(c.record['share_of_step']):.1%})" for c in row)]
+        for part in PARTS
+        if (row := [cells[program, part] for program in programs])
+    ]
+    rest = [
+        1 - sum(float(cells[program, part].record["share_of_step"]) for part in (CONVOLUTIONS, PRODUCTS))
+        for program in programs
+    ]
+    parts.append(["all but convolutions and matrix products", *(f"{share:.1%}" for share in rest)])
+    turns, batch = of["training"][0].record["rounds"], of["training"][0].record["batch"]
+    return [
+        f"## The training step ({device})",
+        "",
+        f"AlexNet at 224x224, batch {batch}, data pipeline included, {turns} turns each (`make bench-step`). "
+        "*reference* is `benchmarks/reference.py`, plain eager PyTorch in fp32; *stock* is the same network "
+        "under torch.compile, bf16, channels-last, with fused SGD; *fastalex* is "
+        "`python -m fastalex.train`. A ratio is the median of the ratios within the turns.",
+        "",
+        *table(heads, training),
+        f"The machine in the same turns: {limits}. FLOPs are those of convolutions and matrix products, "
+        "counted by PyTorch, forward and backward.",
+        "",
+        "By part, from torch.profiler, in ms and as shares of the step:",
+        "",
+        *table(["", *programs], parts),
+        f"![A training step's time by part]({RESULTS_FROM_PAGE}/step_parts_{device}.png)",
+        "",
+        "Against what the machine allows (bytes: every operator's inputs and outputs once; LRN: operations "
+        "counted from the formula):",
+        "",
+        f"![Roofline]({RESULTS_FROM_PAGE}/roofline_{device}.png)",
+        "",
+        "Ten-crop evaluation, whole images a second:",
+        "",
+        *table(["", "images/s", "range", "times reference"], evaluation),
+        "Peak memory in training: of a process, its high-water mark after the warm-up, PyTorch itself "
+        "included, and what its DataLoader's processes share with nobody.",
+        "",
+        *table(["", "MB", "times reference"], memory),
+    ]
+
+
+def lrn(measurements: list[Measurement], device: str) -> list[str]:
+    """Forward and backward together, in bf16 where an implementation has it."""
+    both = [m for m in measurements if m.record["direction"] == "forward + backward"]
+    rows = [
+        [
+            f"{m.record['function']}, {m.record['shape']}",
+            f"{m.record['implementation']}, {m.record['dtype']}",
+            *spread(m),
+            times(m.record["times_faster_than_eager"]),
+            f"{float(m.record['fraction_of_copy']):.0%}",
+        ]
+        for m in both
+        if m.record["dtype"] == "bf16" or m.record["implementation"] == "eager"
+    ]
+    heads = [
+        "",
+        "implementation",
+        "ms, forward + backward",
+        "range",
+        "times faster than eager",
+        "of a copy's bandwidth",
+    ]
+    return [
+        f"## Local response normalisation ({device})",
+        "",
+        "`make bench-kernels`; all types and both passes: "
+        f"[lrn_{device}.csv]({RESULTS_FROM_PAGE}/lrn_{device}.csv).",
+        "",
+        *table(heads, rows),
+    ]
+
+
+def augment(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [
+        [
+            m.record["case"],
+            m.record["implementation"],
+            number(m.record["images_per_s"]),
+            times(m.record["augment_is_times_faster"]),
+        ]
+        for m in measurements
+    ]
+    heads = ["", "implementation", "images/s", "augment is times faster"]
+    return [f"## Making batches ({device})", "", "`make bench-kernels`", "", *table(heads, rows)]
+
+
+def loaders(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [
+        [
+            m.record["data"],
+            m.record["loader"],
+            *spread(m),
+            times(m.record["times_torchvision"]),
+            number(m.record["peak_memory_mb"]),
+        ]
+        for m in measurements
+    ]
+    heads = ["", "loader", "images/s", "range", "times torchvision", "peak memory, MB"]
+    return [
+        f"## Loaders ({device})",
+        "",
+        "`make bench-loaders`; [what they are](loaders.md)",
+        "",
+        *table(heads, rows),
+    ]
+
+
+def folded(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [[", ".join(filter(None, m.of)), *spread(m), m.unit] for m in measurements]
+    heads = ["", "median", "range", "unit"]
+    return [f"## The folded first convolution ({device})", "", *table(heads, rows)]

@@ -1,0 +1,165 @@
+"""Measures a training step and evaluation, several programs by turns; `test_step.py` says what and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import evaluation_batch
+from benchmarks.hardware import DEVICE
+from benchmarks.parts import PARTS
+from benchmarks.report import spread
+from benchmarks.turns import Worker
+from fastalex.flops import training_flops
+from fastalex.models import create_model
+
+CROP = 224
+# Of a turn, chosen so that turns take about as long; on a GPU long enough to fill its queue.
+STEPS = {"reference": 1, "stock": 2, "fastalex": 4}
+BATCHES = {"reference": 1, "fastalex": 4}
+GPU_TURN = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one program; a part's share is that of the profiled step."""
+
+    measurement: str
+    program: str
+    part: str
+    batch: int
+    unit: str
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    times_reference: float | None = None
+    times_stock: float | None = None
+    gflop_per_s: float | None = None
+    fraction_of_matmul: float | None = None
+    share_of_step: float | None = None
+
+
+class Bench:
+    """The processes, and the rows so far.
+
+    Args:
+        root: of CIFAR-10.
+        rounds: turns of each program.
+        batch_size: in training; an evaluation batch has a tenth of it, in ten views each.
+        programs: names of `CONTENDERS`.
+    """
+
+    def __init__(self, root: Path, rounds: int, batch_size: int, programs: tuple[str, ...]) -> None:
+        self.rounds = rounds
+        self.batch_size = batch_size
+        self.rows: list[Row] = []
+        self._exits = ExitStack()
+        with self._exits:  # closes what has been started if the next cannot be
+            self.workers = {
+                name: self._exits.enter_context(
+                    Worker(name, ["-m", "benchmarks.contenders", name, str(root), str(batch_size)])
+                )
+                for name in (*programs, "hardware")
+            }
+            self._exits = self._exits.pop_all()
+
+    def close(self) -> None:
+        self._exits.close()
+
+    def by_turns(self, benchmark: Any, turns: dict[str, Callable[[], None]]) -> None:
+        """Take all turns in every round; pytest-benchmark's own clock sees the last."""
+        *others, last = turns.values()
+
+        def set_up() -> None:
+            for turn in others:
+                turn()
+
+        benchmark.pedantic(last, setup=set_up, rounds=self.rounds)
+
+    def add(self, measurement: str, program: str, unit: str, values: list[float], **columns: Any) -> None:
+        part = columns.pop("part", "")
+        figures = spread(values)
+        self.rows.append(
+            Row(measurement, program, part, self.batch_size, unit, *figures, len(values), **columns)
+        )
+
+    def training(self, benchmark: Any) -> None:
+        rates: dict[str, list[float]] = {}
+        limits: dict[str, list[float]] = {"matmul": [], "copy": []}
+
+        def train(name: str) -> None:
+            steps = GPU_TURN if DEVICE == "cuda" else STEPS[name]
+            seconds = self.workers[name].ask("train", steps=steps)
+            rates.setdefault(name, []).append(steps * self.batch_size / seconds)
+
+        def measure_limits() -> None:
+            for limit, values in limits.items():
+                values.append(self.workers["hardware"].ask(limit) / 1e9)
+
+        programs = [name for name in self.workers if name != "hardware"]
+        for name in programs:
+            self.workers[name].ask("train", steps=2)
+            self.workers[name].ask("forget peak memory")
+        turns = {name: partial(train, name) for name in programs}
+        self.by_turns(benchmark, {"hardware": measure_limits, **turns})
+        gflop = training_flops(create_model("alexnet"), (self.batch_size, 3, CROP, CROP)) / 1e9
+        for name, values in rates.items():
+            speeds = [rate * gflop / self.batch_size for rate in values]
+            self.add(
+                "training",
+                name,
+                "images/s",
+                values,
+                times_reference=ratio(values, rates.get("reference")),
+                times_stock=ratio(values, rates.get("stock")),
+                gflop_per_s=float(np.median(speeds)),
+                fraction_of_matmul=ratio(speeds, limits["matmul"]),
+            )
+        self.add("hardware", "matrix product", "GFLOP/s", limits["matmul"])
+        self.add("hardware", "copy", "GB/s", limits["copy"])
+        for question in ["peak memory", *(["peak device memory"] if DEVICE == "cuda" else [])]:
+            peaks = {name: self.workers[name].ask(question) / 1e6 for name in programs}
+            for name, peak in peaks.items():
+                self.add(question, name, "MB", [peak], times_reference=peak / peaks["reference"])
+
+    def evaluation(self, benchmark: Any) -> None:
+        rates: dict[str, list[float]] = {}
+
+        def evaluate(name: str) -> None:
+            batches = GPU_TURN if DEVICE == "cuda" else BATCHES[name]
+            seconds = self.workers[name].ask("evaluate", batches=batches)
+            rates.setdefault(name, []).append(batches * evaluation_batch(self.batch_size) / seconds)
+
+        for name in BATCHES:
+            self.workers[name].ask("evaluate", batches=1)
+        self.by_turns(benchmark, {name: partial(evaluate, name) for name in BATCHES})
+        for name, values in rates.items():
+            times = ratio(values, rates["reference"])
+            self.add("ten-crop evaluation", name, "images/s", values, times_reference=times)
+
+    def parts(self, benchmark: Any) -> None:
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in BATCHES}
+
+        def profile(name: str) -> None:
+            steps[name].append(self.workers[name].ask("profile"))
+
+        self.by_turns(benchmark, {name: partial(profile, name) for name in steps})
+        for name, measured in steps.items():
+            for part in PARTS:
+                times = [1e3 * step[part] for step in measured]
+                share = float(np.median([step[part] / sum(step.values()) for step in measured]))
+                self.add("step by part", name, "ms", times, part=part, share_of_step=share)
+
+
+def ratio(values: list[float], others: list[float] | None) -> float | None:
+    """The median of the ratios within the rounds."""
+    if others is None:
+        return None
+    return float(np.median([value / other for value, other in zip(values, others, strict=True)]))

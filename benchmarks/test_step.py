@@ -1,0 +1,77 @@
+"""Images a second of training and of ten-crop evaluation, AlexNet at 224x224: three programs by turns.
+
+    python -m pytest benchmarks/test_step.py --benchmark-enable -s [--data-root ROOT] [--rounds N]
+
+- reference: `benchmarks/reference.py`, plain eager PyTorch in fp32, with its own DataLoader;
+- stock: the same network and data as a careful user of stock PyTorch runs them: torch.compile, bf16 autocast,
+  channels-last, fused SGD;
+- fastalex: what `python -m fastalex.train` runs, from its loader to its optimizer.
+
+Each is a process of its own (`contenders.py`), stopped while it is not its turn (`turns.py`), and warmed up
+outside the clock. In every round the machine's matrix products and copies are timed as well, in a process of
+their own. A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix
+products, counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up
+(VmHWM), which includes PyTorch itself, and what its DataLoader's processes share with nobody. The time by
+part is torch.profiler's, from steps of their own. Writes results/step_cpu.csv, or step_cuda.csv on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.hardware import DEVICE
+from benchmarks.report import RESULTS, write_csv
+from benchmarks.step import Bench
+from fastalex.data.cifar import CLASSES
+
+BATCH = 128
+MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "step by part"}
+
+
+def generate(root: Path, train: int = 256, test: int = 32) -> Path:
+    """A tree like CIFAR-10's as JPEG files: so many images of noise to a class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i:04}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Its rows are written when all is measured, so that a part does not replace the whole."""
+    if not request.config.getoption("benchmark_enable"):
+        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+    root = request.config.getoption("data_root") or generate(tmp_path_factory.mktemp("images"))
+    bench = Bench(root.absolute(), request.config.getoption("rounds"), BATCH, tuple(CONTENDERS))
+    try:
+        yield bench
+    finally:
+        bench.close()
+    for row in bench.rows:
+        times = f", {row.times_reference:.2f} times the reference" if row.times_reference else ""
+        print(f"\n{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}{times}", end="")
+    if {row.measurement for row in bench.rows} >= MEASUREMENTS:
+        write_csv(bench.rows, RESULTS / f"step_{DEVICE}.csv", DEVICE)
+
+
+def test_training(bench: Bench, benchmark: Any) -> None:
+    bench.training(benchmark)
+
+
+def test_evaluation(bench: Bench, benchmark: Any) -> None:
+    bench.evaluation(benchmark)
+
+
+def test_parts(bench: Bench, benchmark: Any) -> None:
+    bench.parts(benchmark)
