@@ -5,7 +5,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train test lint format bench-kernels bench-loaders inspect setup clean
+.PHONY: train test lint format bench bench-kernels bench-loaders bench-step bench-compare inspect \
+	setup clean
 
 # The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
@@ -24,14 +25,28 @@ format: $(STAMP)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+# Measures all that docs/benchmarks.md shows on this machine, and writes the page
+bench: bench-kernels bench-loaders bench-step
+
 # Times of the LRN kernels and of augment beside PyTorch's: benchmarks/results/lrn_*.csv and .png
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest benchmarks/test_lrn.py benchmarks/test_augment.py --benchmark-enable -s $(ARGS)
+	$(RUN) -m benchmarks.docs
 
 # Images a second and memory of the four loaders, DALI and FFCV included: benchmarks/results/loaders_*
 bench-loaders: $(STAMP)
 	.ci/install-loaders $(RUN)
 	$(RUN) -m pytest benchmarks/test_loaders.py --benchmark-enable -s $(ARGS)
+	$(RUN) -m benchmarks.docs
+
+# Training step and ten-crop evaluation beside plain PyTorch: make bench-step ARGS="--data-root DATA --rounds 5"
+bench-step: $(STAMP)
+	$(RUN) -m pytest benchmarks/test_step.py --benchmark-enable -s $(ARGS)
+	$(RUN) -m benchmarks.docs
+
+# What has moved since the results were last committed; make bench-compare ARGS=REV sets them against a commit
+bench-compare: $(STAMP)
+	$(RUN) -m benchmarks.compare $(ARGS)
 
 # Machine code and memory traffic of the Triton kernels, without a GPU: benchmarks/results/kernels_inspect.*
 inspect: $(STAMP)
