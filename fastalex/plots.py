@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -109,6 +109,22 @@ def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) 
         panel.imshow(image, interpolation="nearest")
         panel.set_title(caption, fontsize=9)
     figure.suptitle("The most confident mistakes" if images else "No mistakes")
+    _save(figure, path)
+
+
+def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw training and validation loss over the epochs, from the lines of ``metrics.jsonl``."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    marker = "o" if len(epochs) <= 40 else ""
+    for name, color in (("train", TRAIN), ("validation", VALIDATION)):
+        points = [(epoch["epoch"], epoch[f"{name}_loss"]) for epoch in epochs]
+        shown = [(x, loss) for x, loss in points if loss is not None]
+        axes.plot(*zip(*shown, strict=True), color=color, marker=marker, ms=3, label=name)
+    axes.set(title=title, xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
     _save(figure, path)
 
 

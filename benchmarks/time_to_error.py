@@ -1,0 +1,178 @@
+"""Wall time from a cold start to the study's validation error: of a finished run, and of the plain program.
+
+    python -m benchmarks.time_to_error results/alexnet [--error 0.1397] [--study results/alexnet_seed_recipe]
+
+fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, validation
+included. The reference's is extrapolated: the images that the study's recipe took to the same error, counted
+in a run of that recipe (``--study``), by the images/s of ``benchmarks/reference.py``
+(``benchmarks/results/step_cpu.csv``), validation left out. What has not been measured is said not to be.
+Writes ``benchmarks/results/time_to_error.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, read_measurements
+from fastalex.errors import ConfigError, FastalexError
+from fastalex.files import write_text
+from fastalex.reproduction import ROWS, Run, read_run
+
+PUBLISHED = ROWS["alexnet"].published
+MEASURED, EXTRAPOLATED, NOT_MEASURED = "measured", "extrapolated", "not measured"
+
+
+@dataclass(frozen=True)
+class TimeToError:
+    """How long a program takes to a validation error.
+
+    Attributes:
+        program: its name.
+        kind: measured, extrapolated, or not measured.
+        epochs: after which the error was reached.
+        images: training images seen by then.
+        startup_seconds: from the start of the program to its first step, reading the data included.
+        warmup_seconds: of the steps in which kernels are compiled; a part of ``training_seconds``.
+        training_seconds: of those epochs, validation included where it was measured.
+        seconds: from the cold start to the error.
+        hardware: it was measured on.
+        note: what is missing, or what the figure leaves out.
+    """
+
+    program: str
+    kind: str
+    epochs: int | None = None
+    images: int | None = None
+    startup_seconds: float | None = None
+    warmup_seconds: float | None = None
+    training_seconds: float | None = None
+    seconds: float | None = None
+    hardware: str = ""
+    note: str = ""
+
+
+def measured(run: Run, error: float) -> TimeToError:
+    """Read the time of a finished run."""
+    hardware = run.summary["hardware"]
+    epochs = run.epochs_to(error)
+    if epochs is None:
+        best = run.summary["best_on_validation"]["validation_top1_error"]
+        note = f"the run's best validation error is {best:.4f}: {error:.4f} was not reached"
+        return TimeToError("fastalex", NOT_MEASURED, hardware=hardware, note=note)
+    training = sum(epoch["seconds"] for epoch in run.epochs[:epochs])
+    startup = run.summary.get("startup_seconds")
+    return TimeToError(
+        "fastalex",
+        MEASURED,
+        epochs=epochs,
+        images=_images(run, epochs),
+        startup_seconds=startup,
+        warmup_seconds=run.summary.get("warmup_seconds"),
+        training_seconds=training,
+        seconds=training + (startup or 0.0),
+        hardware=hardware,
+        note="" if startup is not None else "without the start, which this run did not record",
+    )
+
+
+def extrapolated(study: Run | None, steps: Path, error: float) -> TimeToError:
+    """Extrapolate the reference's time from its rate and the study's recipe."""
+    rate, hardware, missing = None, "", []
+    if steps.is_file():
+        for measurement in read_measurements(steps.read_text()):
+            if measurement.of[:2] == ("training", "reference"):
+                rate, hardware = measurement.median, measurement.record["hardware"]
+    if rate is None:
+        missing.append(f"the reference's images/s are not in {steps}: make bench")
+    epochs = study.epochs_to(error) if study else None
+    if study is None:
+        missing.append(
+            "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_seed_recipe"
+        )
+    elif epochs is None:
+        missing.append(f"the study's recipe did not reach {error:.4f} in {study.summary['epochs']} epochs")
+    images = _images(study, epochs) if study and epochs else None
+    if rate is None or images is None:
+        note = "; ".join(missing)
+        return TimeToError("reference", NOT_MEASURED, epochs, images, hardware=hardware, note=note)
+    seconds = images / rate
+    note = f"{images:,} images at {rate:.1f} a second, without start and validation"
+    return TimeToError(
+        "reference",
+        EXTRAPOLATED,
+        epochs,
+        images,
+        training_seconds=seconds,
+        seconds=seconds,
+        hardware=hardware,
+        note=note,
+    )
+
+
+def _images(run: Run, epochs: int) -> int:
+    return int(run.epochs[epochs - 1]["step"] * run.config["train"]["batch_size"])
+
+
+def table(results: list[TimeToError], error: float) -> str:
+    """Return the times as text."""
+    lines = [f"to a validation error of {error:.4f}"]
+    heads = ("program", "", "epochs", "images", "start", "warm-up", "training", "together")
+    cells = [heads]
+    for result in results:
+        counts = ["" if n is None else f"{n:,}" for n in (result.epochs, result.images)]
+        times = (result.startup_seconds, result.warmup_seconds, result.training_seconds, result.seconds)
+        cells.append((result.program, result.kind, *counts, *map(_duration, times)))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in cells]
+    lines += [f"{result.program}: {result.note}" for result in results if result.note]
+    fast, reference = results
+    if fast.seconds and reference.seconds:
+        lines.append(
+            f"the reference takes {reference.seconds / fast.seconds:.1f} times as long, extrapolated"
+        )
+        if fast.hardware != reference.hardware:
+            lines.append(f"of two machines: {fast.hardware} and {reference.hardware}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.2f} h"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print and write the times; return the exit status."""
+    assert PUBLISHED is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--error", type=float, default=PUBLISHED[0], help="on validation images")
+    parser.add_argument("--study", type=Path, default=Path("results/alexnet_seed_recipe"))
+    parser.add_argument(
+        "--steps", type=Path, default=RESULTS / "step_cpu.csv", help="of benchmarks/test_step.py"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_error.json")
+    given = parser.parse_args(arguments)
+    try:
+        run = read_run(given.run)
+        if run is None:
+            raise ConfigError(f"{given.run}: holds no finished run; name a folder with summary.json")
+        results = [measured(run, given.error), extrapolated(read_run(given.study), given.steps, given.error)]
+        content: dict[str, Any] = {"validation_error": given.error, "programs": [asdict(r) for r in results]}
+        write_text(given.out, json.dumps(content, indent=2) + "\n")
+    except (FastalexError, ValueError) as error:
+        print(f"fastalex: error: {error}", file=sys.stderr)
+        return 2
+    print(table(results, given.error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

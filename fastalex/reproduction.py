@@ -1,0 +1,406 @@
+"""The rows of the reproduction, what their runs came to, and the tables and figures made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from scipy.stats import t as student
+
+from fastalex import plots
+from fastalex.errors import OutputError
+from fastalex.files import write_text
+
+CONFIDENCE = 0.95
+BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables.
+
+    Attributes:
+        title: what it is.
+        published: the study's top-1 and top-5 error, ten-crop, where it has this row.
+        figure: the study's loss figure to draw anew.
+        seeds: of the generator, a run each.
+        base: the row that this one changes one thing of, in the comparison of ablations.
+    """
+
+    title: str
+    published: tuple[float, float] | None = None
+    figure: str = ""
+    seeds: tuple[int, ...] = (0,)
+    base: str = ""
+
+
+BASE = "ablation_base"
+ROWS = {
+    "alexnet": Row("AlexNet", (0.1397, 0.0072), "losses_alexnet_without_init.png"),
+    "alexnet_paper_init": Row(
+        "AlexNet, the paper's initialisation", (0.9, 0.5), "losses_alexnet_with_init.png"
+    ),
+    "alexnet_paper_init_mended": Row("AlexNet, the paper's initialisation and the paper's pixels"),
+    "resnet18": Row("ResNet-18", (0.0970, 0.0044), "losses_resnet18.png"),
+    "alexnet_bn": Row("AlexNet, batch normalisation for LRN"),
+    "mobilenet_v3_small": Row("MobileNetV3-Small"),
+    "alexnet_seed_recipe": Row("AlexNet, the study's recipe"),
+    BASE: Row("AlexNet at a smaller crop", seeds=(0, 1)),
+    "ablation_no_lrn": Row("without LRN", seeds=(0, 1), base=BASE),
+    "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),
+    "ablation_no_dropout": Row("without dropout", seeds=(0, 1), base=BASE),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: of the run.
+        summary: ``summary.json``.
+        epochs: the lines of ``metrics.jsonl``.
+        config: ``config.yaml``.
+    """
+
+    folder: Path
+    summary: dict[str, Any] = field(repr=False)
+    epochs: list[dict[str, Any]] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+
+    @property
+    def images_seen(self) -> int:
+        return int(self.summary["steps"] * self.config["train"]["batch_size"])
+
+    def epochs_to(self, error: float) -> int | None:
+        """Return the first epoch after which the validation error is at most this; None if there is none."""
+        for epoch in self.epochs:
+            if epoch["validation_top1_error"] is not None and epoch["validation_top1_error"] <= error:
+                return int(epoch["epoch"])
+        return None
+
+
+def run_folder(results: Path, name: str, seed: int) -> Path:
+    """Return where a row's run with this seed lies."""
+    folder = results / name
+    return folder / f"seed_{seed}" if len(ROWS[name].seeds) > 1 else folder
+
+
+def load_run(results: Path, name: str, seed: int) -> Run | None:
+    """Read a row's finished run; None where there is none, or one that has not come to its end."""
+    return read_run(run_folder(results, name, seed))
+
+
+def read_run(folder: Path) -> Run | None:
+    """Read a finished run; None where there is none, or one that has not come to its end.
+
+    Raises:
+        OutputError: if its files cannot be read.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        epochs = [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: its files are damaged ({error}); move the folder away") from error
+    return Run(folder, summary, epochs, load_config(folder))
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read a run's ``config.yaml`` as plain values."""
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def collect(results: Path, quick: bool) -> dict[str, Any]:
+    """Gather what all rows came to, as ``reproduction.json`` holds it."""
+    rows: dict[str, Any] = {}
+    for name, row in ROWS.items():
+        runs = [run for seed in row.seeds if (run := load_run(results, name, seed))]
+        rows[name] = {
+            "title": row.title,
+            "command": f"python -m fastalex.train --config-name=row/{name}",
+            "published": dict(zip(("top1_error", "top5_error"), row.published, strict=True))
+            if row.published
+            else None,
+            "status": "complete" if len(runs) == len(row.seeds) else "partial" if runs else NOT_RUN,
+            "runs": [_record(run, row, results) for run in runs],
+        }
+        if runs:
+            rows[name]["statistics"] = {key: _statistics(rows[name]["runs"], key) for key in FIGURES}
+    return {"budget": "quick" if quick else "full", "rows": rows, "comparisons": compare(rows)}
+
+
+# The figures of a run that a table shows.
+FIGURES = (
+    "ten_crop_top1_error",
+    "ten_crop_top5_error",
+    "single_crop_top1_error",
+    "single_crop_top5_error",
+    "best_ten_crop_top1_error",
+    "best_ten_crop_top5_error",
+    "best_single_crop_top1_error",
+    "best_single_crop_top5_error",
+)
+
+
+def _record(run: Run, row: Row, results: Path) -> dict[str, Any]:
+    best = run.summary["best_on_validation"]
+    record: dict[str, Any] = {}
+    for prefix, source in (("", run.summary), ("best_", best)):
+        for crops in ("ten_crop", "single_crop"):
+            for errors in ("top1_error", "top5_error"):
+                record[f"{prefix}{crops}_{errors}"] = source[crops][errors]
+    return record | {
+        "seed": run.config["seed"],
+        "folder": run.folder.relative_to(results).as_posix(),
+        "data": run.summary["data"],
+        "crop": run.config["data"]["crop"],
+        "epochs": run.summary["epochs"],
+        "best_epoch": best["epoch"],
+        "validation_top1_error": run.epochs[-1]["validation_top1_error"],
+        "best_validation_top1_error": best["validation_top1_error"],
+        "epochs_to_published_error": run.epochs_to(row.published[0]) if row.published else None,
+        "images_seen": run.images_seen,
+        "wall_seconds": run.summary["wall_seconds"],
+        "images_per_second": run.summary["images_per_second"],
+        "parameters": run.summary["parameters"],
+        "hardware": run.summary["hardware"],
+        "runtime": run.summary["runtime"],
+        "versions": run.summary["versions"],
+    }
+
+
+def _statistics(records: Sequence[dict[str, Any]], key: str) -> dict[str, float | None]:
+    values = [record[key] for record in records]
+    return {
+        "mean": statistics.fmean(values),
+        "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold each ablation's top-1 error against its base's, and a single crop's against ten-crop's.
+
+    The noise is the standard deviation from seed to seed, pooled over the base and its ablations; a
+    difference is visible where it exceeds the two-sided 95% bound of Student's t with the pooled degrees of
+    freedom. Single crop and ten-crop are two readings of one run, so there the noise is that of their
+    difference.
+    """
+    comparisons = []
+    for base in dict.fromkeys(row.base for row in ROWS.values() if row.base):
+        group = [base, *(name for name, row in ROWS.items() if row.base == base)]
+        errors = {n: [r["ten_crop_top1_error"] for r in rows[n]["runs"]] for n in group}
+        gains = {
+            n: [r["single_crop_top1_error"] - r["ten_crop_top1_error"] for r in rows[n]["runs"]]
+            for n in group
+        }
+        if not errors[base]:
+            continue
+        for name in group[1:]:
+            if errors[name]:
+                difference = statistics.fmean(errors[name]) - statistics.fmean(errors[base])
+                spread = math.sqrt(1 / len(errors[name]) + 1 / len(errors[base]))
+                comparisons.append(_verdict(ROWS[name].title, difference, spread, list(errors.values())))
+        difference = statistics.fmean(gains[base])
+        spread = math.sqrt(1 / len(gains[base]))
+        comparisons.append(_verdict("single crop instead of ten", difference, spread, list(gains.values())))
+    return comparisons
+
+
+def _verdict(
+    change: str, difference: float, spread: float, samples: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    freedom = sum(len(values) - 1 for values in samples if values)
+    bound = None
+    if freedom:
+        squares = sum(
+            statistics.variance(values) * (len(values) - 1) for values in samples if len(values) > 1
+        )
+        bound = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(squares / freedom) * spread
+    if bound is None:
+        verdict = "no second seed, so the noise is not known"
+    else:
+        verdict = "visible" if abs(difference) > bound else "inside the noise"
+    return {
+        "change": change,
+        "difference": difference,
+        "bound": bound,
+        "degrees_of_freedom": freedom,
+        "verdict": verdict,
+    }
+
+
+def write(results: Path, quick: bool, readme: Path | None) -> dict[str, Any]:
+    """Write ``reproduction.json``, ``reproduction.md``, the loss figures and the README's table.
+
+    Args:
+        results: the folder of the rows' runs.
+        quick: whether they are of the quick budget; everything written then says so.
+        readme: a file with the two markers, between which the table goes; others are left alone.
+
+    Returns:
+        The content of ``reproduction.json``.
+    """
+    content = collect(results, quick)
+    results.mkdir(parents=True, exist_ok=True)
+    write_text(results / "reproduction.json", json.dumps(content, indent=2) + "\n")
+    write_text(results / "reproduction.md", markdown(content))
+    for name, row in ROWS.items():
+        run = load_run(results, name, row.seeds[0]) if row.figure else None
+        if run:
+            title = f"{row.title} on {run.summary['data']}" + (", quick budget" if quick else "")
+            plots.loss_curves(run.epochs, title, results / row.figure)
+    if readme is not None and readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if begin and end:
+            write_text(readme, f"{before}{BEGIN}\n{summary_table(content)}\n{END}{after}")
+    return content
+
+
+def summary_table(content: dict[str, Any]) -> str:
+    """Return the README's table: the study's errors beside ours."""
+    rows = []
+    for entry in content["rows"].values():
+        if entry["published"] or entry["runs"]:
+            first = entry["runs"][0] if entry["runs"] else {}
+            rows.append(
+                [
+                    entry["title"],
+                    _published(entry),
+                    _figures(entry, "ten_crop"),
+                    _figures(entry, "single_crop"),
+                    str(first.get("crop", "")),
+                    str(first.get("epochs", "")),
+                ]
+            )
+    heads = ["network", "the study, ten-crop", "fastalex, ten-crop", "single crop", "crop", "epochs"]
+    return _table(heads, rows)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Return ``reproduction.md``."""
+    quick = content["budget"] == "quick"
+    parts = ["# Reproduction" + (", quick budget" if quick else "")]
+    if quick:
+        parts.append(
+            "**These runs prove the path, not the rows: each is a few epochs on scikit-learn's digits. "
+            "No figure here says anything about CIFAR-10.**"
+        )
+    parts.append(
+        "Written by `python -m fastalex.reproduce"
+        + (" budget=quick" if quick else "")
+        + "` from the runs in "
+        "this folder. Errors are shares of the test images, top-1 / top-5, of the final weights; "
+        "rows of several seeds give the mean and, after ±, the standard deviation. The test images chose "
+        "nothing: a row's settings are fixed before its run."
+    )
+    rows = content["rows"]
+    errors, costs = [], []
+    for name, entry in rows.items():
+        label = f"{entry['title']} (`{name}`)"
+        best_epochs = ", ".join(str(run["best_epoch"]) for run in entry["runs"])
+        errors.append(
+            [
+                label,
+                _published(entry),
+                *(_figures(entry, crops) for crops in ("ten_crop", "single_crop")),
+                best_epochs,
+                *(_figures(entry, crops) for crops in ("best_ten_crop", "best_single_crop")),
+            ]
+        )
+        for run in entry["runs"]:
+            costs.append(
+                [
+                    f"`{run['folder']}`",
+                    str(run["crop"]),
+                    str(run["epochs"]),
+                    f"{run['images_seen']:,}",
+                    _reached(entry, run),
+                    _duration(run["wall_seconds"]),
+                    f"{run['images_per_second']:,.1f}",
+                    f"{run['parameters']:,}",
+                    str(run["seed"]),
+                    run["runtime"],
+                ]
+            )
+    heads = ["row", "the study, ten-crop", "ten-crop", "single crop"]
+    heads += ["best on validation: epoch", "its ten-crop", "its single crop"]
+    parts += ["## Errors", _table(heads, errors)]
+    heads = ["run", "crop", "epochs", "images seen", "epochs to the study's error, on validation"]
+    heads += ["wall time", "images/s", "parameters", "generator seed", "hardware"]
+    parts += ["## What they took", _table(heads, costs) if costs else "No row has been run."]
+    parts += ["## The paper's differences", _comparisons(content["comparisons"])]
+    figures = [row for name, row in ROWS.items() if row.figure and rows[name]["runs"]]
+    if figures:
+        parts.append("## Losses")
+        parts += [f"![{row.title}]({row.figure})" for row in figures]
+    parts.append("## To run a row again")
+    parts.append("\n".join(f"- {entry['title']}: `{entry['command']}`" for entry in rows.values()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
+    if not comparisons:
+        return "The ablations have not been run."
+    lines = [
+        [
+            comparison["change"],
+            f"{comparison['difference']:+.4f}",
+            "" if comparison["bound"] is None else f"{comparison['bound']:.4f}",
+            comparison["verdict"],
+        ]
+        for comparison in comparisons
+    ]
+    text = (
+        "What each change adds to the top-1 error of `ablation_base`, ten-crop. The noise is what a "
+        "difference has to exceed: the 95% bound of Student's t, from the spread over the generator's seeds "
+        "pooled over these rows."
+    )
+    return f"{text}\n\n{_table(['change', 'difference', 'noise', 'verdict'], lines)}"
+
+
+def _published(entry: dict[str, Any]) -> str:
+    published = entry["published"]
+    return f"{published['top1_error']:.4f} / {published['top5_error']:.4f}" if published else ""
+
+
+def _figures(entry: dict[str, Any], crops: str) -> str:
+    if not entry["runs"]:
+        return NOT_RUN
+    parts = []
+    for errors in ("top1_error", "top5_error"):
+        figures = entry["statistics"][f"{crops}_{errors}"]
+        deviation = figures["standard_deviation"]
+        parts.append(f"{figures['mean']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}"))
+    missing = f" ({len(entry['runs'])} seed only)" if entry["status"] == "partial" else ""
+    return " / ".join(parts) + missing
+
+
+def _reached(entry: dict[str, Any], run: dict[str, Any]) -> str:
+    if entry["published"] is None:
+        return ""
+    return str(run["epochs_to_published_error"] or "not reached")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
