@@ -75,7 +75,12 @@ class Stock(Reference):
     def __init__(self, root: Path, batch_size: int) -> None:
         super().__init__(root, batch_size)
         self.model.to(memory_format=torch.channels_last)
-        self.network = torch.compile(self.model, dynamic=False)
+        mode = "default"
+        if DEVICE == "cuda":
+            mode = "reduce-overhead"  # CUDA graphs
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+        self.network = torch.compile(self.model, dynamic=False, mode=mode)
         self.optimizer = SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def train(self, steps: int) -> None:

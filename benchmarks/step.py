@@ -24,6 +24,7 @@ CROP = 224
 STEPS = {"reference": 1, "stock": 2, "fastalex": 4}
 BATCHES = {"reference": 1, "fastalex": 4}
 GPU_TURN = 20
+WARM_UP = GPU_TURN if DEVICE == "cuda" else 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Bench:
 
         programs = [name for name in self.workers if name != "hardware"]
         for name in programs:
-            self.workers[name].ask("train", steps=2)
+            self.workers[name].ask("train", steps=WARM_UP)
             self.workers[name].ask("forget peak memory")
         turns = {name: partial(train, name) for name in programs}
         self.by_turns(benchmark, {"hardware": measure_limits, **turns})
@@ -138,7 +139,7 @@ class Bench:
             rates.setdefault(name, []).append(batches * evaluation_batch(self.batch_size) / seconds)
 
         for name in BATCHES:
-            self.workers[name].ask("evaluate", batches=1)
+            self.workers[name].ask("evaluate", batches=WARM_UP)
         self.by_turns(benchmark, {name: partial(evaluate, name) for name in BATCHES})
         for name, values in rates.items():
             times = ratio(values, rates["reference"])
