@@ -122,7 +122,7 @@ def table(results: list[TimeToError], error: float) -> str:
     """Return the times as text."""
     lines = [f"to a validation error of {error:.4f}"]
     heads = ("program", "", "epochs", "images", "start", "warm-up", "training", "together")
-    cells = [heads]
+    cells: list[tuple[str, ...]] = [heads]
     for result in results:
         counts = ["" if n is None else f"{n:,}" for n in (result.epochs, result.images)]
         times = (result.startup_seconds, result.warmup_seconds, result.training_seconds, result.seconds)
