@@ -31,12 +31,14 @@ class Checkpoint:
         classes: their names, in the order of the network's outputs.
         model: the network's state dict.
         training: states of the optimizer, the schedule and the generators, the counters, and the history.
+        average: the state dict of the averaged weights, which are then what counts; None where none are kept.
     """
 
     config: dict[str, Any]
     classes: list[str]
     model: dict[str, torch.Tensor]
     training: dict[str, Any]
+    average: dict[str, torch.Tensor] | None = None
 
     def save(self, path: Path) -> None:
         """Write the file as a whole, or raise OutputError and leave the one that was there."""
@@ -85,7 +87,7 @@ class Checkpoint:
         return config
 
     def restore_model(self) -> nn.Module:
-        """Return the network with the checkpoint's weights, on the CPU.
+        """Return the network with the checkpoint's weights, or their average, on the CPU.
 
         Raises:
             CheckpointError: if the weights belong to another network.
@@ -95,7 +97,7 @@ class Checkpoint:
             model = create_model(config.name, len(self.classes), **model_options(config))
         except ConfigError as error:
             raise CheckpointError(f"the checkpoint's network cannot be built: {error}") from error
-        load_weights(model, self.model)
+        load_weights(model, self.average or self.model)
         return model
 
 

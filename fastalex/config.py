@@ -47,6 +47,7 @@ class Flip(Enum):
     none = "none"
     random = "random"  # each image mirrored with probability one half
     both = "both"  # each image twice an epoch, as it is and mirrored
+    alternate = "alternate"  # each image mirrored every other epoch; in which half it starts is random
 
 
 class Schedule(Enum):
@@ -54,6 +55,13 @@ class Schedule(Enum):
 
     one_cycle = "one_cycle"
     plateau = "plateau"  # divided by ten when validation error stops improving
+
+
+class Budget(Enum):
+    """What a reproduction takes."""
+
+    full = "full"
+    quick = "quick"  # a few epochs on the digits, to prove the path; the figures mean nothing
 
 
 class Precision(Enum):
@@ -113,6 +121,15 @@ class LoaderConfig:
 
 
 @dataclass
+class Stage:
+    """A first part of a run at another resolution: ``train.stages=[{epochs: 4, resize: 146, crop: 128}]``."""
+
+    epochs: int = MISSING
+    resize: int = MISSING
+    crop: int = MISSING
+
+
+@dataclass
 class TrainConfig:
     """The recipe."""
 
@@ -125,6 +142,10 @@ class TrainConfig:
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: epochs without improvement before the rate is divided by ten
+    label_smoothing: float = 0.0  # the share of each label that is spread over all classes
+    ema_decay: float = 0.0  # of the average of the weights, a step; the average is then what counts; 0: none
+    accumulate: int = 1  # the parts that a batch is computed in, one after another, to take less memory
+    stages: list[Stage] = field(default_factory=list)  # in order; the epochs after them are at data.crop
 
 
 @dataclass
@@ -134,7 +155,7 @@ class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Precision = Precision.auto
     channels_last: bool = True
-    compile: bool = False
+    compile: bool | None = None  # null: where it pays, which is on a GPU
     threads: int = 0  # of the CPU; 0: all its cores
 
 
@@ -149,6 +170,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 0
     log_every: int = 20  # steps between two looks at the loss, each of which waits for the device
+    profile: bool = False  # run a few steps under torch.profiler instead of training
 
 
 @dataclass
@@ -175,6 +197,19 @@ class EvaluateConfig:
 
 
 @dataclass
+class ReproduceConfig:
+    """What ``python -m fastalex.reproduce`` takes; everything else is in ``configs/row/``."""
+
+    rows: list[str] = field(default_factory=list)  # none: all
+    budget: Budget = Budget.full
+    dry_run: bool = False  # print what would be run and an estimate of its time
+    folder: str = "results"
+    readme: str = "README.md"  # its table is written anew, where the file has one
+    data: EvaluateData = field(default_factory=EvaluateData)
+    runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
+
+
+@dataclass
 class BetonConfig:
     """What ``python -m fastalex.data.write_beton`` takes."""
 
@@ -188,6 +223,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="schema_evaluate", node=EvaluateConfig)
+    store.store(name="schema_reproduce", node=ReproduceConfig)
     store.store(name="schema_write_beton", node=BetonConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
@@ -209,6 +245,7 @@ def validate(config: Config) -> None:
         ("data.classes", data.classes),
         ("train.epochs", train.epochs),
         ("train.batch_size", train.batch_size),
+        ("train.accumulate", train.accumulate),
         ("log_every", config.log_every),
     ):
         if count < 1:
@@ -217,6 +254,12 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"data.crop={data.crop}: larger than data.resize={data.resize}, the image it is cut from; "
             "lower data.crop or raise data.resize"
+        )
+    _validate_stages(train, data)
+    if train.batch_size % train.accumulate:
+        raise ConfigError(
+            f"train.accumulate={train.accumulate}: does not divide train.batch_size={train.batch_size}; "
+            "choose one that does"
         )
     for key, value, high in (
         ("train.lr", train.lr, math.inf),
@@ -228,6 +271,8 @@ def validate(config: Config) -> None:
         ("train.momentum", train.momentum, 0.0, 1.0),
         ("train.weight_decay", train.weight_decay, 0.0, math.inf),
         ("train.clip_norm", train.clip_norm, 0.0, math.inf),
+        ("train.label_smoothing", train.label_smoothing, 0.0, 1.0),
+        ("train.ema_decay", train.ema_decay, 0.0, 1.0),
         ("train.warmup", train.warmup, 0.0, 1.0),
         ("train.patience", float(train.patience), 0.0, math.inf),
         ("runtime.threads", float(config.runtime.threads), 0.0, math.inf),
@@ -238,6 +283,24 @@ def validate(config: Config) -> None:
     if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
+        )
+
+
+def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
+    for number, stage in enumerate(train.stages):
+        where = f"train.stages[{number}]"
+        for key in ("epochs", "resize", "crop"):
+            if getattr(stage, key) < 1:
+                raise ConfigError(f"{where}.{key}={getattr(stage, key)}: must be at least 1")
+        if stage.crop > stage.resize:
+            raise ConfigError(
+                f"{where}.crop={stage.crop}: larger than its resize={stage.resize}, the image it is cut from"
+            )
+    before = sum(stage.epochs for stage in train.stages)
+    if train.stages and before >= train.epochs:
+        raise ConfigError(
+            f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
+            f"data.crop={data.crop}; raise train.epochs or shorten a stage"
         )
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastalex.config import Schedule, TrainConfig
+
+# Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
+AVERAGE_EVERY = 8
 
 PLATEAU_FACTOR = 0.1
 # The paper's run ended after three reductions; the fourth ends ours. (Half, because 0.1**3 is not exact.)
@@ -78,3 +85,56 @@ class LearningRate:
 
     def load_state_dict(self, state: dict) -> None:
         self._scheduler.load_state_dict(state)
+
+
+class WeightAverage:
+    """An exponential moving average of a network's weights and buffers (Polyak and Juditsky, 1992).
+
+    Args:
+        model: whose weights are averaged.
+        decay: the share of the old average that a step leaves; the average spans about ``1 / (1 - decay)``
+            steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(decay**AVERAGE_EVERY), use_buffers=True
+        )
+
+    def after_step(self, step: int) -> None:
+        """Take the weights after step number ``step``, counted from 1, into the average."""
+        if step % AVERAGE_EVERY == 0:
+            self._average.update_parameters(self._model)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the network's weights for their average, once there is one, and back at the end."""
+        if not self._average.n_averaged:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        # Values, not tensors: the optimizer, and a compiled network, hold the tensors.
+        averaged = self._average.module.state_dict()
+        for name, tensor in self._model.state_dict().items():
+            held = tensor.clone()
+            tensor.copy_(averaged[name])
+            averaged[name].copy_(held)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """The state dict of the average; None before the first update."""
+        return self._average.module.state_dict() if self._average.n_averaged else None
+
+    def load(self, weights: dict[str, torch.Tensor] | None) -> None:
+        """Go on from an average that another process kept."""
+        if weights is not None:
+            self._average.module.load_state_dict(weights)
+            self._average.n_averaged.fill_(1)  # all that matters is that there is something to average with

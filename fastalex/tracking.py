@@ -62,6 +62,7 @@ class RunFolder:
             ("error/validation top-1", epoch.validation_top1_error),
             ("error/validation top-5", epoch.validation_top5_error),
             ("images per second", epoch.images_per_second),
+            ("FLOP/s utilization", epoch.flops_utilization),
             ("learning rate", epoch.learning_rate),
         ):
             if value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint, plain, save_weights
 from fastalex.cli import command
 from fastalex.config import Config, model_options, validate
-from fastalex.data import DataSplits, Loader, Views, build_loader, load_splits, resolve_loader
+from fastalex.data import DataSplits, Loader, StagedLoader, Views, build_loader, load_splits, resolve_loader
 from fastalex.errors import DivergedError
 from fastalex.evaluation import Evaluation, evaluate
+from fastalex.flops import matmul_flops_per_second
 from fastalex.models import check_crop, count_parameters, create_model
+from fastalex.profiling import STEPS, profile_steps
 from fastalex.runtime import Runtime
 from fastalex.tracking import RunFolder, versions
 from fastalex.trainer import Epoch, Trainer
@@ -42,7 +45,8 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
     """
     began = time.perf_counter()
     validate(config)
-    check_crop(config.model.name, config.data.crop)
+    for crop in (config.data.crop, *(stage.crop for stage in config.train.stages)):
+        check_crop(config.model.name, crop)
     runtime = runtimes.choose(config.runtime)
     print(runtime)
     splits = load_splits(config.data, config.seed)
@@ -51,13 +55,13 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
     runtime.place(model)
-    train_loader = _loader(config, splits, runtime, Views.random)
+    train_loader = _staged_loader(config, splits, runtime)
     validation_loader = _loader(config, splits, runtime, Views.center) if splits.has_errors else None
 
     folder = RunFolder(run_dir, given, config)
     folder.augmented_inputs(next(iter(train_loader))[0], config.data.mean, config.data.std)
     progress = tqdm(
-        total=config.train.epochs * len(train_loader),
+        total=STEPS if config.profile else config.train.epochs * len(train_loader),
         unit="step",
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
@@ -77,7 +81,15 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
         runtime,
         log_every=config.log_every,
         on_step=on_step,
+        peak_flops=matmul_flops_per_second(runtime),
     )
+    if config.profile:
+        profiled = profile_steps(trainer, folder.path)
+        progress.close()
+        print(
+            f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in {folder.path}"
+        )
+        return {"profile": vars(profiled)}
     best: tuple[float, int, dict[str, torch.Tensor]] | None = None
     checkpoint_path = folder.path / "checkpoint.pt"
     classes = list(splits.classes)
@@ -94,17 +106,22 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
             raise DivergedError(f"{error}; {kept}") from error
         folder.epoch(epoch)
         progress.write(_line(epoch, config.train.epochs), file=sys.stdout)
-        Checkpoint(plain(config), classes, model.state_dict(), trainer.state_dict()).save(checkpoint_path)
-        error_now = epoch.validation_top1_error
-        if error_now is not None and (best is None or error_now < best[0]):
-            best = (error_now, epoch.epoch, copy.deepcopy(model.state_dict()))
-            save_weights(model, config, classes, folder.path / "best.safetensors")
+        Checkpoint(
+            plain(config), classes, model.state_dict(), trainer.state_dict(), trainer.averaged_weights()
+        ).save(checkpoint_path)
+        with trainer.evaluated():
+            error_now = epoch.validation_top1_error
+            if error_now is not None and (best is None or error_now < best[0]):
+                best = (error_now, epoch.epoch, copy.deepcopy(model.state_dict()))
+                save_weights(model, config, classes, folder.path / "best.safetensors")
     progress.close()
-    save_weights(model, config, classes, folder.path / "model.safetensors")
+    with trainer.evaluated():
+        save_weights(model, config, classes, folder.path / "model.safetensors")
 
     summary: dict[str, Any] = {}
     if splits.has_errors:
-        final = evaluate(trainer.network, splits.test, config, runtime)
+        with trainer.evaluated():
+            final = evaluate(trainer.network, splits.test, config, runtime)
         print(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
         if best is not None:
@@ -128,6 +145,7 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
         "steps": trainer.step,
         "images_per_second": trainer.images_per_second,
         "input_wait_fraction": trainer.input_wait_fraction,
+        "flops_utilization": trainer.flops_utilization,
         "wall_seconds": time.perf_counter() - began,
         "parameters": count_parameters(model),
         "seed": config.seed,
@@ -138,10 +156,20 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
     folder.summary(summary)
     print(
         f"{trainer.images_per_second:,.1f} images/s in training, "
-        f"{trainer.input_wait_fraction:.1%} of it waiting for input\n"
+        f"{trainer.input_wait_fraction:.1%} of the time waiting for input; the arithmetic runs at "
+        f"{trainer.flops_utilization:.0%} of a large matrix product's rate\n"
         f"the run's files are in {folder.path}"
     )
     return summary
+
+
+def _staged_loader(config: Config, splits: DataSplits, runtime: Runtime) -> Loader:
+    """The training loader: one for each stage of the resolution schedule, and the last."""
+    stages = config.train.stages
+    data = [replace(config.data, resize=stage.resize, crop=stage.crop) for stage in stages]
+    loaders = [_loader(replace(config, data=each), splits, runtime, Views.random) for each in data]
+    last = _loader(config, splits, runtime, Views.random)
+    return StagedLoader([*loaders, last], [stage.epochs for stage in stages]) if stages else last
 
 
 def _loader(config: Config, splits: DataSplits, runtime: Runtime, views: Views) -> Loader:
@@ -183,7 +211,10 @@ def _line(epoch: Epoch, epochs: int) -> str:
             f"  validation loss {epoch.validation_loss:.4f}"
             f"  top-1 error {epoch.validation_top1_error:.4f}  top-5 {epoch.validation_top5_error:.4f}"
         )
-    return f"{line}  lr {epoch.learning_rate:.2g}  {epoch.images_per_second:,.1f} images/s"
+    return (
+        f"{line}  lr {epoch.learning_rate:.2g}  {epoch.images_per_second:,.1f} images/s"
+        f"  {epoch.flops_per_second / 1e9:,.0f} GFLOP/s ({epoch.flops_utilization:.0%})"
+    )
 
 
 @command("config", Config)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from fastalex.config import TrainConfig
 from fastalex.data import Loader
 from fastalex.errors import DivergedError
+from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
-from fastalex.optim import LearningRate, create_optimizer
+from fastalex.optim import LearningRate, WeightAverage, create_optimizer
 from fastalex.runtime import Runtime
 
-# Left out of the throughput: kernels are compiled and memory is claimed during them.
+# Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
 WARMUP_STEPS = 3
 
 
@@ -29,14 +32,17 @@ class Epoch:
     Attributes:
         epoch: counted from 1.
         step: optimizer steps taken since the run began.
-        train_loss: mean over the epoch's batches, in nats.
+        train_loss: mean over the epoch's batches, in nats, label smoothing included.
         train_top1_error: share of the training samples, as augmented, that were wrong when they were seen.
-        validation_loss: in nats, centre crop; None without a validation loader, as are the next two.
+        validation_loss: in nats, centre crop, of the averaged weights where there are any; None without a
+            validation loader, as are the next two.
         validation_top1_error: centre crop.
         validation_top5_error: centre crop.
         learning_rate: of the epoch's last step.
         images_per_second: training samples by training time, warm-up steps left out.
         input_wait_fraction: share of the training time that went by in waiting for the loader.
+        flops_per_second: of the convolutions and matrix products, forward and backward, in the same time.
+        flops_utilization: that, as a share of what the hardware does at best; None where that is not known.
         seconds: wall time of the epoch, validation included.
     """
 
@@ -50,6 +56,8 @@ class Epoch:
     learning_rate: float
     images_per_second: float
     input_wait_fraction: float
+    flops_per_second: float
+    flops_utilization: float | None
     seconds: float
 
 
@@ -67,6 +75,7 @@ class Trainer:
             longer a number is noticed at most this many steps later.
         on_step: called after each step with the steps taken so far, and with the mean loss of the steps since
             the last look, or None between looks.
+        peak_flops: what the hardware does at best, in FLOP/s, for ``Epoch.flops_utilization``.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Trainer:
         *,
         log_every: int = 20,
         on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+        peak_flops: float | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -87,13 +97,16 @@ class Trainer:
         self.runtime = runtime
         self.log_every = log_every
         self.on_step = on_step
+        self.peak_flops = peak_flops
         self.network = runtime.compiled(model)
         self.optimizer = create_optimizer(model, config)
         self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
         self.epoch = 0
         self.step = 0
         self.clocked: list[_Clock] = []
+        self._flops: dict[torch.Size, int] = {}  # of a step, for each shape of batch so far
 
     @property
     def finished(self) -> bool:
@@ -110,6 +123,14 @@ class Trainer:
         """Share of that time that went by in waiting for the loader."""
         return sum(clock.waited for clock in self.clocked) / sum(clock.seconds for clock in self.clocked)
 
+    @property
+    def flops_utilization(self) -> float | None:
+        """Share of the hardware's best rate of arithmetic over that time; None where that is not known."""
+        if self.peak_flops is None:
+            return None
+        seconds = sum(clock.seconds for clock in self.clocked)
+        return sum(clock.flops for clock in self.clocked) / seconds / self.peak_flops
+
     def run_epoch(self) -> Epoch:
         """Train for one epoch and validate.
 
@@ -124,18 +145,24 @@ class Trainer:
         clock = _Clock()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
-        batches = samples = 0
+        batches = samples = warm_at = 0
         for images, labels in clock.timing(self.train_loader):
             rate = self.learning_rate.current
+            if images.shape not in self._flops:
+                self._flops[images.shape] = training_flops(self.model, images.shape)
+                # An epoch that is shorter than a warm-up has to be timed by its last step.
+                warm_at = min(batches + WARMUP_STEPS, len(self.train_loader) - 1)
             loss, logits = self._step(images, labels)
             batches += 1
             samples += labels.shape[0]
             loss_sum += loss
             wrong += (logits.argmax(dim=1) != labels).sum()
             window.add(loss, self.step, rate)
-            if self.step <= WARMUP_STEPS:
+            if batches <= warm_at:
                 self.runtime.synchronize()
                 clock.restart()
+            else:
+                clock.count(labels.shape[0], self._flops[images.shape])
             self.on_step(self.step, window.close() if self.step % self.log_every == 0 else None)
         window.close()
         self.runtime.synchronize()
@@ -154,20 +181,23 @@ class Trainer:
             learning_rate=rate,
             images_per_second=clock.images_per_second,
             input_wait_fraction=clock.waited / clock.seconds,
+            flops_per_second=clock.flops / clock.seconds,
+            flops_utilization=clock.flops / clock.seconds / self.peak_flops if self.peak_flops else None,
             seconds=time.perf_counter() - began,
         )
 
     def _validate(self, rate: float) -> Errors | None:
         if self.validation_loader is None:
             return None
-        validation = errors(*predict(self.network, self.validation_loader, self.runtime))
+        with self.evaluated():
+            validation = errors(*predict(self.network, self.validation_loader, self.runtime))
         if not math.isfinite(validation.loss):
             raise _diverged("validation loss", validation.loss, self.step, rate)
         self.learning_rate.after_validation(validation.top1_error)
         return validation
 
     def state_dict(self) -> dict:
-        """Return what a later process needs, beside the network's weights, to go on after this epoch."""
+        """Return what a later process needs, beside the weights and their average, to go on."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
@@ -176,20 +206,44 @@ class Trainer:
             "step": self.step,
         }
 
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """Return the state dict of the averaged weights; None where none are kept."""
+        return self.average.weights if self.average else None
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Context in which the network has the weights that count: their average, where one is kept."""
+        return self.average.applied() if self.average else nullcontext()
+
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; return the loss and the logits, detached, still on the device."""
-        with self.runtime.autocast():
+        parts = [
+            self._backward(*part)
+            for part in zip(
+                images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True
+            )
+        ]
+        with record_function("optimizer"):
+            if self.config.clip_norm:
+                self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            self.learning_rate.after_step()
+            self.step += 1
+            if self.average:
+                self.average.after_step(self.step)
+        losses, logits = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a part's share to the gradients of the batch; return its share of the loss, and its logits."""
+        with record_function("forward"), self.runtime.autocast():
             logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
-        self.scaler.scale(loss).backward()
-        if self.config.clip_norm:
-            self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.learning_rate.after_step()
-        self.step += 1
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            loss = loss / self.config.accumulate
+        with record_function("backward"):
+            self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()
 
 
@@ -224,7 +278,7 @@ class _Clock:
 
     def restart(self) -> None:
         """Forget what was counted; the warm-up has only now ended."""
-        self.images = 0
+        self.images = self.flops = 0
         self.waited = self.seconds = 0.0
         self._began = time.perf_counter()
 
@@ -233,12 +287,17 @@ class _Clock:
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            with record_function("input"):
+                batch = next(batches, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
             yield batch
-            self.images += batch[1].shape[0]
+
+    def count(self, images: int, flops: int) -> None:
+        """Count a batch that was trained on."""
+        self.images += images
+        self.flops += flops
 
     def stop(self) -> None:
         self.seconds = time.perf_counter() - self._began

@@ -134,6 +134,44 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: C
     assert other["ten_crop"]["loss"] != first["ten_crop"]["loss"]
 
 
+def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(command: Command) -> None:
+    status, out, _ = command(
+        train.main,
+        *QUICK,
+        "train.ema_decay=0.9",
+        "train.label_smoothing=0.1",
+        "train.accumulate=2",
+        "train.stages=[{epochs: 1, resize: 36, crop: 32}]",
+        "data.resize=54",
+        "data.crop=48",
+        "data.flip=alternate",
+        "hydra.run.dir=run",
+    )
+    assert status == 0
+    assert re.search(r"\d+ GFLOP/s \(\d+%\)", out)
+    assert command(evaluate.main, "checkpoint=run/checkpoint.pt")[0] == 0
+    summary, evaluation = (
+        json.loads(Path(f"run/{name}.json").read_text()) for name in ("summary", "evaluation")
+    )
+    assert evaluation["ten_crop"] == summary["ten_crop"]
+    assert summary["flops_utilization"] > 0
+
+
+def test_a_profile_names_the_parts_of_the_loop_and_the_operators(command: Command) -> None:
+    status, out, _ = command(train.main, *QUICK, "profile=true", "hydra.run.dir=run")
+    assert status == 0
+    assert not Path("run/summary.json").exists()
+    assert Path("run/profile.txt").read_text().split("\n", 2)[2] in out
+    events = json.loads(Path("run/trace.json").read_text())["traceEvents"]
+    steps = sum(event["name"].startswith("ProfilerStep") for event in events)
+    for part in ("input", "forward", "backward", "optimizer"):
+        # The last step ends with a look for a batch that does not exist.
+        assert steps <= sum(event["name"] == part for event in events) <= 2 * steps
+        assert re.search(rf"^{part} +\d+\.\d\d +\d+\.\d%$", out, re.MULTILINE)
+    shares = re.findall(r"(\d+\.\d)%  +\d+\.\d$|others +\S+ +(\d+\.\d)%", out, re.MULTILINE)
+    assert sum(float(a or b) for a, b in shares) == pytest.approx(100, abs=1.5)
+
+
 def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) -> None:
     quick = [*QUICK, "data=synthetic", "data.images=256", "train.epochs=1"]
     assert command(train.main, *quick, "hydra.run.dir=run")[0] == 0
@@ -212,6 +250,19 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["runtime.precision=bf17"], r"runtime.precision: invalid value 'bf17', expected one of"),
         (["train.epochs=0"], r"train.epochs=0: must be at least 1"),
         (["train.batch_size=-1"], r"train.batch_size=-1: must be at least 1"),
+        (["train.accumulate=5"], r"train.accumulate=5: does not divide train.batch_size=128"),
+        (["train.label_smoothing=1"], r"train.label_smoothing=1: must be at least 0 and below 1"),
+        (["train.ema_decay=1"], r"train.ema_decay=1: must be at least 0 and below 1"),
+        (
+            ["train.stages=[{epochs: 2, resize: 36, crop: 32}]"],
+            r"train.stages: take 2 of train.epochs=2 and leave none at data.crop=32",
+        ),
+        (["train.stages=[{epochs: 1, crop: 32}]"], r"train.stages\[0\].resize: has no value"),
+        (["train.stages=[{epochs: 0, resize: 36, crop: 32}]"], r"train.stages\[0\].epochs=0: must be"),
+        (
+            ["train.stages=[{epochs: 1, resize: 30, crop: 32}]"],
+            r"train.stages\[0\].crop=32: larger than its resize=30",
+        ),
         (["data.resize=0"], r"data.resize=0: must be at least 1"),
         (["train.lr=-1"], r"train.lr=-1.0: must lie between"),
         (["train.momentum=1"], r"train.momentum=1: must be at least 0 and below 1"),

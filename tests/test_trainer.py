@@ -174,6 +174,87 @@ def test_the_step_is_as_long_as_clipping_leaves_the_gradient(clip_norm: float) -
     assert moved == pytest.approx(1e-4 * (min(norm, clip_norm) if clip_norm else norm), rel=1e-3)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_spreads_its_share_over_all_classes(smoothing: float) -> None:
+    loader = batches(count=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    (images, labels) = loader.batches[0]
+    log_likelihood = network.double()(images.double()).log_softmax(1)
+    target = torch.full_like(log_likelihood, smoothing / 10)
+    target[torch.arange(len(labels)), labels] += 1 - smoothing
+    expected = -(target * log_likelihood).sum(1).mean().item()
+    epoch = Trainer(
+        network.float(), TrainConfig(lr=1e-5, label_smoothing=smoothing), loader, None, fp32()
+    ).run_epoch()
+    assert epoch.train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_averaged_weights_are_the_ones_that_count() -> None:
+    loader = batches(count=17)
+    decay = 0.9
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    seen: list[Tensor] = []
+    trainer = Trainer(
+        network,
+        TrainConfig(lr=1e-4, ema_decay=decay, schedule=Schedule.plateau),
+        loader,
+        loader,
+        fp32(),
+        on_step=lambda step, loss: seen.append(network[1].weight.detach().double().clone()),
+    )
+    epoch = trainer.run_epoch()
+    # Taken in at steps 8 and 16, the first of them whole.
+    expected = decay**8 * seen[7] + (1 - decay**8) * seen[15]
+    with trainer.evaluated():
+        torch.testing.assert_close(network[1].weight.double(), expected, rtol=0, atol=1e-6)
+        images, labels = map(torch.cat, zip(*loader.batches, strict=True))
+        with torch.no_grad():
+            loss = F.cross_entropy(network(images), labels).item()
+    assert epoch.validation_loss == pytest.approx(loss, rel=1e-5)
+    assert torch.equal(network[1].weight.double(), seen[-1])  # and training goes on from where it was
+    averaged = trainer.averaged_weights()
+    assert averaged is not None
+    torch.testing.assert_close(averaged["1.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_before_its_first_update_the_average_is_not_used() -> None:
+    loader = batches(count=3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    trainer = Trainer(network, TrainConfig(lr=1e-4, ema_decay=0.9), loader, None, fp32())
+    trainer.run_epoch()
+    now = network[1].weight.detach().clone()
+    with trainer.evaluated():
+        assert torch.equal(network[1].weight, now)
+    assert trainer.averaged_weights() is None
+
+
+def test_a_batch_in_parts_is_the_same_step() -> None:
+    weights = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)).double()
+        loader = batches(count=3)
+        loader.batches = [(images.double(), labels) for images, labels in loader.batches]
+        config = TrainConfig(lr=1e-4, accumulate=accumulate, clip_norm=1.0, label_smoothing=0.1)
+        epoch = Trainer(network, config, loader, None, fp32()).run_epoch()
+        weights.append((network[1].weight.detach(), epoch.train_loss, epoch.train_top1_error))
+    (whole, *figures), (parts, *figures_in_parts) = weights
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    assert figures_in_parts == pytest.approx(figures)
+
+
+def test_flops_are_those_of_the_time_that_counts() -> None:
+    loader = batches(count=6)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    trainer = Trainer(network, TrainConfig(lr=1e-5), loader, None, fp32(), peak_flops=1e9)
+    epoch = trainer.run_epoch()
+    per_image = 2 * 2 * 3 * 63 * 63 * 10  # forward, and the gradient of the weights
+    assert epoch.flops_per_second == pytest.approx(per_image * epoch.images_per_second)
+    assert epoch.flops_utilization == pytest.approx(epoch.flops_per_second / 1e9)
+    assert trainer.flops_utilization == pytest.approx(epoch.flops_utilization)
+
+
 def test_bf16_keeps_fp32_weights_and_learns() -> None:
     runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
     torch.manual_seed(0)

@@ -10,9 +10,19 @@ import torch
 from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data.datasets import DataSplits, ImageSet, load_splits
 from fastalex.data.loader import Loader, Views
+from fastalex.data.staged import StagedLoader
 from fastalex.errors import ConfigError
 
-__all__ = ["DataSplits", "ImageSet", "Loader", "Views", "build_loader", "load_splits", "resolve_loader"]
+__all__ = [
+    "DataSplits",
+    "ImageSet",
+    "Loader",
+    "StagedLoader",
+    "Views",
+    "build_loader",
+    "load_splits",
+    "resolve_loader",
+]
 
 # Imported when asked for: DALI and FFCV are optional.
 _LOADERS = {

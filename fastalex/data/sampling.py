@@ -90,6 +90,10 @@ def training_plan(
     )
     if flip is Flip.both:
         indices, flips = order // 2, order % 2 == 1
+    elif flip is Flip.alternate:
+        first = torch.Generator(device).manual_seed(_mix(seed, -1 % 2**64))  # the same in every epoch
+        mirrored = torch.randint(2, (samples,), generator=first, device=device)
+        indices, flips = order, (mirrored[order] + epoch) % 2 == 1
     elif flip is Flip.random:
         indices, flips = order, torch.randint(2, (samples,), generator=generator, device=device).bool()
     else:

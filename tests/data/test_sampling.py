@@ -40,6 +40,18 @@ def test_both_ways_once_each() -> None:
     }
 
 
+def test_alternate_mirrors_each_image_every_other_epoch() -> None:
+    mirrored = []
+    for epoch in range(3):
+        drawn = plan(1000, flip=Flip.alternate, epoch=epoch, batch_size=1)
+        flips = torch.empty(1000, dtype=torch.bool)
+        flips[drawn.indices] = drawn.flips
+        mirrored.append(flips)
+    assert torch.equal(mirrored[1], ~mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0])
+    assert abs(int(mirrored[0].sum()) - 500) < 5 * 15.8  # Binomial(1000, 1/2)
+
+
 def test_types_and_ranges() -> None:
     drawn = plan(5000, max_offset=3, batch_size=1)
     assert (drawn.indices.dtype, drawn.offsets.dtype, drawn.flips.dtype) == (

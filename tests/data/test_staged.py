@@ -1,0 +1,42 @@
+"""The resolution schedule: which loader an epoch gets."""
+
+from __future__ import annotations
+
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data import StagedLoader, Views, build_loader, load_splits
+
+
+def test_the_crop_grows_and_the_samples_stay() -> None:
+    data = DataConfig(name="synthetic", images=40, resize=80, crop=72)
+    images = load_splits(data, 0).train
+    loaders = [
+        build_loader(
+            images,
+            DataConfig(name="synthetic", resize=size + 8, crop=size),
+            LoaderConfig(name="resident"),
+            views=Views.random,
+            batch_size=8,
+        )
+        for size in (32, 48, 72)
+    ]
+    staged = StagedLoader(loaders, [2, 1])
+    crops = []
+    for epoch in range(5):
+        staged.set_epoch(epoch)
+        batches = list(staged)
+        assert len(batches) == len(staged)
+        assert sum(len(labels) for _, labels in batches) == staged.num_samples
+        crops.append({tuple(batch.shape[-2:]) for batch, _ in batches})
+    assert crops == [{(32, 32)}, {(32, 32)}, {(48, 48)}, {(72, 72)}, {(72, 72)}]
+
+
+def test_an_epoch_can_start_in_its_middle() -> None:
+    data = DataConfig(name="synthetic", images=40, resize=80, crop=72)
+    loader = build_loader(
+        load_splits(data, 0).train, data, LoaderConfig(name="resident"), views=Views.random, batch_size=8
+    )
+    staged = StagedLoader([loader, loader], [1])
+    staged.set_epoch(1)
+    whole = [labels.tolist() for _, labels in staged]
+    staged.set_epoch(1, start_batch=2)
+    assert [labels.tolist() for _, labels in staged] == whole[2:]

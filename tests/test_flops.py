@@ -1,0 +1,45 @@
+"""The count of a training step's arithmetic, against the count by hand."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from fastalex.config import Precision, RuntimeConfig
+from fastalex.flops import matmul_flops_per_second, training_flops
+from fastalex.models import create_model
+from fastalex.runtime import choose
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_alexnet(groups: int) -> None:
+    # Output positions, channels and weights of each layer; the paper's second, fourth and fifth are grouped.
+    conv1 = 55 * 55 * 96 * 11 * 11 * 3
+    conv = (
+        conv1
+        + 27 * 27 * 256 * 5 * 5 * 96 // groups
+        + 13 * 13 * 384 * 3 * 3 * 256
+        + 13 * 13 * (384 + 256) * 3 * 3 * 384 // groups
+    )
+    linear = 9216 * 4096 + 4096 * 4096 + 4096 * 10
+    # Forward, the gradient of the weights, and that of the input, which the first layer's images do not need.
+    expected = 2 * (3 * (conv + linear) - conv1)
+    assert training_flops(create_model("alexnet", groups=groups), (2, 3, 224, 224)) == 2 * expected
+
+
+def test_depthwise_convolution() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8, padding=1))
+    pointwise, depthwise = 5 * 5 * 8 * 3, 5 * 5 * 8 * 9
+    assert training_flops(network, (1, 3, 5, 5)) == 2 * (2 * pointwise + 3 * depthwise)
+
+
+def test_it_leaves_the_network_alone() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    training_flops(network, (1, 3, 2, 2))
+    assert network[1].weight.grad is None
+    assert network[1].weight.device.type == "cpu"
+
+
+def test_a_matrix_product_takes_time() -> None:
+    rate = matmul_flops_per_second(choose(RuntimeConfig(device="cpu", precision=Precision.fp32)))
+    assert 1e8 < rate < 1e15
