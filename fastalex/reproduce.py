@@ -1,0 +1,209 @@
+"""``python -m fastalex.reproduce``: run the rows of the study, and tabulate what they come to beside it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hydra
+import torch
+
+from fastalex import runtime as runtimes
+from fastalex.checkpoint import plain
+from fastalex.cli import command, to_dataclass
+from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig, model_options
+from fastalex.data import Views, build_loader, load_splits, resolve_loader
+from fastalex.errors import ConfigError, DivergedError
+from fastalex.models import create_model
+from fastalex.reproduction import NOT_RUN, ROWS, load_config, load_run, run_folder, write
+from fastalex.train import train
+from fastalex.trainer import WARMUP_STEPS, Trainer
+
+QUICK = (
+    "data=digits",
+    "data.resize=72",
+    "data.crop=64",
+    "data.flip=none",
+    "train.epochs=2",
+    "train.stages=[]",
+)
+PROBE_STEPS = WARMUP_STEPS + 2
+TEST_VIEWS = 11  # of each test image: the centre crop, and ten
+# A forward pass is a third of the arithmetic of a training step.
+EVALUATION_COST = 1 / 3
+COMPLETE, INTERRUPTED = "complete", "interrupted"
+
+
+@dataclass
+class Job:
+    """A run of a row: its configuration, where it goes, and how far it is."""
+
+    row: str
+    config: Config
+    folder: Path
+    status: str
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.config.seed}"
+
+
+def plan(config: ReproduceConfig, results: Path) -> list[Job]:
+    """Return the runs of the rows that were asked for.
+
+    Raises:
+        ConfigError: for a row that does not exist, or a folder that holds a run of other settings.
+    """
+    for name in config.rows:
+        if name not in ROWS:
+            raise ConfigError(f"rows={name}: there is no such row; choose from {', '.join(ROWS)}")
+    jobs = []
+    for name in config.rows or ROWS:
+        for seed in ROWS[name].seeds:
+            overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
+            run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)
+            run.runtime.device = config.runtime.device
+            if config.data.root is not None:
+                run.data.root = config.data.root
+            folder = run_folder(results, name, seed)
+            jobs.append(Job(name, run, folder, _status(run, folder, name, results)))
+    return jobs
+
+
+def _status(config: Config, folder: Path, name: str, results: Path) -> str:
+    """Say how far a run is; refuse one whose network, data or recipe are no longer the row's."""
+    if not (folder / "config.yaml").is_file():
+        return NOT_RUN
+    theirs = load_config(folder)
+    ours = plain(config)
+    for section in ("model", "data", "train"):
+        for key in ours[section]:
+            if key in ("root", "download") or key not in theirs[section]:
+                continue
+            if theirs[section][key] != ours[section][key]:
+                raise ConfigError(
+                    f"{folder}: holds a run of {section}.{key}={theirs[section][key]}, and the row "
+                    f"{name} has {ours[section][key]}; move the folder away, or name another with folder="
+                )
+    return COMPLETE if load_run(results, name, config.seed) else INTERRUPTED
+
+
+def estimate(config: Config, rates: dict[tuple, float]) -> float:
+    """Estimate the seconds of a run from its number of images and a probe of a few steps.
+
+    Args:
+        config: of the run.
+        rates: training images/s of the probes made so far, by network, crop and batch; added to.
+    """
+    splits = load_splits(replace(config.data, download=False), config.seed, progress=False)
+    views = 2 if config.data.flip is Flip.both else 1
+    train = config.train
+    before = sum(stage.epochs for stage in train.stages)
+    parts = [*((s.epochs, s.crop) for s in train.stages), (train.epochs - before, config.data.crop)]
+    seconds = sum(epochs * views * len(splits.train) / _rate(config, crop, rates) for epochs, crop in parts)
+    evaluated = train.epochs * len(splits.validation) + 2 * TEST_VIEWS * len(splits.test)
+    return seconds + EVALUATION_COST * evaluated / _rate(config, config.data.crop, rates)
+
+
+def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
+    """Training images/s on random pixels."""
+    options = model_options(config.model)
+    key = (config.model.name, *options.values(), crop, config.train.batch_size)
+    if key not in rates:
+        runtime = runtimes.choose(config.runtime)
+        images = PROBE_STEPS * config.train.batch_size
+        data = DataConfig("synthetic", resize=crop, crop=crop, images=images)
+        splits = load_splits(data, 0, progress=False)
+        loader = build_loader(
+            splits.train,
+            data,
+            resolve_loader(config.loader, splits, runtime.device),
+            views=Views.random,
+            batch_size=config.train.batch_size,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            channels_last=runtime.channels_last,
+        )
+        torch.manual_seed(0)
+        model = runtime.place(create_model(config.model.name, len(splits.classes), **options))
+        # A rate at which no network diverges.
+        recipe = replace(config.train, epochs=1, stages=[], lr=1e-6)
+        rates[key] = Trainer(model, recipe, loader, None, runtime).run_epoch().images_per_second
+    return rates[key]
+
+
+def print_plan(jobs: list[Job]) -> None:
+    """Print what would be run and how long it takes, as a probe of a few steps has it."""
+    rates: dict[tuple, float] = {}
+    total = 0.0
+    print(f"{'run':<38}  {'epochs':>6}  {'crop':>4}  {'hours':>7}  status")
+    for job in jobs:
+        hours = 0.0 if job.status == COMPLETE else estimate(job.config, rates) / 3600
+        total += hours
+        config = job.config
+        print(
+            f"{job!s:<38}  {config.train.epochs:>6}  {config.data.crop:>4}  {hours:7.2f}  {job.status}",
+            flush=True,
+        )
+    print(
+        f"{'together':<38}  {'':>6}  {'':>4}  {total:7.2f}\n"
+        f"an estimate from {PROBE_STEPS - WARMUP_STEPS} steps of each network on random pixels; "
+        "an interrupted run counts in full"
+    )
+
+
+def run(config: ReproduceConfig) -> None:
+    """Run what is not complete, and write the tables and figures after each run.
+
+    Raises:
+        FastalexError: for input that has to be mended; DivergedError after the other rows have been run.
+    """
+    quick = config.budget is Budget.quick
+    results = Path(config.folder) / "quick" if quick else Path(config.folder)
+    jobs = plan(config, results)
+    if config.dry_run:
+        print_plan(jobs)
+        return
+    readme = None if quick else Path(config.readme)
+    diverged: list[str] = []
+    for job in jobs:
+        print(f"== {job}: {job.status}", flush=True)
+        if job.status == COMPLETE:
+            continue
+        if job.status == INTERRUPTED:
+            shutil.rmtree(job.folder)
+        try:
+            train(job.config, job.folder)
+        except DivergedError as error:
+            diverged.append(f"{job}: {error}")
+            print(diverged[-1], file=sys.stderr)
+            continue
+        write(results, quick, readme)
+    write(results, quick, readme)
+    print(f"reproduction.md, reproduction.json and the loss figures are in {results}")
+    if diverged:
+        raise DivergedError("; ".join(diverged))
+
+
+@command("reproduce", ReproduceConfig)
+def _reproduce(config: ReproduceConfig, run_dir: Path) -> None:
+    run(config)
+
+
+def main() -> None:
+    """Reproduce the study's table."""
+    sys.argv[1:] = [_as_hydra(argument) for argument in sys.argv[1:]]
+    _reproduce()
+
+
+def _as_hydra(argument: str) -> str:
+    """Allow ``rows=a,b``, which Hydra would take for two runs, and ``--dry-run``."""
+    if argument == "--dry-run":
+        return "dry_run=true"
+    key, _, value = argument.partition("=")
+    return f"rows=[{value}]" if key == "rows" and not value.startswith("[") else argument
+
+
+if __name__ == "__main__":
+    main()

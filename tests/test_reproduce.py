@@ -1,0 +1,342 @@
+"""The reproduction: its rows, the whole path on tiny runs, and its arithmetic on runs made up here."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra import initialize_config_module
+from PIL import Image
+
+from fastalex import config as schema
+from fastalex import reproduce, reproduction, train
+from fastalex.checkpoint import plain
+from fastalex.cli import to_dataclass
+from fastalex.config import Config, validate
+from fastalex.errors import DivergedError
+from fastalex.files import write_text
+from fastalex.models import check_crop
+from fastalex.reproduction import BASE, BEGIN, END, ROWS
+
+# Every row becomes a network that takes two seconds.
+TINY = (
+    "data=digits",
+    "data.resize=36",
+    "data.crop=32",
+    "data.flip=none",
+    "model=mobilenet_v3_small",
+    "train.epochs=1",
+)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run the command in an empty folder; return its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+
+    def run(*arguments: str, main: Any = reproduce.main) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastalex", *arguments])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+# The rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Config]:
+    schema.register()
+    with initialize_config_module("fastalex.configs", version_base="1.3"):
+        return {name: to_dataclass(hydra.compose(f"row/{name}"), Config) for name in ROWS}
+
+
+def test_each_row_is_a_file_that_composes(rows: dict[str, Config]) -> None:
+    files = (Path(reproduce.__file__).parents[1] / "configs" / "row").glob("*.yaml")
+    assert {file.stem for file in files} == set(ROWS)
+    for config in rows.values():
+        validate(config)
+        check_crop(config.model.name, config.data.crop)
+        assert config.data.name == "cifar10"
+        assert (config.data.resize / config.data.crop) == pytest.approx(256 / 224, rel=0.01)
+
+
+def changed(one: Config, other: Config) -> dict[str, Any]:
+    first, second = plain(one), plain(other)
+    return {
+        f"{section}.{key}": second[section][key]
+        for section in ("model", "data", "loader", "train", "runtime")
+        for key in first[section]
+        if first[section][key] != second[section][key]
+    }
+
+
+def test_comparisons_change_one_thing(rows: dict[str, Config]) -> None:
+    base = rows[BASE]
+    assert changed(base, rows["ablation_no_lrn"]) == {"model.norm": "none"}
+    assert changed(base, rows["ablation_non_overlapping_pool"]) == {"model.overlapping_pool": False}
+    assert changed(base, rows["ablation_no_dropout"]) == {"model.dropout": 0.0}
+    assert all(len(row.seeds) >= 2 for name, row in ROWS.items() if name == BASE or row.base)
+    failing, mended = rows["alexnet_paper_init"], rows["alexnet_paper_init_mended"]
+    assert failing.train.epochs >= 3
+    assert failing.train == mended.train
+    assert len(changed(failing, mended)) == 1
+
+
+# The whole path
+
+
+def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> None:
+    Path("README.md").write_text(f"{BEGIN}\nours\n{END}\n")
+    assert command("budget=quick", "rows=resnet18,alexnet")[0] == 0
+    results = Path("results/quick")
+    assert not (Path("results") / "reproduction.md").exists()
+    assert Path("README.md").read_text() == f"{BEGIN}\nours\n{END}\n"
+    text = (results / "reproduction.md").read_text()
+    assert "quick budget" in text.splitlines()[0]
+    assert "No figure here says anything about CIFAR-10" in text
+    content = json.loads((results / "reproduction.json").read_text())
+    assert content["budget"] == "quick"
+    assert {n for n, row in content["rows"].items() if row["status"] == "complete"} == {"resnet18", "alexnet"}
+    for name in ("resnet18", "alexnet"):
+        summary = json.loads((results / name / "summary.json").read_text())
+        record = content["rows"][name]["runs"][0]
+        assert record["ten_crop_top1_error"] == summary["ten_crop"]["top1_error"]
+        assert record["images_seen"] == summary["steps"] * 128
+        assert f"{summary['single_crop']['top1_error']:.4f} / " in text
+        with Image.open(results / ROWS[name].figure) as image:
+            assert image.width > 400
+    for name in set(ROWS) - {"resnet18", "alexnet"}:
+        (line,) = (line for line in text.splitlines() if f"(`{name}`)" in line)
+        assert "not run" in line
+
+    # One is complete and left alone; the other was stopped before its end and is run again.
+    kept = (results / "resnet18" / "summary.json").stat().st_mtime_ns
+    (results / "alexnet" / "summary.json").unlink()
+    status, out, _ = command("budget=quick", "rows=resnet18,alexnet")
+    assert status == 0
+    assert "resnet18, seed 0: complete" in out
+    assert "alexnet, seed 0: interrupted" in out
+    assert (results / "resnet18" / "summary.json").stat().st_mtime_ns == kept
+    again = json.loads((results / "reproduction.json").read_text())["rows"]["alexnet"]["runs"][0]
+    before = content["rows"]["alexnet"]["runs"][0]
+    assert again["ten_crop_top1_error"] == before["ten_crop_top1_error"]
+
+
+def test_a_row_is_also_a_training_command(command: Any) -> None:
+    overrides = ("data=digits", "data.resize=36", "data.crop=32", "train.epochs=1", "hydra.run.dir=run")
+    status, _, err = command("--config-name=row/mobilenet_v3_small", *overrides, main=train.main)
+    assert status == 0, err
+    assert json.loads(Path("run/summary.json").read_text())["parameters"] == 1_528_106
+
+
+@pytest.mark.parametrize("dry_run", ["--dry-run", "dry_run=true"])
+def test_dry_run_estimates_and_writes_nothing(command: Any, tmp_path: Path, dry_run: str) -> None:
+    status, out, _ = command("budget=quick", "rows=alexnet,resnet18", dry_run)
+    assert status == 0
+    lines = out.splitlines()
+    hours = [float(line.split()[5]) for line in lines if line.startswith(("alexnet", "resnet18"))]
+    assert len(hours) == 2
+    assert "together" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_estimate_counts_images_views_and_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema.register()
+    with initialize_config_module("fastalex.configs", version_base="1.3"):
+        overrides = ["data=digits", "data.flip=both", "train.epochs=5"]
+        overrides.append("train.stages=[{epochs: 2, resize: 64, crop: 63}]")
+        config = to_dataclass(hydra.compose("config", overrides), Config)
+    monkeypatch.setattr(reproduce, "_rate", lambda config, crop, rates: {63: 100.0, 64: 10.0}[crop])
+    training = 2 * 1149 * (2 / 100 + 3 / 10)
+    evaluation = (5 * 288 + 2 * 11 * 360) / 3 / 10
+    assert reproduce.estimate(config, {}) == pytest.approx(training + evaluation)
+
+
+def test_bad_input_is_one_line(command: Any, tmp_path: Path) -> None:
+    status, _, err = command("rows=alexnet,vgg")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert "rows=vgg: there is no such row; choose from alexnet," in line
+    status, _, err = command("budget=huge")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_other_settings_is_neither_skipped_nor_lost(command: Any) -> None:
+    folder = Path("results/quick/alexnet")
+    made_up_run(folder.parent, "alexnet", 0, 0.1)
+    before = sorted(folder.iterdir())
+    status, _, err = command("budget=quick", "rows=alexnet")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert "data.crop=96, and the row alexnet has 32" in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def diverges(config: Config, folder: Path) -> None:
+        ran.append(folder.name)
+        if len(ran) == 1:
+            raise DivergedError("the loss became nan at step 3 with learning rate 0.1; lower train.lr")
+
+    monkeypatch.setattr(reproduce, "train", diverges)
+    status, _, err = command("budget=quick", "rows=alexnet,resnet18")
+    assert status == 1
+    assert ran == ["alexnet", "resnet18"]
+    assert "alexnet, seed 0: the loss became nan at step 3" in err.splitlines()[-1]
+    assert "not run" in Path("results/quick/reproduction.md").read_text()
+
+
+# The arithmetic
+
+
+def made_up_run(
+    results: Path, name: str, seed: int, error: float, single: float | None = None
+) -> dict[str, Any]:
+    """Write the files of a run with this ten-crop error."""
+    folder = reproduction.run_folder(results, name, seed)
+    folder.mkdir(parents=True)
+    single = error + 0.01 if single is None else single
+    crops = {"ten_crop": error, "single_crop": single}
+    errors = {crop: {"top1_error": value, "top5_error": value / 10} for crop, value in crops.items()}
+    best = {key: {k: v + 0.001 for k, v in value.items()} for key, value in errors.items()}
+    summary = {
+        **errors,
+        "best_on_validation": {"epoch": 2, "validation_top1_error": 0.12, **best},
+        "data": "a data set",
+        "epochs": 3,
+        "steps": 936,
+        "wall_seconds": 3723.4,
+        "images_per_second": 61.7,
+        "parameters": 58_322_314,
+        "hardware": "a processor",
+        "runtime": "a processor (cpu), bfloat16",
+        "versions": {"torch": "2"},
+    }
+    validation = [0.3, 0.12, 0.13]
+    lines = [
+        json.dumps(
+            {"epoch": i + 1, "train_loss": 1.0, "validation_loss": 1.1, "validation_top1_error": value}
+        )
+        for i, value in enumerate(validation)
+    ]
+    write_text(folder / "summary.json", json.dumps(summary))
+    write_text(folder / "metrics.jsonl", "\n".join(lines))
+    write_text(
+        folder / "config.yaml",
+        f"model: {{}}\ndata: {{crop: 96}}\ntrain: {{epochs: 3, batch_size: 128}}\nseed: {seed}\n",
+    )
+    return summary
+
+
+def test_a_row_of_one_run(tmp_path: Path) -> None:
+    made_up_run(tmp_path, "alexnet", 0, 0.125)
+    content = reproduction.write(tmp_path, False, None)
+    text = (tmp_path / "reproduction.md").read_text()
+    (line,) = (line for line in text.splitlines() if "(`alexnet`)" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == [
+        "0.1397 / 0.0072",
+        "0.1250 / 0.0125",
+        "0.1350 / 0.0135",
+        "2",
+        "0.1260 / 0.0135",
+        "0.1360 / 0.0145",
+    ]
+    (line,) = (line for line in text.splitlines() if line.startswith("| `alexnet` |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    hardware = "a processor (cpu), bfloat16"
+    assert cells[1:] == ["96", "3", "119,808", "2", "1:02:03", "61.7", "58,322,314", "0", hardware]
+    assert "quick" not in text
+    assert content["budget"] == "full"
+    assert content["comparisons"] == []
+
+
+def test_rows_of_several_seeds_and_what_is_visible(tmp_path: Path) -> None:
+    made = {
+        BASE: (0.200, 0.204),
+        "ablation_no_lrn": (0.203, 0.207),
+        "ablation_non_overlapping_pool": (0.199, 0.205),
+        "ablation_no_dropout": (0.240, 0.242),
+    }
+    for name, errors in made.items():
+        for seed, error in enumerate(errors):
+            made_up_run(tmp_path, name, seed, error, error + 0.010 + 0.002 * seed)
+    content = reproduction.collect(tmp_path, False)
+    figures = content["rows"][BASE]["statistics"]["ten_crop_top1_error"]
+    assert figures["mean"] == pytest.approx(0.202)
+    assert figures["standard_deviation"] == pytest.approx(math.sqrt(2) * 0.002)
+    found = {comparison["change"]: comparison for comparison in content["comparisons"]}
+    # Four rows of two seeds: four degrees of freedom, for which Student's t at 95% is 2.776.
+    pooled = math.sqrt(statistics.fmean((b - a) ** 2 / 2 for a, b in made.values()))
+    for change, difference, verdict in (
+        ("without LRN", 0.003, "inside the noise"),
+        ("non-overlapping pooling", 0.0, "inside the noise"),
+        ("without dropout", 0.039, "visible"),
+    ):
+        assert found[change]["difference"] == pytest.approx(difference)
+        assert found[change]["degrees_of_freedom"] == 4
+        assert found[change]["bound"] == pytest.approx(2.776 * pooled, rel=1e-3)
+        assert found[change]["verdict"] == verdict
+    # Here the readings differ by 0.010 and 0.012 in each row: a deviation of sqrt(2) * 0.001.
+    single = found["single crop instead of ten"]
+    assert single["difference"] == pytest.approx(0.011)
+    assert single["bound"] == pytest.approx(2.776 * 0.001 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
+    assert single["verdict"] == "visible"
+    text = reproduction.markdown(content)
+    assert "0.2020 ± 0.0028" in text
+    assert "| without dropout | +0.0390 |" in text
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    made_up_run(tmp_path, BASE, 0, 0.2)
+    made_up_run(tmp_path, "ablation_no_lrn", 0, 0.3)
+    content = reproduction.collect(tmp_path, False)
+    assert {comparison["verdict"] for comparison in content["comparisons"]} == {
+        "no second seed, so the noise is not known"
+    }
+    assert "(1 seed only)" in reproduction.markdown(content)
+
+
+def test_the_readme_table_is_between_its_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    made_up_run(tmp_path, "alexnet", 0, 0.125)
+    reproduction.write(tmp_path, False, readme)
+    text = readme.read_text()
+    assert text.startswith(f"# Title\n\n{BEGIN}\n| network |")
+    assert text.endswith(f"|\n{END}\n\nThe end.\n")
+    assert "| AlexNet | 0.1397 / 0.0072 | 0.1250 / 0.0125 | 0.1350 / 0.0135 | 96 | 3 |" in text
+    assert "| ResNet-18 | 0.0970 / 0.0044 | not run | not run |  |  |" in text
+    assert "old" not in text
+    reproduction.write(tmp_path, False, readme)
+    assert readme.read_text() == text
+    readme.write_text("no markers")
+    reproduction.write(tmp_path, False, readme)
+    assert readme.read_text() == "no markers"
+
+
+def test_epochs_to_an_error(tmp_path: Path) -> None:
+    made_up_run(tmp_path, "alexnet", 0, 0.1)
+    run = reproduction.load_run(tmp_path, "alexnet", 0)
+    assert run is not None
+    assert run.epochs_to(0.3) == 1
+    assert run.epochs_to(0.12) == 2
+    assert run.epochs_to(0.1199) is None
