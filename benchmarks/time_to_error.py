@@ -36,7 +36,8 @@ class TimeToError:
         kind: measured, extrapolated, or not measured.
         epochs: after which the error was reached.
         images: training images seen by then.
-        startup_seconds: from the start of the program to its first step, reading the data included.
+        startup_seconds: from the settings to the first step, reading the data included; Python's imports,
+            some seconds before, are not.
         warmup_seconds: of the steps in which kernels are compiled; a part of ``training_seconds``.
         training_seconds: of those epochs, validation included where it was measured.
         seconds: from the cold start to the error.
@@ -65,18 +66,17 @@ def measured(run: Run, error: float) -> TimeToError:
         note = f"the run's best validation error is {best:.4f}: {error:.4f} was not reached"
         return TimeToError("fastalex", NOT_MEASURED, hardware=hardware, note=note)
     training = sum(epoch["seconds"] for epoch in run.epochs[:epochs])
-    startup = run.summary.get("startup_seconds")
+    startup = run.summary["startup_seconds"]
     return TimeToError(
         "fastalex",
         MEASURED,
         epochs=epochs,
         images=_images(run, epochs),
         startup_seconds=startup,
-        warmup_seconds=run.summary.get("warmup_seconds"),
+        warmup_seconds=sum(epoch["warmup_seconds"] for epoch in run.epochs[:epochs]),
         training_seconds=training,
-        seconds=training + (startup or 0.0),
+        seconds=startup + training,
         hardware=hardware,
-        note="" if startup is not None else "without the start, which this run did not record",
     )
 
 

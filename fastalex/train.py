@@ -90,6 +90,7 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
             f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in {folder.path}"
         )
         return {"profile": vars(profiled)}
+    startup_seconds = time.perf_counter() - began
     best: tuple[float, int, dict[str, torch.Tensor]] | None = None
     checkpoint_path = folder.path / "checkpoint.pt"
     classes = list(splits.classes)
@@ -146,6 +147,7 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
         "images_per_second": trainer.images_per_second,
         "input_wait_fraction": trainer.input_wait_fraction,
         "flops_utilization": trainer.flops_utilization,
+        "startup_seconds": startup_seconds,
         "wall_seconds": time.perf_counter() - began,
         "parameters": count_parameters(model),
         "seed": config.seed,

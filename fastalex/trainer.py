@@ -43,7 +43,8 @@ class Epoch:
         input_wait_fraction: share of the training time that went by in waiting for the loader.
         flops_per_second: of the convolutions and matrix products, forward and backward, in the same time.
         flops_utilization: that, as a share of what the hardware does at best; None where that is not known.
-        seconds: wall time of the epoch, validation included.
+        warmup_seconds: of the steps that compile kernels and claim memory, left out of the rates above.
+        seconds: wall time of the epoch, warm-up and validation included.
     """
 
     epoch: int
@@ -58,6 +59,7 @@ class Epoch:
     input_wait_fraction: float
     flops_per_second: float
     flops_utilization: float | None
+    warmup_seconds: float
     seconds: float
 
 
@@ -183,6 +185,7 @@ class Trainer:
             input_wait_fraction=clock.waited / clock.seconds,
             flops_per_second=clock.flops / clock.seconds,
             flops_utilization=clock.flops / clock.seconds / self.peak_flops if self.peak_flops else None,
+            warmup_seconds=clock.warmup,
             seconds=time.perf_counter() - began,
         )
 
@@ -274,6 +277,7 @@ class _Clock:
     """The wall time of an epoch's training steps, and the part of it spent waiting for input."""
 
     def __init__(self) -> None:
+        self._made = time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
@@ -281,6 +285,7 @@ class _Clock:
         self.images = self.flops = 0
         self.waited = self.seconds = 0.0
         self._began = time.perf_counter()
+        self.warmup = self._began - self._made
 
     def timing(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a loader's batches."""

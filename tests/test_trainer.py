@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.errors import DivergedError
 from fastalex.models import create_model
 from fastalex.runtime import choose
-from fastalex.trainer import Trainer
+from fastalex.trainer import WARMUP_STEPS, Trainer
 
 
 class Batches:
@@ -111,6 +112,27 @@ def test_reports_steps_losses_and_figures() -> None:
     assert epoch.images_per_second > 0
     assert 0 <= epoch.input_wait_fraction <= 1
     assert trainer.images_per_second == pytest.approx(epoch.images_per_second)
+
+
+def test_warmup_is_counted_apart_and_once() -> None:
+    class Slow(Batches):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for number, batch in enumerate(super().__iter__()):
+                if number < WARMUP_STEPS and self.epoch == 0:
+                    time.sleep(0.1)
+                yield batch
+
+    loader = Slow(batches(count=5).batches)
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)),
+        TrainConfig(epochs=2, lr=1e-5),
+        loader,
+        None,
+        fp32(),
+    )
+    first, second = trainer.run_epoch(), trainer.run_epoch()
+    assert 0.1 * WARMUP_STEPS <= first.warmup_seconds < first.seconds
+    assert second.warmup_seconds < 0.1
 
 
 def test_without_validation_there_are_no_validation_figures() -> None:
