@@ -3,9 +3,10 @@
     python -m benchmarks.paper_init --data ROOT [--crop 64] [--batch-size 128] [--steps 300]
                                      [--only NAME ...]
 
-Each trial trains for some hundred steps on CIFAR-10 and is judged by its loss on validation images: a network
-that has learnt nothing stays at ln(10) = 2.303 and errs on 0.90 of them. The trials are added, one line
-each, to ``benchmarks/results/paper_init.csv`` and the table beside it; docs/recipe.md says what they show.
+Each trial trains for some hundred steps on CIFAR-10 and is judged by its error on validation images: a
+network that has learnt nothing errs on 0.90 of them, and its loss stays at ln(10) = 2.303. The trials are
+added, one line each, to ``benchmarks/results/paper_init.csv`` and the table beside it; docs/recipe.md says
+what they show.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fastalex.trainer import Trainer
 RESULTS = Path(__file__).parent / "results" / "paper_init.csv"
 VALIDATION_IMAGES = 2000
 LEVELS = 255.0
+LEARNS = 0.85  # validation error; chance is 0.90, with a standard deviation of 0.007 on so many images
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ TRIALS = {
     "bias 0.1": Trial(bias=0.1),
     "bias 0": Trial(bias=0.0),
     "pixels of 0 to 255, rate 0.001": Trial(pixels=LEVELS, train=constant(0.001)),
+    "pixels of 0 to 255, rate 0.003": Trial(pixels=LEVELS, train=constant(0.003)),
     "pixels of 0 to 255, clip 1": Trial(pixels=LEVELS, train=constant(0.01, clip_norm=1.0)),
     "rate 0.001": Trial(train=constant(0.001)),
     "rate 0.05": Trial(train=constant(0.05)),
@@ -83,8 +86,10 @@ TRIALS = {
     "warm-up to 0.02": Trial(train=one_cycle(0.02, 0.5)),
     "fast recipe": Trial(train=one_cycle(0.02, 0.15, clip_norm=5.0)),
     "clip 1": Trial(train=constant(0.01, clip_norm=1.0)),
+    "default, longer plateau": Trial(init="default", longer=4),
     "longer plateau": Trial(longer=4),
     "bias 0.1, longer plateau": Trial(bias=0.1, longer=4),
+    "fast recipe, longer plateau": Trial(train=one_cycle(0.02, 0.15, clip_norm=5.0), longer=4),
     "bias 0.1, rate 0.1": Trial(bias=0.1, train=constant(0.1)),
     "Caffe": Trial(bias=0.1, hidden_std=0.005),
     "Caffe, pixels of 0 to 255": Trial(bias=0.1, hidden_std=0.005, pixels=LEVELS),
@@ -148,11 +153,12 @@ def run(name: str, trial: Trial, data: DataConfig, batch_size: int, steps: int, 
     try:
         epoch = trainer.run_epoch()
         assert epoch.validation_loss is not None
+        assert epoch.validation_top1_error is not None
         row |= {
             "train_loss": f"{np.mean(losses[-3:]):.4f}",
             "validation_loss": f"{epoch.validation_loss:.4f}",
             "validation_top1_error": f"{epoch.validation_top1_error:.4f}",
-            "outcome": "learns" if epoch.validation_loss < 0.95 * np.log(10) else "does not learn",
+            "outcome": "learns" if epoch.validation_top1_error < LEARNS else "does not learn",
         }
     except DivergedError as error:
         row |= {"train_loss": "", "validation_loss": "", "validation_top1_error": "", "outcome": str(error)}

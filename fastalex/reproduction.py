@@ -47,7 +47,7 @@ ROWS = {
     "alexnet_paper_init": Row(
         "AlexNet, the paper's initialisation", (0.9, 0.5), "losses_alexnet_with_init.png"
     ),
-    "alexnet_paper_init_mended": Row("AlexNet, the paper's initialisation and the paper's pixels"),
+    "alexnet_paper_init_mended": Row("AlexNet, the paper's initialisation, mended"),
     "resnet18": Row("ResNet-18", (0.0970, 0.0044), "losses_resnet18.png"),
     "alexnet_bn": Row("AlexNet, batch normalisation for LRN"),
     "mobilenet_v3_small": Row("MobileNetV3-Small"),
