@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from benchmarks.counts import totals
 from benchmarks.expected import fast_step, reference_step
@@ -36,29 +36,39 @@ class Point(NamedTuple):
 
 
 def step_parts(step: Sequence[Measurement], path: Path) -> None:
-    """A bar each for reference and fastalex: the milliseconds of the step, by part."""
-    shown = [m.record for m in step if m.record["measurement"] == "step by part"]
-    programs = list(dict.fromkeys(record["program"] for record in shown))[::-1]
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
-    axes = figure.subplots()
-    left = dict.fromkeys(programs, 0.0)
-    for part in PARTS:
-        records = [r for program in programs for r in shown if (r["program"], r["part"]) == (program, part)]
-        widths = [float(record["median"]) for record in records]
-        bars = axes.barh(programs, widths, left=list(left.values()), color=COLOURS[part], label=part)
-        notes = [
-            f"{float(r['share_of_step']):.0%}" if float(r["share_of_step"]) > 0.04 else "" for r in records
-        ]
-        axes.bar_label(bars, notes, label_type="center", color="white", fontsize=8)
-        for program, width in zip(programs, widths, strict=True):
-            left[program] += width
-    axes.set(xlabel="ms a step; in the bars: share of the step", title="Where a training step's time goes")
-    figure.legend(loc="outside lower center", ncols=len(PARTS), fontsize=8, frameon=False)
+    """A bar each for reference and fastalex: the milliseconds of a step by part, and the shares of it."""
+    records = {(m.record["program"], m.record["part"]): m.record for m in step}
+    programs = [program for program in ("fastalex", "reference") if (program, PARTS[0]) in records]
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, column in zip(panels, ("median", "share_of_step"), strict=True):
+        left = [0.0 for _ in programs]
+        for part in PARTS:
+            widths = [float(records[program, part][column]) for program in programs]
+            bars = axes.barh(programs, widths, left=left, color=COLOURS[part], label=part)
+            if column == "share_of_step":
+                notes = [f"{width:.0%}" if width > 0.03 else "" for width in widths]
+                axes.bar_label(bars, notes, label_type="center", color="white", fontsize=8)
+            left = [end + width for end, width in zip(left, widths, strict=True)]
+    panels[0].set(xlabel="ms a step")
+    panels[0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[1].set(xlabel="share of the step", xlim=(0, 1))
+    panels[1].xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(PARTS),
+        fontsize=8,
+        frameon=False,
+    )
     _save(figure, path)
 
 
 def roofline_points(step: Sequence[Measurement], kernels: Sequence[Measurement]) -> list[Point]:
-    """The whole step of both programs, fastalex's convolutions and matrix products, and its LRN kernels."""
+    """The whole step of both programs, fastalex's convolutions and matrix products, and its LRN kernels.
+
+    The kernels were measured in another run: they stand at their share of that run's copy.
+    """
     points = []
     counts = {"reference": totals(reference_step()), "fastalex": totals(fast_step())}
     for record in (m.record for m in step):
@@ -68,38 +78,43 @@ def roofline_points(step: Sequence[Measurement], kernels: Sequence[Measurement])
             points.append(Point(f"{program}: step", flops / moved, float(record["gflop_per_s"]), "*"))
         if program == "fastalex" and part in (CONVOLUTIONS, PRODUCTS):
             flops, moved = counts[program][part]
-            points.append(Point(part, flops / moved, flops / float(record["median"]) / 1e6, "s"))
+            rate = flops / float(record["median"]) / 1e6
+            points.append(Point(f"fastalex: {part}", flops / moved, rate, "s"))
+    _, copy = limits(step)
     for record in (m.record for m in kernels):
         ours = record["implementation"].startswith("fastalex, ") and record["dtype"] == "bf16"
         if ours and record["direction"] == "forward + backward":
             elements = math.prod(map(int, record["shape"].split("x")))
             intensity = LRN_OPERATIONS * elements / int(record["bytes"])
-            label = f"{record['function']}, {record['shape']}"
-            points.append(Point(label, intensity, intensity * float(record["gb_per_s"]), "o"))
+            rate = intensity * float(record["fraction_of_copy"]) * copy
+            points.append(Point(f"{record['function']}, {record['shape']}", intensity, rate, "o"))
     return points
+
+
+def limits(step: Sequence[Measurement]) -> tuple[float, float]:
+    """What the machine did: matrix products, GFLOP/s; copies, GB/s."""
+    best = {m.record["program"]: m.median for m in step if m.record["measurement"] == "hardware"}
+    return best["matrix product"], best["copy"]
 
 
 def roofline(step: Sequence[Measurement], kernels: Sequence[Measurement], path: Path) -> None:
     """What bandwidth and arithmetic allow, and what is (Williams et al., "Roofline", 2009)."""
-    limits = {m.record["program"]: m.median for m in step if m.record["measurement"] == "hardware"}
-    product, copy = limits["matrix product"], limits["copy"]
+    product, copy = limits(step)
+    points = roofline_points(step, kernels)
+    ridge, end = product / copy, 3 * max(point.intensity for point in points)
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    ridge = product / copy
-    axes.plot([1, ridge, 20 * ridge], [copy, product, product], color="black")
-    axes.annotate(f"copy: {copy:.1f} GB/s", (1.3, 1.5 * copy), rotation=30, fontsize=9)
-    axes.annotate(f"matrix product: {product:,.0f} GFLOP/s", (1.5 * ridge, 1.1 * product), fontsize=9)
-    for point in roofline_points(step, kernels):
-        axes.plot(point.intensity, point.gflop_per_s, point.marker, ms=8, label=point.label)
-    _logarithmic(axes)
+    axes.plot([1, ridge, end], [copy, product, product], color="black")
+    for text, x, y in ((f"copy: {copy:.1f} GB/s", 1, copy), (f"{product:,.0f} GFLOP/s", ridge, product)):
+        axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9)
+    for point in points:
+        axes.plot(point.intensity, point.gflop_per_s, point.marker, ms=8, ls="none", label=point.label)
+    axes.set(xscale="log", yscale="log", xlim=(0.3, end), ylim=(copy / 3, 2 * product))
+    axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+    axes.set_title("Two measured limits, a copy and a matrix product, and how close to them")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right", fontsize=8)
     _save(figure, path)
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
-    axes.set_title("Roofline: two measured limits, and how close to them")
-    axes.grid(alpha=0.3, which="both")
 
 
 def _save(figure: Figure, path: Path) -> None:

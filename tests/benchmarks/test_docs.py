@@ -104,11 +104,11 @@ def test_roofline_points(results: Path) -> None:
     step, lrn = (read_measurements((results / f"{name}_cpu.csv").read_text()) for name in ("step", "lrn"))
     points = {point.label: point for point in roofline_points(step, lrn)}
     flops, moved = totals(fast_step())[CONVOLUTIONS]
-    assert points["convolutions"].intensity == pytest.approx(flops / moved)
-    assert points["convolutions"].gflop_per_s == pytest.approx(flops / 0.6 / 1e9)
+    assert points["fastalex: convolutions"].intensity == pytest.approx(flops / moved)
+    assert points["fastalex: convolutions"].gflop_per_s == pytest.approx(flops / 0.6 / 1e9)
     kernel = points["relu_lrn, 128x96x55x55"]  # 34 operations and 10 bytes an element
     assert kernel.intensity == pytest.approx(3.4)
-    assert kernel.gflop_per_s == pytest.approx(3.4 * 11.9)
+    assert kernel.gflop_per_s == pytest.approx(3.4 * 0.87 * 20)  # at 87% of a copy's 20 GB/s
     assert points["fastalex: step"].gflop_per_s == pytest.approx(416)
 
 
