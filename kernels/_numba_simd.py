@@ -17,6 +17,7 @@ fp16 (`bits` makes such a view of a tensor). Nothing is checked: an index out of
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,27 @@ def bits(x: torch.Tensor) -> np.ndarray[Any, Any]:
     """A flat NumPy view of a contiguous tensor: fp32 and uint8 as they are, bf16 as uint16, fp16 as int16."""
     views = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
     return x.detach().view(-1).view(views.get(x.dtype, x.dtype)).numpy()
+
+
+_one_caller = threading.Lock()  # Numba's fallback threading layer aborts the process on a second one
+
+
+def run(serial: Any, parallel: Any, count: int, *args: Any) -> None:
+    """Work 0 .. count - 1 spread over as many threads as PyTorch uses.
+
+    With one thread, as in a forked data-loading worker, no thread pool is touched at all.
+    """
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count)
+    if threads <= 1:
+        serial(0, count, *args)
+        return
+    with _one_caller:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            parallel(threads, count, *args)
+        finally:
+            numba.set_num_threads(before)
 
 
 # --- types ------------------------------------------------------------------------------------------------

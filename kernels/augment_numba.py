@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._numba_simd import LANES, bits, fma, inline, jit, load, pointer, splat, store, store_partial
-from .lrn_numba import _run
+from ._numba_simd import LANES, bits, fma, inline, jit, load, pointer, run, splat, store, store_partial
 
 f32 = np.float32
 
@@ -165,7 +164,7 @@ def augment(
     deviations = np.array(std)
     # Contiguous, or Numba would compile the kernel once more for strided ones.
     rows = (t.contiguous().numpy() for t in (indices, offsets, flips))
-    _run(
+    run(
         _augment, _parallel_augment, count,
         bits(images), height, width, *rows, views, crop,
         *_taps(height, resize), *_taps(width, resize),

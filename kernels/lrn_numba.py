@@ -20,7 +20,6 @@ What takes the time on two cores is memory: see `benchmarks/results/`.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numba
@@ -47,6 +46,7 @@ from ._numba_simd import (
     load_partial,
     pointer,
     power,
+    run,
     splat,
     store,
     store_partial,
@@ -330,26 +330,6 @@ def _parallel_pool_backward(
 
 # --- tensors ----------------------------------------------------------------------------------------------
 
-_one_caller = threading.Lock()  # Numba's fallback threading layer aborts the process on a second one
-
-
-def _run(serial: Any, parallel: Any, count: int, *args: Any) -> None:
-    """Work 0 .. count - 1 spread over as many threads as PyTorch uses.
-
-    With one thread, as in a forked data-loading worker, no thread pool is touched at all.
-    """
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count)
-    if threads <= 1:
-        serial(0, count, *args)
-        return
-    with _one_caller:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            parallel(threads, count, *args)
-        finally:
-            numba.set_num_threads(before)
-
 
 def _options(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> tuple[Any, ...]:
     """What follows the arrays in every kernel: channels, scale, k, factor, floor, general."""
@@ -390,7 +370,7 @@ def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu:
     out = torch.empty_like(x)
     y = _room_for(out)
     options = _options(x, size, alpha, beta, k, relu)
-    _run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(_pixels(x)), bits(y), *options)
+    run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(_pixels(x)), bits(y), *options)
     return _moved(y, out)
 
 
@@ -404,7 +384,7 @@ def lrn_backward(
     dx = _room_for(out)
     arrays = bits(_pixels(grad)), bits(_pixels(x)), bits(dx)
     options = _options(x, size, alpha, beta, k, relu)
-    _run(_backward, _parallel_backward, x.numel() // x.shape[1], *arrays, *options)
+    run(_backward, _parallel_backward, x.numel() // x.shape[1], *arrays, *options)
     return _moved(dx, out)
 
 
@@ -419,7 +399,7 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
     y, argmax = _room_for(out), _room_for(argmax_out)
     arrays = bits(_pixels(x)), bits(y), bits(argmax)
     options = _options(x, size, alpha, beta, k, True)
-    _run(_pool_forward, _parallel_pool_forward, x.shape[0] * shape[2], *arrays, shape, *options)
+    run(_pool_forward, _parallel_pool_forward, x.shape[0] * shape[2], *arrays, shape, *options)
     return _moved(y, out), _moved(argmax, argmax_out)
 
 
@@ -434,5 +414,5 @@ def lrn_max_pool_backward(
     arrays = bits(_pixels(grad)), bits(_pixels(argmax)), bits(_pixels(x)), bits(dx)
     shape = (*x.shape[2:], *grad.shape[2:])
     options = _options(x, size, alpha, beta, k, True)
-    _run(_pool_backward, _parallel_pool_backward, x.shape[0] * x.shape[2], *arrays, shape, *options)
+    run(_pool_backward, _parallel_pool_backward, x.shape[0] * x.shape[2], *arrays, shape, *options)
     return _moved(dx, out)

@@ -131,7 +131,8 @@ def test_the_gradient_of_every_parameter() -> None:
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".")
         gradient = theirs[f"{BASELINE[layer]}.{kind}"].grad
-        assert gradient is not None and parameter.grad is not None
+        assert gradient is not None
+        assert parameter.grad is not None
         assert gradient.abs().max() > 0
         distance = (parameter.grad.double() - gradient).norm() / gradient.norm()
         assert distance < 1e-5, f"{name}: {distance:.2g}"

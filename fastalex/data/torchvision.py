@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -55,10 +56,12 @@ class TorchvisionLoader(PlannedLoader):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # Damaged images are returned, not raised, and what else goes wrong within a worker comes as
+                # "Caught ...": any other error, whichever it happens to be, is of reading from a dead one.
+                if self._batches.num_workers == 0 or str(error).startswith("Caught "):
                     raise
-                first_line = str(error).splitlines()[0]
+                first_line = (str(error) or type(error).__name__).splitlines()[0]
                 raise DataError(
                     f"loader.workers={self.loader.workers}: a worker process died ({first_line}), perhaps "
                     "for lack of memory or of /dev/shm (docker run --shm-size); use fewer, or 0 to see why"
@@ -112,7 +115,8 @@ class _ViewsOfImages(Dataset[_Item]):
         index, top, left, flip = row
         size, crop = [self.data.resize] * 2, self.data.crop
         try:
-            pixels = torch.from_numpy(self.images.image(index))
+            # Copied only where it is a view of the cache, which is mapped read-only.
+            pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
         except DataError as error:
             return error
         # With channels innermost in memory torchvision resizes three times as fast as it does planes.
