@@ -28,9 +28,10 @@ format: $(STAMP)
 # Measures all that docs/benchmarks.md shows on this machine, and writes the page
 bench: bench-kernels bench-loaders bench-step
 
-# Times of the LRN kernels and of augment beside PyTorch's: benchmarks/results/lrn_*.csv and .png
+# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*
+KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py)
 bench-kernels: $(STAMP)
-	$(RUN) -m pytest benchmarks/test_lrn.py benchmarks/test_augment.py --benchmark-enable -s $(ARGS)
+	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs
 
 # Images a second and memory of the four loaders, DALI and FFCV included: benchmarks/results/loaders_*
