@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,24 @@ import pytest
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
 
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise ArgumentTypeError(f"{text} is not a folder")
+    return Path(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalex benchmarks")
     group.addoption(
         "--data-root",
-        type=Path,
+        type=folder,
         default=CIFAR10 if CIFAR10.is_dir() else None,
         help="test_step.py: CIFAR-10, as pickles or {train,test}/CLASS/*.jpg; generated images if not given",
     )
-    group.addoption("--rounds", type=int, default=5, help="test_step.py: turns of each program")
+    group.addoption("--rounds", type=count, default=5, help="test_step.py: turns of each program")
