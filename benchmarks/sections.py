@@ -132,7 +132,7 @@ def lrn(measurements: list[Measurement], device: str) -> list[str]:
             f"{float(m.record['fraction_of_copy']):.0%}",
         ]
         for m in both
-        if m.record["dtype"] == "bf16" or m.record["implementation"] == "eager"
+        if m.record["dtype"] == "bf16" or m.record["implementation"].startswith("eager")
     ]
     heads = [
         "",
