@@ -165,7 +165,9 @@ def draw(rows: Sequence[Row], path: Path, device: str) -> None:
     both = [row for row in rows if row.direction == "forward + backward"]
     panels = list(dict.fromkeys((row.function, row.shape) for row in both))
     about = machine(device)
-    figure = Figure(figsize=(12, 1.6 + 2.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    bars = len(both) / len(panels)
+    height = 1.6 + (0.7 + 0.2 * bars) * ((len(panels) + 1) // 2)
+    figure = Figure(figsize=(14, height), layout="constrained")
     for axes, (function, shape) in zip(figure.subplots(-(-len(panels) // 2), 2).flat, panels, strict=False):
         shown = [row for row in both if (row.function, row.shape) == (function, shape)]
         shown = [row for row in shown if row.implementation != "copy"][::-1]

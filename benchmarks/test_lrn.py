@@ -7,13 +7,16 @@ turns within a round, so that whatever else the machine does falls on all of the
 
 - eager: `nn.ReLU`, `nn.LocalResponseNorm` and, for pooling, `nn.MaxPool2d`, in NCHW, where they are at their
   fastest. On the CPU in fp32 only: PyTorch has no 16-bit kernel for it there.
-- torch.compile: the formula, written so that Inductor fuses it best, channels-last.
-- fastalex: this package, channels-last; for pooling also `relu_lrn` and then `max_pool2d`.
+- torch.compile: the formula as the paper states it, with shifted slices for the window; and the same written
+  so that Inductor fuses it best. Both channels-last.
+- fastalex: this package, channels-last; for pooling also `relu_lrn` and then `max_pool2d`. In NCHW too, which
+  costs copies to channels-last and back.
 - copy: `copy_` of the input, the bandwidth that the others are measured against.
 
 oneDNN has an LRN primitive, but no operator of PyTorch calls it: it cannot be reached from here.
-glibc's malloc is told to keep its pages for all of them (`fastalex.runtime.keep_pages`): by default each
-would spend most of its time on page faults, eager the most seconds of all.
+On the CPU, "eager" is what PyTorch does in a process that sets nothing: glibc's malloc maps each of these
+tensors afresh, and most of the time goes by in page faults. All others run as they do in fastalex, with pages
+kept (`fastalex.runtime.keep_pages`), and "eager, pages kept" says what that alone is worth.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import RESULTS, Row, draw, percentiles, table, write_csv
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
-from fastalex.runtime import keep_pages
+from fastalex.runtime import set_malloc_thresholds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 128
@@ -45,12 +48,26 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Candidate(NamedTuple):
-    """An implementation with the input it is timed on."""
+    """An implementation with the input it is timed on, and the size from which malloc maps on its own."""
 
     implementation: str
     dtype: str
     call: Function
     x: Tensor
+    map_from: int = 2**31 - 1
+
+
+# glibc raises its threshold to the largest block it has seen freed, and to this at most.
+STOCK_MAP_FROM = 32 * 2**20
+
+
+def papers_formula(x: Tensor) -> Tensor:
+    """ReLU and LRN as section 3.3 of the paper writes them, with channels where PyTorch has them."""
+    v = x.relu()
+    squares = F.pad(v * v, (0, 0, 0, 0, SIZE // 2, (SIZE - 1) // 2))
+    total = sum(squares[:, i : i + x.shape[1]] for i in range(SIZE))
+    assert isinstance(total, Tensor)
+    return v / (K + ALPHA / SIZE * total) ** BETA
 
 
 def formula(x: Tensor) -> Tensor:
@@ -81,12 +98,17 @@ def candidates(function: str, shape: tuple[int, ...]) -> list[Candidate]:
     eager = nn.Sequential(*modules, *([nn.MaxPool2d(3, 2)] if pools else []))
     unfused: Function = lambda x: relu_lrn(x, *OPTIONS)  # noqa: E731
     found = [
-        Candidate("eager", name, eager, nchw.to(dtype).requires_grad_())
+        Candidate("eager", name, eager, nchw.to(dtype).requires_grad_(), STOCK_MAP_FROM)
         for name, dtype in EAGER_DTYPES.items()
     ]
+    if DEVICE == "cpu":
+        found.append(Candidate("eager, pages kept", "fp32", eager, found[0].x))
+    ours_in_nchw = (lambda x: relu_lrn_max_pool(x, *OPTIONS)) if pools else unfused
+    found.append(Candidate(f"{OURS}, NCHW", "fp32", ours_in_nchw, found[0].x))
     for name, x in inputs.items():
-        compiled = torch.compile(pooled(formula) if pools else formula, dynamic=False)
-        found.append(Candidate("torch.compile", name, compiled, x))
+        for written, text in (("the paper's formula", papers_formula), ("written for it", formula)):
+            compiled = torch.compile(pooled(text) if pools else text, dynamic=False)
+            found.append(Candidate(f"torch.compile, {written}", name, compiled, x))
         if pools:
             found.append(Candidate("fastalex relu_lrn, then max_pool2d", name, pooled(unfused), x))
             found.append(Candidate(OURS, name, lambda x: relu_lrn_max_pool(x, *OPTIONS), x))
@@ -128,7 +150,6 @@ def bytes_moved(function: str, x: Tensor, y: Tensor) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[Row]]:
     """The rows of all cases; written when all have run, so that a part does not replace the whole."""
-    keep_pages()
     collected: list[Row] = []
     yield collected
     if len({(row.function, row.shape) for row in collected}) == len(FUNCTIONS) * len(SHAPES):
@@ -156,6 +177,7 @@ def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: 
     copies: dict[str, list[float]] = {name: [] for name in targets}
 
     def measure(index: int) -> None:
+        set_malloc_thresholds(field[index].map_from)
         for direction, duration in forward_and_backward(field[index], grads[index]).items():
             times[index].setdefault(direction, []).append(duration)
 
