@@ -60,16 +60,7 @@ def augment(
     name = "augment"
     _check_images(images, resize, crop, mean, std, dtype, name)
     indices = _resolve_indices(images, indices, name)
-    count = len(indices)
-    for argument, value, shape, kind in (
-        ("offsets", offsets, (count, 2), torch.int32),
-        ("flips", flips, (count,), torch.bool),
-    ):
-        if value.shape != shape or value.dtype != kind or value.device != images.device:
-            raise ValueError(
-                f"{name}: {argument} must be {kind} {shape} on {images.device}, "
-                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
-            )
+    _check_plan(images, indices, offsets, flips, name)
     return _augment(images, indices, offsets, flips, 1, resize, crop, list(mean), list(std), dtype)
 
 
@@ -144,6 +135,19 @@ def _resolve_indices(images: Tensor, indices: Tensor | None, name: str) -> Tenso
     return indices
 
 
+def _check_plan(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, name: str) -> None:
+    count = len(indices)
+    for argument, value, shape, kind in (
+        ("offsets", offsets, (count, 2), torch.int32),
+        ("flips", flips, (count,), torch.bool),
+    ):
+        if value.shape != shape or value.dtype != kind or value.device != images.device:
+            raise ValueError(
+                f"{name}: {argument} must be {kind} {shape} on {images.device}, "
+                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+            )
+
+
 def _crop_views(resize: int, crop: int, mirror: bool) -> list[tuple[int, int, bool]]:
     """(top, left, flip) of each of the ten (or five) views, in torchvision's order."""
     far, middle = resize - crop, round((resize - crop) / 2)
@@ -161,13 +165,13 @@ def _views_on(resize: int, crop: int, mirror: bool, device: torch.device) -> tup
     return offsets, torch.tensor([view[2] for view in views], device=device)
 
 
-def _check_ranges(images: Tensor, indices: Tensor, offsets: Tensor, limit: int) -> None:
+def _check_ranges(images: Tensor, indices: Tensor, offsets: Tensor, limit: int, function: str) -> None:
     for name, values, last in (("indices", indices, len(images) - 1), ("offsets", offsets, limit)):
         if values.numel() == 0:
             continue
         low, high = (int(value) for value in values.aminmax())
         if low < 0 or high > last:
-            raise ValueError(f"augment: {name} must be in 0 .. {last}, got {low} .. {high}")
+            raise ValueError(f"{function}: {name} must be in 0 .. {last}, got {low} .. {high}")
 
 
 @custom_op("fastalex::augment", mutates_args=())
@@ -201,7 +205,7 @@ def _(
 ) -> Tensor:
     from . import augment_numba
 
-    _check_ranges(images, indices, offsets, resize - crop)
+    _check_ranges(images, indices, offsets, resize - crop, "augment")
     return augment_numba.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
 
 

@@ -1,0 +1,105 @@
+"""AlexNet's first convolution on the source pixels against augment and convolution, interleaved, in one run.
+
+    python -m pytest benchmarks/test_folded_conv.py --benchmark-enable -s
+
+A training batch of CIFAR-10: 128 crops of 224 from 32-pixel images resized to 256, 11x11 convolution with
+stride 4 and 96 channels, gradients of its weight and bias. `plain` is what the training step does: `augment`
+in bf16, then the convolution under autocast, channels-last, with an fp32 weight. `folded` is `folded_conv2d`.
+They take turns, and memory that is freed stays with the process, as in a training run. Writes
+`benchmarks/results/folded_conv_cpu.csv`: milliseconds a batch, and how many times faster `folded` is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.report import RESULTS, percentiles, write_csv
+from fastalex.config import DataConfig
+from fastalex.kernels import augment, folded_conv2d
+from fastalex.runtime import keep_pages
+
+DATA = DataConfig(name="synthetic", resize=256, crop=224)
+OPTIONS: dict[str, Any] = {
+    "resize": DATA.resize,
+    "crop": DATA.crop,
+    "mean": DATA.mean,
+    "std": DATA.std,
+    "dtype": torch.bfloat16,
+}
+BATCH = 128
+ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation's time for one pass over a batch; the plain forward pass includes `augment`."""
+
+    case: str
+    implementation: str
+    direction: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    folded_is_times_faster: float
+
+
+@pytest.mark.benchmark(group="folded_conv")
+def test_training_batch(benchmark: Any) -> None:
+    if benchmark.disabled:
+        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+    keep_pages()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (512, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    offsets = torch.randint(DATA.resize - DATA.crop + 1, (BATCH, 2), generator=generator, dtype=torch.int32)
+    flips = torch.randint(2, (BATCH,), generator=generator).bool()
+    plan = {"indices": torch.randint(len(images), (BATCH,), generator=generator), **OPTIONS}
+    conv = torch.nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2).to(memory_format=torch.channels_last)
+    assert conv.bias is not None
+    parameters = conv.weight, conv.bias
+    grad = torch.randn((BATCH, 96, 55, 55), generator=generator).bfloat16()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+
+    def plain() -> Tensor:
+        crops = augment(images, offsets, flips, **plan)
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.conv2d(crops, *parameters, stride=4, padding=2)
+
+    def folded() -> Tensor:
+        return folded_conv2d(images, offsets, flips, *parameters, stride=4, padding=2, **plan)
+
+    forwards: dict[str, Callable[[], Tensor]] = {"plain": plain, "folded": folded}
+    seconds: dict[tuple[str, str], list[float]] = {}
+
+    def measure(name: str) -> None:
+        start = time.perf_counter()
+        result = forwards[name]()
+        middle = time.perf_counter()
+        torch.autograd.grad(result, parameters, grad)
+        end = time.perf_counter()
+        for direction, spent in (
+            ("forward", middle - start),
+            ("backward", end - middle),
+            ("forward + backward", end - start),
+        ):
+            seconds.setdefault((direction, name), []).append(spent)
+
+    benchmark.pedantic(
+        measure, args=("folded",), setup=lambda: measure("plain"), rounds=ROUNDS, warmup_rounds=1
+    )
+    rows = []
+    for (direction, name), times in sorted(seconds.items()):
+        median, low, high = percentiles(times[1:])  # the first round compiles
+        factor = median / percentiles(seconds[direction, "folded"][1:])[0]
+        case = "128 x (32 x 32 to 256, crop 224), 11 x 11, 96 channels"
+        rows.append(Row(case, name, direction, median, low, high, len(times) - 1, factor))
+        print(f"\n{direction}: {name}, {median:.1f} ms, folded is {factor:.2f} times faster", end="")
+    write_csv(rows, RESULTS / "folded_conv_cpu.csv", "cpu")
