@@ -22,6 +22,7 @@ from benchmarks import memory, reference
 from benchmarks.hardware import DEVICE, Hardware, seconds
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
+from fastalex import crops
 from fastalex.cli import to_dataclass
 from fastalex.config import Config, model_options, register
 from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
@@ -110,7 +111,7 @@ class FirstBatches:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self.loader.set_epoch(epoch, start_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | crops.Crops, Tensor]]:
         return islice(iter(self.loader), self.batches)
 
 
@@ -134,6 +135,7 @@ class Fastalex:
             "dtype": self.runtime.dtype,
             "channels_last": self.runtime.channels_last,
         }
+        placed["fold"] = crops.pays(model, splits.train, config.data, loader, self.runtime.device)
         train = build_loader(
             splits.train, config.data, loader, views=Views.random, batch_size=batch_size, **placed
         )

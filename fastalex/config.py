@@ -57,6 +57,13 @@ class Schedule(Enum):
     plateau = "plateau"  # divided by ten when validation error stops improving
 
 
+class OnWriteError(Enum):
+    """What a checkpoint that cannot be written does to the run."""
+
+    stop = "stop"
+    warn = "warn"  # the run goes on, and the older checkpoint stays
+
+
 class Budget(Enum):
     """What a reproduction takes."""
 
@@ -117,6 +124,7 @@ class LoaderConfig:
 
     name: str = MISSING  # auto, resident, torchvision, dali, ffcv
     workers: int = -1  # processes or threads that prepare images; -1: one for each core beyond the first
+    fold: bool = True  # resident only: where it pays, the first convolution reads small images as they are
     beton: str = ""  # ffcv only: the folder of .beton files; empty: fastalex's cache
 
 
@@ -160,6 +168,15 @@ class RuntimeConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When a run saves its state; the newest is ``checkpoint.pt``, older ones ``checkpoint-STEP.pt``."""
+
+    every_steps: int = 0  # beside the end of each epoch; 0: only there
+    keep: int = 2  # the newest so many; the one before is what a damaged file falls back on
+    on_error: OnWriteError = OnWriteError.stop
+
+
+@dataclass
 class Config:
     """One training run: what ``python -m fastalex.train`` takes."""
 
@@ -168,6 +185,8 @@ class Config:
     loader: LoaderConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str = ""  # auto: the newest unfinished run, or that in hydra.run.dir; else a checkpoint or a run
     seed: int = 0
     log_every: int = 20  # steps between two looks at the loss, each of which waits for the device
     profile: bool = False  # run a few steps under torch.profiler instead of training
@@ -246,6 +265,7 @@ def validate(config: Config) -> None:
         ("train.epochs", train.epochs),
         ("train.batch_size", train.batch_size),
         ("train.accumulate", train.accumulate),
+        ("checkpoint.keep", config.checkpoint.keep),
         ("log_every", config.log_every),
     ):
         if count < 1:
@@ -277,6 +297,7 @@ def validate(config: Config) -> None:
         ("train.patience", float(train.patience), 0.0, math.inf),
         ("runtime.threads", float(config.runtime.threads), 0.0, math.inf),
         ("loader.workers", float(config.loader.workers), -1.0, math.inf),
+        ("checkpoint.every_steps", float(config.checkpoint.every_steps), 0.0, math.inf),
     ):
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")

@@ -211,6 +211,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
         channels_last=runtime.channels_last,
     )
     images, labels = next(iter(loader))
+    assert isinstance(images, torch.Tensor)
     print(f"{runtime}\n{config.model.name}, a batch of {len(labels)} training images of {splits.source}\n")
     diagnoses = {}
     for name, model_config in initialisations(config.model).items():

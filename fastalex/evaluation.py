@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastalex import crops
 from fastalex.config import Config
 from fastalex.data import ImageSet, Views, build_loader
 from fastalex.metrics import Errors, errors, predict
@@ -66,6 +67,7 @@ def evaluate(network: nn.Module, images: ImageSet, config: Config, runtime: Runt
             device=runtime.device,
             dtype=runtime.dtype,
             channels_last=runtime.channels_last,
+            fold=crops.pays(network, images, config.data, config.loader, runtime.device),
         )
         results[kind] = predict(network, loader, runtime)
     probabilities, labels = results[Views.ten_crop]

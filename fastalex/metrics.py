@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastalex.crops import Crops
 from fastalex.runtime import Runtime
 
 
@@ -31,7 +32,7 @@ class Errors:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
+    network: nn.Module, loader: Iterable[tuple[Tensor | Crops, Tensor]], runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Run a network over a loader in evaluation mode.
 

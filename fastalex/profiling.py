@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastalex.crops import Crops
 from fastalex.data import Loader
 from fastalex.files import replacing, write_text
 from fastalex.trainer import Trainer
@@ -64,7 +65,7 @@ class FirstBatches:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._loader.set_epoch(epoch, start_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
         left, epoch = self._count, 0
         while left:
             for batch in self._loader:

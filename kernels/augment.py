@@ -88,8 +88,8 @@ def ten_crop(
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
     # Traced, the tensors become constants of the graph; dynamo would warn that it looks through the cache.
-    views_on = _views_on.__wrapped__ if torch.compiler.is_compiling() else _views_on
-    offsets, flips = views_on(resize, crop, mirror, images.device)
+    views = ten_crop_views.__wrapped__ if torch.compiler.is_compiling() else ten_crop_views
+    offsets, flips = views(resize, crop, mirror, images.device)
     return _augment(images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype)
 
 
@@ -159,7 +159,8 @@ def _crop_views(resize: int, crop: int, mirror: bool) -> list[tuple[int, int, bo
 
 
 @lru_cache(maxsize=16)  # on a GPU, building it would be a copy from the host in every batch
-def _views_on(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def ten_crop_views(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `ten_crop` cuts of each image: int32 (V, 2) offsets and bool (V,) flips, V being 10, or 5."""
     views = _crop_views(resize, crop, mirror)
     offsets = torch.tensor([view[:2] for view in views], dtype=torch.int32, device=device)
     return offsets, torch.tensor([view[2] for view in views], device=device)

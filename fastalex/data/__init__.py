@@ -59,6 +59,7 @@ def build_loader(
     channels_last: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    fold: bool = False,
 ) -> Loader:
     """The loader that ``loader.name`` names: see :class:`fastalex.data.loader.Loader` for what it yields.
 
@@ -70,6 +71,7 @@ def build_loader(
         seed: decides order, offsets and flips, together with the epoch.
         device, dtype, channels_last: where and how the batches are to lie.
         rank, world_size: this process among those that share the epoch.
+        fold: yield batches unmade, for a network that takes them (resident only; see `fastalex.crops.pays`).
 
     Raises:
         ConfigError: no such loader, or a batch larger than the training set.
@@ -91,5 +93,6 @@ def build_loader(
         channels_last=channels_last,
         rank=rank,
         world_size=world_size,
+        fold=fold,
     )
     return built

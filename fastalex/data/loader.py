@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.crops import Crops
 from fastalex.data.imageset import ImageSet
 from fastalex.data.sampling import (
     EpochPlan,
@@ -38,6 +39,8 @@ class Loader(Protocol):
     does, cropped, flipped and then (x / 255 - mean) / std; labels are int64 (B,). V is 1, but with
     ``Views.ten_crop`` 10, in the order of torchvision's TenCrop, or its first 5 if data.flip is ``none``: a
     network that never saw a mirror image must not be asked about one. The views of one image are adjacent.
+
+    A loader that was built with ``fold=True`` yields each batch of images unmade, as Crops.
     """
 
     num_samples: int  # the images that this rank yields each epoch
@@ -50,7 +53,7 @@ class Loader(Protocol):
         """Chooses the epoch that the next iterations yield, without its first ``start_batch`` batches."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...
 
 
 class PlannedLoader(ABC):
@@ -70,6 +73,7 @@ class PlannedLoader(ABC):
         channels_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        fold: bool = False,
     ) -> None:
         self.images = images
         self.data = data
@@ -82,6 +86,7 @@ class PlannedLoader(ABC):
         self.channels_last = channels_last
         self.rank = rank
         self.world_size = world_size
+        self.fold = fold
         self.epoch = 0
         self.start_batch = 0
         if views is Views.random:
@@ -125,4 +130,4 @@ class PlannedLoader(ABC):
         return EpochPlan(indices, offsets, torch.zeros(len(indices), dtype=torch.bool, device=device))
 
     @abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...

@@ -20,10 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastalex.crops import Crops
 from fastalex.data.imageset import ImageSet
 from fastalex.data.loader import PlannedLoader, Views
+from fastalex.data.sampling import EpochPlan
 from fastalex.errors import DataError
-from fastalex.kernels import augment, ten_crop
+from fastalex.kernels import ten_crop
+from fastalex.kernels.augment import ten_crop_views
 
 MEMORY_SHARE = 0.25  # of a GPU's memory that one split may take
 
@@ -61,26 +64,41 @@ class ResidentLoader(PlannedLoader):
         self._pixels = _on_device(self.images.pixels, self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
         plan = self.plan(self.device)
-        geometry = {
+        for number in range(self.start_batch, len(self)):
+            rows = plan.batch(number, self.batch_size)
+            images: Tensor | Crops
+            if self.fold:
+                images = self._crops(rows)
+            elif self.views is Views.ten_crop:
+                images = ten_crop(
+                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **self._geometry
+                )
+            else:
+                images = self._crops(rows).make()
+            if isinstance(images, Tensor) and not self.channels_last:
+                images = images.contiguous()
+            yield images, self._labels[rows.indices]
+
+    def _crops(self, rows: EpochPlan) -> Crops:
+        indices, offsets, flips = rows.indices, rows.offsets, rows.flips
+        if self.views is Views.ten_crop:
+            mirror = self.num_views == 10
+            offsets, flips = ten_crop_views(self.data.resize, self.data.crop, mirror, self.device)
+            offsets, flips = offsets.repeat(len(rows), 1), flips.repeat(len(rows))
+            indices = indices.repeat_interleave(self.num_views)
+        return Crops(self._pixels.tensor, indices, offsets, flips, **self._geometry)
+
+    @property
+    def _geometry(self) -> dict[str, Any]:
+        return {
             "resize": self.data.resize,
             "crop": self.data.crop,
             "mean": self.data.mean,
             "std": self.data.std,
             "dtype": self.dtype,
         }
-        for number in range(self.start_batch, len(self)):
-            rows = plan.batch(number, self.batch_size)
-            if self.views is Views.ten_crop:
-                images = ten_crop(
-                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **geometry
-                )
-            else:
-                images = augment(
-                    self._pixels.tensor, rows.offsets, rows.flips, indices=rows.indices, **geometry
-                )
-            yield images if self.channels_last else images.contiguous(), self._labels[rows.indices]
 
 
 class _DevicePixels:

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from fastalex.crops import Crops
 from fastalex.data.loader import Loader
 
 
@@ -31,5 +32,5 @@ class StagedLoader:
         self._current = self._loaders[sum(epoch >= end for end in self._ends)]
         self._current.set_epoch(epoch, start_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
         return iter(self._current)

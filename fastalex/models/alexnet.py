@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastalex.crops import Crops
 from fastalex.errors import ConfigError
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
 
@@ -68,6 +69,7 @@ class AlexNet(nn.Module):
 
     Shape:
         input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
+        The input may be unmade: :class:`fastalex.crops.Crops`.
 
     Raises:
         ConfigError: for an option that does not exist or cannot work.
@@ -106,8 +108,14 @@ class AlexNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         INITIALISERS[init](self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm_pool1(self.conv1(x))
+    @property
+    def stride_over_crops(self) -> int:
+        """Says that batches may come unmade, and how far the first convolution moves over them."""
+        return self.conv1.stride[0]
+
+    def forward(self, images: Tensor | Crops) -> Tensor:
+        x = self.conv1(images) if isinstance(images, Tensor) else images.convolve(self.conv1)
+        x = self.norm_pool1(x)
         x = self.norm_pool2(self.conv2(x))
         x = F.relu(self.conv3(x), inplace=True)
         x = F.relu(self.conv4(x), inplace=True)

@@ -1,0 +1,92 @@
+"""Batches that are not made: the network must not notice, and only networks that can take them get them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastalex import crops
+from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.crops import Crops
+from fastalex.data import ImageSet, Views, build_loader
+from fastalex.models import create_model
+
+CPU = torch.device("cpu")
+RESIDENT = LoaderConfig("resident")
+
+
+def images(side: int = 16, count: int = 12) -> ImageSet:
+    rng = np.random.default_rng(0)
+    return ImageSet(
+        rng.integers(0, 10, count), pixels=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    )
+
+
+def data(**changes: object) -> DataConfig:
+    return DataConfig(**{"name": "synthetic", "resize": 128, "crop": 96, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flip", [Flip.random, Flip.none])
+@pytest.mark.parametrize("views", list(Views))
+def test_made_they_are_what_the_loader_yields(views: Views, flip: Flip) -> None:
+    options = {"views": views, "batch_size": 5 if views is not Views.random else 4, "seed": 3}
+    made = build_loader(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
+    unmade = build_loader(images(), data(flip=flip), RESIDENT, fold=True, **options)  # type: ignore[arg-type]
+    count = 0
+    for (batch, labels), (crops_, labels_of_crops) in zip(made, unmade, strict=True):
+        assert isinstance(batch, torch.Tensor)
+        assert isinstance(crops_, Crops)
+        assert crops_.shape == batch.shape
+        assert torch.equal(crops_.make(), batch)
+        assert torch.equal(labels, labels_of_crops)
+        count += len(labels)
+    assert count == 12
+
+
+def test_the_network_computes_the_same_from_them() -> None:
+    torch.manual_seed(0)
+    network = create_model("alexnet", init="he", dropout=0.0)
+    loader = build_loader(images(), data(), RESIDENT, views=Views.random, batch_size=6, fold=True)
+    batch, labels = next(iter(loader))
+    assert isinstance(batch, Crops)
+    exact = create_model("alexnet", init="he", dropout=0.0).double()
+    exact.load_state_dict(network.state_dict())
+    F.cross_entropy(network(batch), labels).backward()
+    F.cross_entropy(exact(batch.make().double()), labels).backward()
+    for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        distance = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert distance < 1e-5, f"{name}: {distance:.2g}"
+
+
+def test_chunks_are_parts_of_the_batch() -> None:
+    loader = build_loader(images(), data(), RESIDENT, views=Views.random, batch_size=12, fold=True)
+    batch, _ = next(iter(loader))
+    assert isinstance(batch, Crops)
+    assert torch.equal(torch.cat([part.make() for part in batch.chunk(3)]), batch.make())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"resize": 64, "crop": 64}, True),  # four times
+        ({"resize": 96, "crop": 64}, False),  # six times: no multiple of the stride of 4
+        ({"resize": 100, "crop": 96}, False),
+    ],
+)
+def test_only_whole_multiples_of_the_stride_are_folded(changes: dict[str, int], expected: bool) -> None:
+    network = create_model("alexnet")
+    assert crops.pays(network, images(), data(**changes), RESIDENT, CPU) is expected
+
+
+def test_nothing_is_folded_that_cannot_be() -> None:
+    alexnet, files = create_model("alexnet"), ImageSet(np.zeros(0, np.int64), paths=())
+    assert not crops.pays(create_model("resnet18"), images(), data(), RESIDENT, CPU)
+    assert not crops.pays(alexnet, files, data(), RESIDENT, CPU)
+    assert not crops.pays(alexnet, images(), data(), LoaderConfig("torchvision"), CPU)
+    assert not crops.pays(alexnet, images(), data(), LoaderConfig("resident", fold=False), CPU)
+    assert not crops.pays(alexnet, images(), data(), RESIDENT, torch.device("cuda"))
