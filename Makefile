@@ -5,12 +5,16 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train test lint format bench bench-kernels bench-loaders bench-step bench-compare inspect \
+.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-compare inspect \
 	setup clean
 
 # The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
 	$(RUN) -m fastalex.train $(if $(findstring data=,$(ARGS)),,data=digits) $(ARGS)
+
+# The study's table, row by row: make reproduce ARGS="rows=alexnet data.root=DATA", or ARGS=--dry-run for the plan
+reproduce: $(STAMP)
+	$(RUN) -m fastalex.reproduce $(ARGS)
 
 # make test ARGS="-k lrn" runs a part.
 test: $(STAMP)

@@ -36,6 +36,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.5",
         "scikit-learn>=1.6",
+        "scipy>=1.13",
         "tensorboard>=2.18",
         "tqdm>=4.67",
     ],
