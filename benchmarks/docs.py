@@ -56,6 +56,9 @@ def page(results: Path) -> str:
             measurements = read(results, f"{name}_{device}.csv")
             if measurements:
                 written += [*section(measurements, device), sections.machine(measurements), ""]
+            profile = results / f"profile_{device}.txt"
+            if name == "step" and profile.exists():
+                written += sections.profile(profile.read_text())
     if not written:
         raise ResultsError(f"no {results}/*_cpu.csv or *_cuda.csv; make bench writes them")
     return "\n".join([INTRODUCTION, *written]).rstrip() + "\n"

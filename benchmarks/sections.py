@@ -42,6 +42,19 @@ def machine(measurements: Sequence[Measurement]) -> str:
     )
 
 
+def profile(text: str) -> list[str]:
+    return [
+        "### The operators of a step",
+        "",
+        "`python -m fastalex.train profile=true`, which also writes the trace, prints:",
+        "",
+        "```",
+        text.rstrip(),
+        "```",
+        "",
+    ]
+
+
 def step(measurements: list[Measurement], device: str) -> list[str]:
     of = {
         name: [m for m in measurements if m.record["measurement"] == name]

@@ -12,11 +12,14 @@ outside the clock. In every round the machine's matrix products and copies are t
 their own. A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix
 products, counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up
 (VmHWM), which includes PyTorch itself, and what its DataLoader's processes share with nobody. The time by
-part is torch.profiler's, from steps of their own. Writes results/step_cpu.csv, or step_cuda.csv on a GPU.
+part is torch.profiler's, from steps of their own. Writes results/step_cpu.csv, or step_cuda.csv on a GPU, and
+what `python -m fastalex.train profile=true` prints of the operators, profile_cpu.txt.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from benchmarks.hardware import DEVICE
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.step import Bench
 from fastalex.data.cifar import CLASSES
+from fastalex.files import write_text
 
 BATCH = 128
 MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "step by part"}
@@ -48,12 +52,18 @@ def generate(root: Path, train: int = 256, test: int = 32) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Its rows are written when all is measured, so that a part does not replace the whole."""
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the images."""
     if not request.config.getoption("benchmark_enable"):
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    root = request.config.getoption("data_root") or generate(tmp_path_factory.mktemp("images"))
-    bench = Bench(root.absolute(), request.config.getoption("rounds"), BATCH, tuple(CONTENDERS))
+    given: Path | None = request.config.getoption("data_root")
+    return (given or generate(tmp_path_factory.mktemp("images"))).absolute()
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
+    """Its rows are written when all is measured, so that a part does not replace the whole."""
+    bench = Bench(root, request.config.getoption("rounds"), BATCH, tuple(CONTENDERS))
     try:
         yield bench
     finally:
@@ -75,3 +85,10 @@ def test_evaluation(bench: Bench, benchmark: Any) -> None:
 
 def test_parts(bench: Bench, benchmark: Any) -> None:
     bench.parts(benchmark)
+
+
+def test_profile(root: Path, tmp_path: Path, benchmark: Any) -> None:
+    program = [sys.executable, "-m", "fastalex.train", "profile=true"]
+    program += [f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}"]
+    benchmark.pedantic(subprocess.run, args=(program,), kwargs={"check": True}, rounds=1)
+    write_text(RESULTS / f"profile_{DEVICE}.txt", (tmp_path / "run" / "profile.txt").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ def profile_steps(trainer: Trainer, folder: Path) -> Profile:
         trainer: its training loader is cut to ``STEPS`` steps, and it is not to be used afterwards.
         folder: of the run.
     """
+    # Else Kineto writes lines of its own among ours, one of them an error where there is no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     trainer.train_loader = FirstBatches(trainer.train_loader, STEPS)
     trainer.validation_loader = None
     on_step = trainer.on_step
