@@ -1,12 +1,21 @@
 """Fused kernels for AlexNet: the layers that PyTorch runs in many passes over memory, in one.
 
 Each function has a reference in plain PyTorch (`*_reference.py`), a Numba implementation for the CPU
-(`*_numba.py`) and, but for the folded convolution, a Triton one for CUDA (`*_triton.py`) behind one PyTorch
-operator (`lrn.py`, `augment.py`, `folded_conv.py`).
+(`*_numba.py`) and, but for the two convolutions, a Triton one for CUDA (`*_triton.py`) behind one PyTorch
+operator (`lrn.py`, `augment.py`, `folded_conv.py`, `winograd.py`).
 """
 
 from .augment import augment, ten_crop
 from .folded_conv import folded_conv2d
 from .lrn import local_response_norm, relu_lrn, relu_lrn_max_pool
+from .winograd import winograd_conv2d
 
-__all__ = ["augment", "folded_conv2d", "local_response_norm", "relu_lrn", "relu_lrn_max_pool", "ten_crop"]
+__all__ = [
+    "augment",
+    "folded_conv2d",
+    "local_response_norm",
+    "relu_lrn",
+    "relu_lrn_max_pool",
+    "ten_crop",
+    "winograd_conv2d",
+]

@@ -1,0 +1,344 @@
+# mypy: disallow-untyped-defs=False
+"""Winograd's convolution on the CPU: matrix products by PyTorch, transforms in one pass over memory each.
+
+The products take nearly all of the time, and the transforms must not take what they save: each goes through a
+tile 16 channels at a time, does both its sides in registers, in fp32, and rounds once. Not more than `IMAGES`
+are in transformed tiles at a time, which take more than four times the memory of the pixels; the backward
+pass transforms the input once more rather than keep them.
+
+The outputs of an odd height or width end in half a tile, whose second output nobody reads. The fourth
+row or column of the tile serves only that, so it is left out of these tiles: 7% of the products for 13x13.
+Position (i, j) of the tiles is therefore a matrix of its own height; all 16 lie one after another:
+
+    (images * tile rows that have an i * tile columns that have a j, channels)
+
+A thread owns rows of tiles. Where tiles overlap, in the gradient of the input, the owner of a tile gathers
+for the 2x2 pixels in its middle what the tiles around say of them: no two threads write the same pixel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import winograd_reference as reference
+from ._numba_simd import LANES, bits, inline, jit, load, pointer, run, splat, store
+
+f32 = np.float32
+NO_BIAS = torch.empty(0)
+IMAGES = (
+    64  # of 13x13x384, 34 MiB of tiles in bf16; with fewer than 32 the products lose more than caches win
+)
+
+# --- one side of each transform ---------------------------------------------------------------------------
+
+
+@inline
+def _input_side(a, b, c, d):
+    """B^T d."""
+    return a - c, b + c, c - b, b - d
+
+
+@inline
+def _output_side(a, b, c, d):
+    """A^T m."""
+    return a + b + c, b - c - d
+
+
+@inline
+def _gradient_side(a, b):
+    """A y."""
+    return a, a + b, a - b, splat(f32(0)) - b
+
+
+@inline
+def _pixels_side(a, b, c, d, before, after):
+    """The middle two of B v, each with what the next tile has for it: the fourth before, the first after."""
+    return b - c + d - before, b + c - a + after
+
+
+# --- one block of 16 channels, from c, of a tile ----------------------------------------------------------
+#
+# at       where the tile is in the matrix of each position
+# pixel    where the first of its 2x2 pixels is
+# lines    from a pixel to the one below, from a tile to the one below, and that in the tiles' fourth column
+# rows     whether there is: a row before the two, the second of the two, a row after. Without the first and
+#          the last there is no tile there, without the second this tile has no fourth row
+# columns  the same
+#
+# What does not exist counts as 0.
+
+
+@inline
+def _load_if(exists, start, at):
+    return load(start, at) if exists else splat(f32(0))
+
+
+@inline
+def _store_row(tiles, at, i, c, columns, row):
+    store(tiles, at[i] + c, row[0])
+    store(tiles, at[i + 1] + c, row[1])
+    store(tiles, at[i + 2] + c, row[2])
+    if columns[1]:
+        store(tiles, at[i + 3] + c, row[3])
+
+
+@inline
+def _store_pixels(pixels, to, below, channels, rows, columns, left, right):
+    store(pixels, to, left[0])
+    if columns[1]:
+        store(pixels, to + channels, right[0])
+    if rows[1]:
+        store(pixels, to + below, left[1])
+        if columns[1]:
+            store(pixels, to + below + channels, right[1])
+
+
+@inline
+def _input_column(pixels, at, below, rows, exists):
+    return _input_side(
+        _load_if(exists and rows[0], pixels, at - below),
+        _load_if(exists, pixels, at),
+        _load_if(exists and rows[1], pixels, at + below),
+        _load_if(exists and rows[2], pixels, at + 2 * below),
+    )
+
+
+@inline
+def _input_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, columns):
+    a = _input_column(pixels, pixel + c - channels, lines[0], rows, columns[0])
+    b = _input_column(pixels, pixel + c, lines[0], rows, True)
+    d = _input_column(pixels, pixel + c + channels, lines[0], rows, columns[1])
+    e = _input_column(pixels, pixel + c + 2 * channels, lines[0], rows, columns[2])
+    _store_row(tiles, at, 0, c, columns, _input_side(a[0], b[0], d[0], e[0]))
+    _store_row(tiles, at, 4, c, columns, _input_side(a[1], b[1], d[1], e[1]))
+    _store_row(tiles, at, 8, c, columns, _input_side(a[2], b[2], d[2], e[2]))
+    if rows[1]:
+        _store_row(tiles, at, 12, c, columns, _input_side(a[3], b[3], d[3], e[3]))
+
+
+@inline
+def _gradient_column(pixels, at, below, rows, exists):
+    return _gradient_side(
+        _load_if(exists, pixels, at),
+        _load_if(exists and rows[1], pixels, at + below),
+    )
+
+
+@inline
+def _gradient_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, columns):
+    a = _gradient_column(pixels, pixel + c, lines[0], rows, True)
+    b = _gradient_column(pixels, pixel + c + channels, lines[0], rows, columns[1])
+    _store_row(tiles, at, 0, c, columns, _gradient_side(a[0], b[0]))
+    _store_row(tiles, at, 4, c, columns, _gradient_side(a[1], b[1]))
+    _store_row(tiles, at, 8, c, columns, _gradient_side(a[2], b[2]))
+    if rows[1]:
+        _store_row(tiles, at, 12, c, columns, _gradient_side(a[3], b[3]))
+
+
+@inline
+def _output_column(tiles, at, j, c, rows, exists):
+    return _output_side(
+        _load_if(exists, tiles, at[j] + c),
+        _load_if(exists, tiles, at[j + 4] + c),
+        _load_if(exists, tiles, at[j + 8] + c),
+        _load_if(exists and rows[1], tiles, at[j + 12] + c),
+    )
+
+
+@inline
+def _output_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, columns):
+    a = _output_column(tiles, at, 0, c, rows, True)
+    b = _output_column(tiles, at, 1, c, rows, True)
+    d = _output_column(tiles, at, 2, c, rows, True)
+    e = _output_column(tiles, at, 3, c, rows, columns[1])
+    top = _output_side(a[0], b[0], d[0], e[0])
+    bottom = _output_side(a[1], b[1], d[1], e[1])
+    added = load(bias, c)
+    left, right = (top[0] + added, bottom[0] + added), (top[1] + added, bottom[1] + added)
+    _store_pixels(pixels, pixel + c, lines[0], channels, rows, columns, left, right)
+
+
+@inline
+def _pixels_column(tiles, at, j, c, line, rows, exists):
+    """`c` may also lead into the tile before or after."""
+    return _pixels_side(
+        _load_if(exists, tiles, at[j] + c),
+        _load_if(exists, tiles, at[j + 4] + c),
+        _load_if(exists, tiles, at[j + 8] + c),
+        _load_if(exists and rows[1], tiles, at[j + 12] + c),
+        _load_if(exists and rows[0], tiles, at[j + 12] + c - line),
+        _load_if(exists and rows[2], tiles, at[j] + c + line),
+    )
+
+
+@inline
+def _pixels_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, columns):
+    a = _pixels_column(tiles, at, 0, c, lines[1], rows, True)
+    b = _pixels_column(tiles, at, 1, c, lines[1], rows, True)
+    d = _pixels_column(tiles, at, 2, c, lines[1], rows, True)
+    e = _pixels_column(tiles, at, 3, c, lines[2], rows, columns[1])
+    before = _pixels_column(tiles, at, 3, c - channels, lines[2], rows, columns[0])
+    after = _pixels_column(tiles, at, 0, c + channels, lines[1], rows, columns[2])
+    top = _pixels_side(a[0], b[0], d[0], e[0], before[0], after[0])
+    bottom = _pixels_side(a[1], b[1], d[1], e[1], before[1], after[1])
+    left, right = (top[0], bottom[0]), (top[1], bottom[1])
+    _store_pixels(pixels, pixel + c, lines[0], channels, rows, columns, left, right)
+
+
+# --- kernels: each works on some rows of tiles, counted through all images, and in parallel on several ----
+
+
+@inline
+def _each_tile(do, start, stop, at, pixels, tiles, bias, begin, shape):
+    """`begin` is where the matrices of the positions begin; `shape` that of the pixels."""
+    height, width, channels = shape
+    down, across = (height + 1) // 2, (width + 1) // 2
+    lines = width * channels, across * channels, width // 2 * channels
+    pixels, tiles, bias = pointer(pixels), pointer(tiles), pointer(bias)
+    for line in range(start, stop):
+        image, row = divmod(line, down)
+        rows = row > 0, 2 * row + 1 < height, 2 * row + 2 < height
+        for column in range(across):
+            columns = column > 0, 2 * column + 1 < width, 2 * column + 2 < width
+            for i in range(4):
+                for j in range(4):
+                    before = (image * (height // 2) + row) if i == 3 else line
+                    before = before * (width // 2 if j == 3 else across) + column
+                    at[4 * i + j] = begin[4 * i + j] + before * channels
+            pixel = ((image * height + 2 * row) * width + 2 * column) * channels
+            for c in range(0, channels, LANES):
+                do(pixels, tiles, bias, at, pixel, c, channels, lines, rows, columns)
+
+
+@jit()
+def _input(start, stop, pixels, tiles, bias, begin, shape):
+    """V of the input."""
+    at = np.empty(16, np.int64)
+    _each_tile(_input_tile, start, stop, at, pixels, tiles, bias, begin, shape)
+
+
+@jit(parallel=True)
+def _parallel_input(tasks, count, pixels, tiles, bias, begin, shape):
+    for task in numba.prange(tasks):
+        start, stop = task * count // tasks, (task + 1) * count // tasks
+        _input(start, stop, pixels, tiles, bias, begin, shape)
+
+
+@jit()
+def _gradient(start, stop, pixels, tiles, bias, begin, shape):
+    """dM of the gradient."""
+    at = np.empty(16, np.int64)
+    _each_tile(_gradient_tile, start, stop, at, pixels, tiles, bias, begin, shape)
+
+
+@jit(parallel=True)
+def _parallel_gradient(tasks, count, pixels, tiles, bias, begin, shape):
+    for task in numba.prange(tasks):
+        start, stop = task * count // tasks, (task + 1) * count // tasks
+        _gradient(start, stop, pixels, tiles, bias, begin, shape)
+
+
+@jit()
+def _output(start, stop, pixels, tiles, bias, begin, shape):
+    """The output of M."""
+    at = np.empty(16, np.int64)
+    _each_tile(_output_tile, start, stop, at, pixels, tiles, bias, begin, shape)
+
+
+@jit(parallel=True)
+def _parallel_output(tasks, count, pixels, tiles, bias, begin, shape):
+    for task in numba.prange(tasks):
+        start, stop = task * count // tasks, (task + 1) * count // tasks
+        _output(start, stop, pixels, tiles, bias, begin, shape)
+
+
+@jit()
+def _pixels_gradient(start, stop, pixels, tiles, bias, begin, shape):
+    """The gradient of the input from dV."""
+    at = np.empty(16, np.int64)
+    _each_tile(_pixels_tile, start, stop, at, pixels, tiles, bias, begin, shape)
+
+
+@jit(parallel=True)
+def _parallel_pixels_gradient(tasks, count, pixels, tiles, bias, begin, shape):
+    for task in numba.prange(tasks):
+        start, stop = task * count // tasks, (task + 1) * count // tasks
+        _pixels_gradient(start, stop, pixels, tiles, bias, begin, shape)
+
+
+# --- the operator -----------------------------------------------------------------------------------------
+
+
+class _Tiles:
+    """Room for the transformed tiles of the dense (N, H, W, C) `pixels`, and the passes between the two.
+
+    Attributes:
+        positions: the matrix of each position.
+    """
+
+    def __init__(self, pixels: Tensor) -> None:
+        images, height, width, channels = pixels.shape
+        down, across = ([(size + 1) // 2] * 3 + [size // 2] for size in (height, width))
+        counts = [images * rows * columns for rows in down for columns in across]
+        self._work = images * down[0]
+        self._begin = np.cumsum([0, *counts[:-1]]) * channels
+        self._pixels = pixels
+        self._all = pixels.new_empty((sum(counts), channels))
+        self.positions = self._all.split(counts)
+
+    def run(self, serial: Any, parallel: Any, bias: Tensor = NO_BIAS) -> _Tiles:
+        """Compute the tiles from the pixels, or the other way round: as the kernel does."""
+        arrays = bits(self._pixels), bits(self._all), bits(bias)
+        run(serial, parallel, self._work, *arrays, self._begin, tuple(self._pixels.shape[1:]))
+        return self
+
+
+def _is_for_reference(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() == 0 or weight.shape[0] % LANES > 0 or weight.shape[1] % LANES > 0
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU."""
+    if _is_for_reference(x, weight):
+        return reference.winograd_conv2d(x, weight, bias)
+    transformed = reference.transform_weight(weight).to(x.dtype).transpose(1, 2)
+    pixels, bias = _pixels(x), bias.contiguous()
+    out = x.new_empty((*pixels.shape[:3], len(weight)))
+    for some, some_out in zip(pixels.split(IMAGES), out.split(IMAGES), strict=True):
+        tiles = _Tiles(some).run(_input, _parallel_input)
+        products = _Tiles(some_out)
+        for v, u, m in zip(tiles.positions, transformed, products.positions, strict=True):
+            torch.mm(v, u, out=m)
+        products.run(_output, _parallel_output, bias)
+    return out.permute(0, 3, 1, 2)
+
+
+def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `winograd_reference.winograd_conv2d_backward`, for fp32 and bf16 and an fp32 weight on the CPU."""
+    if _is_for_reference(x, weight):
+        return reference.winograd_conv2d_backward(grad, x, weight)
+    transformed = reference.transform_weight(weight).to(x.dtype)
+    d_transformed = torch.zeros(transformed.shape)
+    pixels, grads = _pixels(x), _pixels(grad)
+    d_pixels = torch.empty_like(pixels)
+    chunks = (each.split(IMAGES) for each in (pixels, grads, d_pixels))
+    for some, some_grads, some_d_pixels in zip(*chunks, strict=True):
+        tiles = _Tiles(some).run(_input, _parallel_input)
+        d_products = _Tiles(some_grads).run(_gradient, _parallel_gradient)
+        d_tiles = _Tiles(some_d_pixels)
+        for p, d_product in enumerate(d_products.positions):
+            torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
+            d_transformed[p] += d_product.t() @ tiles.positions[p]
+        d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
+    d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
+    return d_pixels.permute(0, 3, 1, 2), reference.weight_gradient(d_transformed), d_bias

@@ -1,0 +1,166 @@
+"""`winograd_conv2d` against PyTorch's convolution in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from fastalex.kernels import winograd_conv2d
+from fastalex.kernels import winograd_reference as reference
+from fastalex.kernels.winograd import _winograd
+
+SIZES = [(13, 13), (5, 7), (6, 4), (2, 3), (1, 1), (1, 8)]
+Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def case(images: int, channels: int, out_channels: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """x, weight, bias and a gradient of the result, all exact in bf16 but the weight, which is fp32.
+
+    x is what ReLU leaves of noise, the weight as He initialises it: what AlexNet's layers see at first.
+    """
+    generator = torch.Generator().manual_seed(height)
+    shapes = (
+        (images, channels, height, width),
+        (out_channels, channels, 3, 3),
+        (out_channels,),
+        (images, out_channels, height, width),
+    )
+    x, weight, bias, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x.relu().bfloat16().float(), weight * (2 / (9 * channels)) ** 0.5, bias, grad.bfloat16().float()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def results(convolution: Convolution, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+    """The convolution and its gradients with respect to all three."""
+    inputs = [each.detach().clone().requires_grad_() for each in (x, weight, bias)]
+    out = convolution(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def exact(*arguments: Tensor) -> list[Tensor]:
+    return results(plain, *(each.double() for each in arguments))
+
+
+def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
+    """The largest error is at most that share of the largest value."""
+    assert found.shape == expected.shape
+    if found.numel():
+        assert (found.double() - expected).abs().max() <= share * expected.abs().max()
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_is_exact(size: tuple[int, int], images: int) -> None:
+    x, weight, bias, grad = (each.double() for each in case(images, 5, 7, *size))
+    found = [
+        reference.winograd_conv2d(x, weight, bias),
+        *reference.winograd_conv2d_backward(grad, x, weight),
+    ]
+    for result, expected in zip(found, exact(x, weight, bias, grad), strict=True):
+        assert_near(result, expected, 1e-12)
+
+
+@pytest.mark.parametrize("channels", [(32, 48), (16, 16), (10, 16), (16, 3)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_fp32(size: tuple[int, int], channels: tuple[int, int]) -> None:
+    arguments = case(2, *channels, *size)
+    for result, expected in zip(results(winograd_conv2d, *arguments), exact(*arguments), strict=True):
+        assert result.dtype == torch.float32
+        assert_near(result, expected, 1e-5)
+
+
+@pytest.mark.parametrize("channels", [(256, 384), (384, 256), (10, 3)], ids=str)
+def test_bf16_is_within_three_times_the_error_of_a_plain_convolution(channels: tuple[int, int]) -> None:
+    """Root mean square errors, under autocast; the weight's and the bias's gradients too."""
+    x, weight, bias, grad = case(3, *channels, 13, 13)
+    expected = exact(x, weight, bias, grad)
+    arguments = channels_last(x.bfloat16()), channels_last(weight), bias, grad.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, usual = (results(each, *arguments) for each in (winograd_conv2d, plain))
+    assert [each.dtype for each in found] == [each.dtype for each in usual]
+    for ours, theirs, truth in zip(found, usual, expected, strict=True):
+        errors = [(each.double() - truth).square().mean().sqrt() for each in (ours, theirs)]
+        assert errors[0] <= 3 * errors[1]
+
+
+@pytest.mark.parametrize("images", [0, 1, 150])
+def test_number_of_images(images: int) -> None:
+    """More than go through at a time, too."""
+    arguments = case(images, 16, 32, 3, 2)
+    found = results(winograd_conv2d, *arguments)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for result, expected in zip(found, exact(*arguments), strict=True):
+        assert_near(result, expected, 1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_number_of_threads(threads: int) -> None:
+    arguments = case(5, 16, 32, 7, 6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = results(winograd_conv2d, *arguments)
+    finally:
+        torch.set_num_threads(before)
+    for result, expected in zip(found, exact(*arguments), strict=True):
+        assert_near(result, expected, 1e-5)
+
+
+def test_memory_format_does_not_matter() -> None:
+    x, weight, bias, grad = case(2, 16, 32, 5, 6)
+    strange = results(winograd_conv2d, x, weight, bias, grad)
+    usual = results(
+        winograd_conv2d, *(channels_last(each) for each in (x, weight)), bias, channels_last(grad)
+    )
+    torch.testing.assert_close(strange, usual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [(16, 32), (3, 5)], ids=str)
+def test_operator(channels: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight, bias, _ = case(2, *channels, 5, 6)
+    opcheck(_winograd, tuple(each.requires_grad_() for each in (x.to(dtype), weight, bias)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 5, 5)}, r"x must be \(N, in channels, H, W\), got \(3, 5, 5\)"),
+        ({"x": torch.zeros(2, 3, 0, 5)}, r"x must be \(N, in channels, H, W\), got \(2, 3, 0, 5\)"),
+        ({"x": torch.zeros(2, 3, 5, 5).half()}, "x must be float32 or bfloat16, got torch.float16"),
+        (
+            {"weight": torch.zeros(4, 3, 5, 5)},
+            r"weight must be \(out channels, 3, 3, 3\), got \(4, 3, 5, 5\)",
+        ),
+        (
+            {"weight": torch.zeros(4, 2, 3, 3)},
+            r"weight must be \(out channels, 3, 3, 3\), got \(4, 2, 3, 3\)",
+        ),
+        ({"weight": torch.zeros(4, 3, 3, 3).bfloat16()}, "weight must be float32 on cpu, got torch.bfloat16"),
+        ({"bias": torch.zeros(3)}, r"bias must be \(4,\), got \(3,\)"),
+    ],
+)
+def test_says_what_is_wrong(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), "bias": torch.zeros(4)}
+    with pytest.raises(ValueError, match=f"winograd_conv2d: {message}"):
+        winograd_conv2d(**{**arguments, **change})
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight, bias, _ = case(1, 16, 16, 4, 4)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(winograd_conv2d(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        first.sum().backward()
