@@ -312,15 +312,17 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if _is_for_reference(x, weight):
         return reference.winograd_conv2d(x, weight, bias)
     transformed = reference.transform_weight(weight).to(x.dtype).transpose(1, 2)
-    pixels, bias = _pixels(x), bias.contiguous()
-    out = x.new_empty((*pixels.shape[:3], len(weight)))
-    for some, some_out in zip(pixels.split(IMAGES), out.split(IMAGES), strict=True):
+    bias = bias.contiguous()
+    shape = len(x), len(weight), *x.shape[2:]
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    chunks = (_pixels(each).split(IMAGES) for each in (x, out))
+    for some, some_out in zip(*chunks, strict=True):
         tiles = _Tiles(some).run(_input, _parallel_input)
         products = _Tiles(some_out)
         for v, u, m in zip(tiles.positions, transformed, products.positions, strict=True):
             torch.mm(v, u, out=m)
         products.run(_output, _parallel_output, bias)
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,16 +331,16 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
         return reference.winograd_conv2d_backward(grad, x, weight)
     transformed = reference.transform_weight(weight).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape)
-    pixels, grads = _pixels(x), _pixels(grad)
-    d_pixels = torch.empty_like(pixels)
-    chunks = (each.split(IMAGES) for each in (pixels, grads, d_pixels))
-    for some, some_grads, some_d_pixels in zip(*chunks, strict=True):
+    grads = _pixels(grad)
+    d_x = torch.empty_like(x, memory_format=torch.channels_last)
+    chunks = (each.split(IMAGES) for each in (_pixels(x), grads, _pixels(d_x)))
+    for some, some_grads, some_d_x in zip(*chunks, strict=True):
         tiles = _Tiles(some).run(_input, _parallel_input)
         d_products = _Tiles(some_grads).run(_gradient, _parallel_gradient)
-        d_tiles = _Tiles(some_d_pixels)
+        d_tiles = _Tiles(some_d_x)
         for p, d_product in enumerate(d_products.positions):
             torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
             d_transformed[p] += d_product.t() @ tiles.positions[p]
         d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
     d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
-    return d_pixels.permute(0, 3, 1, 2), reference.weight_gradient(d_transformed), d_bias
+    return d_x, reference.weight_gradient(d_transformed), d_bias

@@ -127,6 +127,17 @@ def test_memory_format_does_not_matter() -> None:
     torch.testing.assert_close(strange, usual, rtol=0, atol=0)
 
 
+def test_the_result_may_be_changed_in_place() -> None:
+    x, weight, bias, grad = case(2, 16, 32, 5, 6)
+
+    def in_place(*inputs: Tensor) -> Tensor:
+        return F.relu(winograd_conv2d(*inputs), inplace=True)
+
+    expected = results(lambda *inputs: plain(*inputs).relu(), *(t.double() for t in (x, weight, bias, grad)))
+    for result, truth in zip(results(in_place, x, weight, bias, grad), expected, strict=True):
+        assert_near(result, truth, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [(16, 32), (3, 5)], ids=str)
 def test_operator(channels: tuple[int, int], dtype: torch.dtype) -> None:
