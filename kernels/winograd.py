@@ -1,7 +1,7 @@
 """A 3x3 convolution by Winograd's F(2x2, 3x3) as one PyTorch operator: 2.25 times fewer multiplications.
 
-`winograd_reference` says how; the CPU runs `winograd_numba`, and there is nothing fast for other devices. What
-is rounded in bf16 is not what a plain convolution rounds: the transformed weight and tiles, and the products
+`winograd_reference` says how; the CPU runs `winograd_numba`, and there is nothing fast for other devices.
+What is rounded in bf16 is not what a plain convolution rounds: the transformed weight and tiles, and products
 before they become outputs, each once, from fp32. `benchmarks/test_winograd.py` measures what that costs in
 accuracy. The weight's gradient comes in fp32.
 
