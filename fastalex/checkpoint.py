@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,32 +42,72 @@ class Checkpoint:
     training: dict[str, Any]
     average: dict[str, torch.Tensor] | None = None
 
-    def save(self, path: Path) -> None:
-        """Write the file as a whole, or raise OutputError and leave the one that was there."""
-        with replacing(path) as temporary:
-            torch.save({"format": FORMAT, **vars(self)}, temporary)
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.training["step"])
+
+    def snapshot(self, device: str | None = None) -> Checkpoint:
+        """Return a copy that later training steps leave alone, on another device if one is named."""
+        return Checkpoint(**_copied(vars(self), device))
+
+    def save(self, path: Path, before_replacing: Callable[[], None] = lambda: None) -> None:
+        """Write the file as a whole, or raise OutputError and leave the one that was there.
+
+        Args:
+            path: of the file.
+            before_replacing: called when the new file is whole, and the old one still in its place.
+        """
+        with replacing(path, before_replacing) as temporary:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save({"format": FORMAT, **vars(self)}, file)
+            except RuntimeError as error:
+                # What went wrong in writing is the cause; PyTorch then fails to finish its archive.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a file; only tensors and plain values are unpickled, never code.
 
+        The file is a zip archive with a CRC-32 of each of its members, which is compared first.
+
         Raises:
-            CheckpointError: if it is missing, cut short, or not a checkpoint of fastalex.
+            CheckpointError: if it is missing, damaged, or not a checkpoint of fastalex.
         """
         if not path.is_file():
             raise CheckpointError(f"checkpoint={path}: there is no such file; a run leaves RUN/checkpoint.pt")
         try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-        except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
             raise CheckpointError(
                 f"checkpoint={path}: is damaged or cut short; use an older checkpoint or train again"
             ) from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise CheckpointError(f"checkpoint={path}: was not written by this version of fastalex")
         try:
-            return cls(**content)
+            checkpoint = cls(**content)
         except TypeError as error:
             raise CheckpointError(f"checkpoint={path}: lacks a part; train again") from error
+        checkpoint._check_types(path)
+        return checkpoint
+
+    def _check_types(self, path: Path) -> None:
+        states = [self.model, *([] if self.average is None else [self.average])]
+        if (
+            not all(isinstance(part, dict) for part in (self.config, self.training, *states))
+            or not isinstance(self.config.get("model"), dict)
+            or not isinstance(self.classes, list)
+            or not all(isinstance(name, str) for name in self.classes)
+            or not all(isinstance(tensor, torch.Tensor) for state in states for tensor in state.values())
+        ):
+            raise CheckpointError(f"checkpoint={path}: a part of it is not what it should be; train again")
 
     def restore_config(self) -> Config:
         """Return the run's configuration.
@@ -126,9 +168,50 @@ def plain(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def save_weights(model: nn.Module, config: Config, classes: list[str], path: Path) -> None:
-    """Write a network's weights, fp32, in the safetensors format, with what is needed to rebuild it."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"fastalex": json.dumps({"config": plain(config), "classes": classes})}
+def save_weights(
+    weights: dict[str, torch.Tensor], path: Path, config: dict[str, Any], classes: list[str], **facts: Any
+) -> None:
+    """Write weights, fp32, in the safetensors format, with what is needed to rebuild the network.
+
+    Args:
+        weights: the network's state dict.
+        path: of the file.
+        config: as plain values.
+        classes: in the order of the outputs.
+        facts: what else the metadata is to say.
+
+    Raises:
+        OutputError: if it cannot be written; a file that was there is left.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"fastalex": json.dumps({"config": config, "classes": classes, **facts})}
     with replacing(path) as temporary:
-        save_file(weights, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights that :func:`save_weights` wrote, and its metadata.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["fastalex"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: is missing or damaged") from error
+
+
+def _copied(value: Any, device: str | None) -> Any:
+    """Copy what is nested in dicts, lists and tuples; tensors keep their layout."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item, device) for item in value)
+    return value

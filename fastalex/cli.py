@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastalex import config as schema
 from fastalex.errors import ConfigError, FastalexError
+from fastalex.files import remove_empty
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def command(
                 except FastalexError as error:
                     # Handed around Hydra, which would print a line of its own about it.
                     failures.append(error)
-                    _remove_empty(run_dir)
+                    remove_empty(run_dir)
 
             schema.register()
             # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
@@ -84,6 +85,42 @@ def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
     return cast(T, config)
 
 
+def asked_for() -> dict[str, Any]:
+    """Return what the overrides of this command ask for, by dotted keys.
+
+    Of a choice in a group (``model=alexnet_bn``) that is its name, and what it changes of the default.
+    """
+    job = HydraConfig.get()
+    overrides = [override.lstrip("+~") for override in job.overrides.task]
+    given = flat(OmegaConf.to_container(hydra.compose(job.job.config_name, overrides), enum_to_str=True))
+    default = flat(OmegaConf.to_container(hydra.compose(job.job.config_name), enum_to_str=True))
+    asked = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in given:
+            asked[key] = given[key]
+            continue
+        section = "train" if key == "recipe" else key
+        asked |= {
+            name: value
+            for name, value in given.items()
+            if name.startswith(f"{section}.")
+            and (name == f"{key}.name" or (key in ("model", "recipe") and value != default.get(name)))
+        }
+    return asked
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
 def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
     known = {f.name for f in dataclasses.fields(config)}
     for key in map(str, composed):
@@ -114,14 +151,3 @@ def _one_line(error: Exception) -> str:
     if full_key:
         text = f"{full_key}: {text[0].lower()}{text[1:]}"
     return f"{text}; --help lists every key"
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove the run folder and the folders made above it, as far as they are empty."""
-    for candidate in (folder, *folder.parents):
-        if candidate == Path.cwd():
-            return
-        try:
-            candidate.rmdir()
-        except OSError:  # not empty
-            return

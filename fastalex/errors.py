@@ -34,3 +34,16 @@ class DivergedError(FastalexError):
     """The loss is no longer a number."""
 
     exit_status = 1
+
+
+class StoppedError(FastalexError):
+    """The run was told to stop by a signal, and has saved what it had.
+
+    Args:
+        message: says how to go on.
+        signal: its number; the exit status is 128 more, as a shell reports a process that a signal ended.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal

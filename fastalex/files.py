@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,17 +12,23 @@ from fastalex.errors import OutputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; on success it takes the place of ``path``.
 
     The file is flushed to the disk before it is renamed, and the folder after, so that a crash at any moment
     leaves the old file or the new one. If the block raises, the temporary file is removed.
 
+    Args:
+        path: of the file.
+        before: called when the new file is whole and on the disk, and the old one still in its place.
+
     Raises:
         OutputError: if the file cannot be written; ``path`` is then as it was.
     """
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.name}.partial-", suffix=path.suffix, dir=path.parent
+        )
         os.close(descriptor)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
@@ -31,6 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are their owner's alone
+        before()
         temporary.replace(path)
         if os.name == "posix":
             _flush(path.parent)
@@ -46,6 +53,23 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left; nobody may be writing now."""
+    for path in folder.glob(".*.partial-*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder and those above it, up to the current one, as far as they are empty."""
+    for candidate in (folder, *folder.parents):
+        if candidate == Path.cwd():
+            return
+        try:
+            candidate.rmdir()
+        except OSError:  # not empty
+            return
 
 
 def _flush(path: Path) -> None:

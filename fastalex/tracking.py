@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,63 +19,153 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastalex import plots
 from fastalex.config import Config
-from fastalex.errors import ConfigError
-from fastalex.files import write_text
+from fastalex.errors import ConfigError, OutputError
+from fastalex.files import remove_partial, write_text
 from fastalex.trainer import Epoch
 
+SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
 VERSIONS = ("fastalex", "torch", "torchvision", "numba", "numpy")
+
+
+class RunLock:
+    """Held by the process that works on a run's folder; the system releases it if we are killed."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    @classmethod
+    def take(cls, folder: Path) -> RunLock | None:
+        """Lock a folder; None if another process has."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # a file system without locks
+            pass
+        return cls(descriptor)
+
+    def release(self) -> None:
+        """Let others have the folder; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run that has come to its end."""
+    return (folder / SUMMARY).is_file()
 
 
 class RunFolder:
     """The folder of one run. Every file in it is whole at any moment.
 
     Args:
-        path: made by Hydra; where another run already writes there, a numbered neighbour is taken instead.
-        given: whether the user named the folder. It is then taken or refused, never renamed.
-        config: written to ``config.yaml``.
-
-    Raises:
-        ConfigError: if the user named a folder that already holds a run.
+        path: of the folder.
+        lock: on it.
+        history: the epochs that are complete.
+        step: that the run goes on from; what TensorBoard was told of later ones is dropped.
     """
 
-    def __init__(self, path: Path, given: bool, config: Config) -> None:
-        self.path = _claim(path, given)
-        self._writer = SummaryWriter(self.path / "tensorboard")
-        self._epochs: list[Epoch] = []
-        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    def __init__(self, path: Path, lock: RunLock, history: Sequence[Epoch] = (), step: int = 0) -> None:
+        self.path = path
+        self._lock = lock
+        self.epochs = list(history)
+        remove_partial(path)
+        purge = step + 1 if step else None
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(path / TENSORBOARD, purge_step=purge)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+    @classmethod
+    def new(cls, path: Path, given: bool, config: Config, *, restart: bool = False) -> RunFolder:
+        """Make the folder of a new run.
+
+        Args:
+            path: made by Hydra; where another run already writes there, a numbered neighbour is taken.
+            given: whether the user named the folder. It is then taken or refused, never renamed.
+            config: written to ``config.yaml``.
+            restart: take a named folder even if a run began there, as long as none is at work.
+
+        Raises:
+            ConfigError: if the user named a folder that already holds a run.
+        """
+        folder = cls(*_claim(path, given, restart))
+        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        return folder
+
+    @classmethod
+    def resumed(cls, path: Path, lock: RunLock, history: Sequence[Epoch], step: int) -> RunFolder:
+        """Go on with a run: what it wrote after its checkpoint is taken back."""
+        folder = cls(path, lock, history, step)
+        (path / SUMMARY).unlink(missing_ok=True)
+        folder._write_metrics()
+        return folder
 
     def augmented_inputs(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
         """Show what the network is trained on: up to 32 normalised images ``(N, 3, H, W)``."""
         shown = images[:32].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-        self._writer.add_images("augmented inputs", shown.clamp(0, 1), 0)
+        self._tell(lambda writer: writer.add_images("augmented inputs", shown.clamp(0, 1), 0))
 
     def loss(self, step: int, value: float) -> None:
         """Record the mean training loss up to a step."""
-        self._writer.add_scalar("loss/train", value, step)
+        self._tell(lambda writer: writer.add_scalar("loss/train", value, step))
 
     def epoch(self, epoch: Epoch) -> None:
-        """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and ``losses.png`` drawn anew."""
-        self._epochs.append(epoch)
-        lines = [json.dumps(dataclasses.asdict(entry)) for entry in self._epochs]
-        write_text(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
-        for name, value in (
-            ("loss/validation", epoch.validation_loss),
-            ("error/train top-1", epoch.train_top1_error),
-            ("error/validation top-1", epoch.validation_top1_error),
-            ("error/validation top-5", epoch.validation_top5_error),
-            ("images per second", epoch.images_per_second),
-            ("FLOP/s utilization", epoch.flops_utilization),
-            ("learning rate", epoch.learning_rate),
-        ):
-            if value is not None:
-                self._writer.add_scalar(name, value, epoch.step)
-        self._writer.flush()
-        plots.losses(self._epochs, self.path / "losses.png")
+        """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and ``losses.png`` drawn anew.
+
+        Raises:
+            OutputError: if a file cannot be written; the epoch is recorded with the next one.
+        """
+        self.epochs.append(epoch)
+        self._write_metrics()
+        plots.losses(self.epochs, self.path / "losses.png")
+        self._tell(lambda writer: _add_epoch(writer, epoch))
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json`` and close the TensorBoard file."""
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._writer.close()
+        """Write ``summary.json``."""
+        write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close the TensorBoard file and let others have the folder."""
+        try:
+            self._tell(SummaryWriter.close)
+        finally:
+            self._lock.release()
+
+    def _write_metrics(self) -> None:
+        lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in self.epochs]
+        write_text(self.path / "metrics.jsonl", "".join(lines))
+
+    def _tell(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Write to TensorBoard's file, which is given up once it cannot be written."""
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:
+            self._writer = None
+            raise OutputError(
+                f"{self.path / TENSORBOARD}: cannot be written ({error.strerror or error})"
+            ) from error
+
+
+def _add_epoch(writer: SummaryWriter, epoch: Epoch) -> None:
+    for name, value in (
+        ("loss/validation", epoch.validation_loss),
+        ("error/train top-1", epoch.train_top1_error),
+        ("error/validation top-1", epoch.validation_top1_error),
+        ("error/validation top-5", epoch.validation_top5_error),
+        ("images per second", epoch.images_per_second),
+        ("FLOP/s utilization", epoch.flops_utilization),
+        ("learning rate", epoch.learning_rate),
+    ):
+        if value is not None:
+            writer.add_scalar(name, value, epoch.step)
+    writer.flush()
 
 
 def versions() -> dict[str, str]:
@@ -81,15 +173,22 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}}
 
 
-def _claim(path: Path, given: bool) -> Path:
+def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
     """Make the folder ours. Two runs started in the same second are handed the same path by Hydra."""
     for attempt in range(1, 1000):
         candidate = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
         candidate.mkdir(parents=True, exist_ok=True)
-        try:
-            (candidate / "tensorboard").mkdir()  # exactly one process succeeds
-            return candidate
-        except FileExistsError:
-            if given:
-                break
-    raise ConfigError(f"hydra.run.dir={path}: already holds a run; name another folder")
+        lock = RunLock.take(candidate)
+        if lock is not None:
+            try:
+                (candidate / TENSORBOARD).mkdir()  # exactly one process succeeds
+                return candidate, lock
+            except FileExistsError:
+                if restart and not is_finished(candidate):
+                    return candidate, lock
+                lock.release()
+        if given:
+            break
+    raise ConfigError(
+        f"hydra.run.dir={path}: already holds a run; name another folder, or go on with it by resume=auto"
+    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,67 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 from tqdm import tqdm
 
+from fastalex import crops
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import Checkpoint, plain, save_weights
-from fastalex.cli import command
+from fastalex.checkpoint import Checkpoint, load_weights, plain, read_weights, save_weights
+from fastalex.cli import asked_for, command
 from fastalex.config import Config, model_options, validate
 from fastalex.data import DataSplits, Loader, StagedLoader, Views, build_loader, load_splits, resolve_loader
-from fastalex.errors import DivergedError
-from fastalex.evaluation import Evaluation, evaluate
+from fastalex.errors import CheckpointError, DivergedError, StoppedError
+from fastalex.evaluation import evaluate
+from fastalex.files import remove_empty
 from fastalex.flops import matmul_flops_per_second
 from fastalex.models import check_crop, count_parameters, create_model
 from fastalex.profiling import STEPS, profile_steps
+from fastalex.resume import Found, find
 from fastalex.runtime import Runtime
+from fastalex.saving import NEWEST, CheckpointWriter, OutputPolicy
+from fastalex.signals import StopSignals
 from fastalex.tracking import RunFolder, versions
-from fastalex.trainer import Epoch, Trainer
+from fastalex.trainer import Epoch, StopTraining, Trainer
 
 
-def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any]:
-    """Run one training from a configuration to ``summary.json``.
+def train(
+    config: Config, run_dir: Path, *, given: bool = True, asked: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run one training from a configuration, or from where ``config.resume`` says, to ``summary.json``.
 
     Args:
-        config: what to train, on what, and how.
+        config: what to train, on what, and how. A run that goes on does so as it began: of all this, it takes
+            what ``asked`` names, if it is one of ``fastalex.resume.CHANGEABLE``.
         run_dir: the folder for the run's files.
         given: whether that folder was asked for by name; if not, a neighbour is taken where it is in use.
+        asked: the values that were asked for by name, by their dotted keys.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        FastalexError: for input that has to be mended, before anything is written; or DivergedError.
+        FastalexError: for input that has to be mended, before anything is written; DivergedError; or
+            StoppedError after SIGTERM or SIGINT.
     """
     began = time.perf_counter()
     validate(config)
+    with StopSignals() as signals:
+        found = find(config.resume, run_dir, given) if config.resume else None
+        if found is None:
+            if config.resume:
+                print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
+            return _run(config, run_dir, given, None, signals, began)
+        try:
+            if found.folder.resolve() != run_dir.resolve():
+                remove_empty(run_dir)
+            resumed = found.configuration(asked or {})
+            validate(resumed)
+            print(f"going on with the run in {found.folder} from step {found.checkpoint.step}")
+            return _run(resumed, found.folder, given, found, signals, began)
+        finally:
+            found.lock.release()
+
+
+def _run(
+    config: Config, run_dir: Path, given: bool, found: Found | None, signals: StopSignals, began: float
+) -> dict[str, Any]:
     for crop in (config.data.crop, *(stage.crop for stage in config.train.stages)):
         check_crop(config.model.name, crop)
     runtime = runtimes.choose(config.runtime)
@@ -55,128 +85,285 @@ def train(config: Config, run_dir: Path, *, given: bool = True) -> dict[str, Any
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
     runtime.place(model)
-    train_loader = _staged_loader(config, splits, runtime)
-    validation_loader = _loader(config, splits, runtime, Views.center) if splits.has_errors else None
-
-    folder = RunFolder(run_dir, given, config)
-    folder.augmented_inputs(next(iter(train_loader))[0], config.data.mean, config.data.std)
-    progress = tqdm(
-        total=STEPS if config.profile else config.train.epochs * len(train_loader),
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-    )
-
-    def on_step(step: int, loss: float | None) -> None:
-        progress.update()
-        if loss is not None:
-            folder.loss(step, loss)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
     trainer = Trainer(
         model,
         config.train,
-        train_loader,
-        validation_loader,
+        _staged_loader(model, config, splits, runtime),
+        _loader(model, config, splits, runtime, Views.center) if splits.has_errors else None,
         runtime,
         log_every=config.log_every,
-        on_step=on_step,
+        should_stop=lambda: signals.received is not None,
         peak_flops=matmul_flops_per_second(runtime),
     )
-    if config.profile:
-        profiled = profile_steps(trainer, folder.path)
-        progress.close()
+    if found is None:
+        folder = RunFolder.new(run_dir, given, config, restart=config.resume == "auto")
+        trainer.train_loader.set_epoch(0)
+        images = next(iter(trainer.train_loader))[0]
+        shown = images.make() if isinstance(images, crops.Crops) else images
+        folder.augmented_inputs(shown, config.data.mean, config.data.std)
+    else:
+        folder = _restore(found, trainer, splits)
+    run = Run(config, splits, trainer, folder, found, began)
+    try:
+        if config.profile:
+            return run.profile()
+        with signals.deferred():
+            run.fit()
+        if signals.received is not None:
+            raise StoppedError(f"stopped by {signals.received.name}", signals.received)
+        return run.report()
+    except StoppedError as error:
+        if run.writer.written is None:
+            raise
+        raise StoppedError(
+            f"{error}; step {run.writer.written} is saved, go on with resume={folder.path}",
+            error.exit_status - 128,
+        ) from None
+    finally:
+        folder.close()
+
+
+class Run:
+    """A training run with all it writes.
+
+    Args:
+        config: of the run.
+        splits: its data.
+        trainer: with the state to begin from.
+        folder: for its files.
+        found: what it goes on from, if it does.
+        began: when the process started on it, by ``time.perf_counter``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: DataSplits,
+        trainer: Trainer,
+        folder: RunFolder,
+        found: Found | None,
+        began: float,
+    ) -> None:
+        self.config = config
+        self.splits = splits
+        self.trainer = trainer
+        self.folder = folder
+        self.policy = OutputPolicy(config.checkpoint.on_error)
+        newest = found.checkpoint.step if found is not None and found.path.name == NEWEST else None
+        self.writer = CheckpointWriter(folder.path, config.checkpoint, self.policy, newest)
+        self._classes = list(splits.classes)
+        self._began = began
+        before = found.checkpoint.training if found is not None else {}
+        self._earlier_seconds: float = before.get("wall_seconds", 0.0)  # of processes before this one
+        self._startup_seconds: float = before.get("startup_seconds", 0.0)
+        self._best_path = folder.path / "best.safetensors"
+        self._best_error = self._best_so_far()
+        self._progress = tqdm(
+            total=STEPS if config.profile else config.train.epochs * len(trainer.train_loader),
+            initial=trainer.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+        trainer.on_step = self._on_step
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of this process and those before it."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    def profile(self) -> dict[str, Any]:
+        """Run a few steps under the profiler."""
+        profiled = profile_steps(self.trainer, self.folder.path)
+        self._progress.close()
         print(
-            f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in {folder.path}"
+            f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in "
+            f"{self.folder.path}"
         )
         return {"profile": vars(profiled)}
-    startup_seconds = time.perf_counter() - began
-    best: tuple[float, int, dict[str, torch.Tensor]] | None = None
-    checkpoint_path = folder.path / "checkpoint.pt"
-    classes = list(splits.classes)
-    while not trainer.finished:
+
+    def fit(self) -> None:
+        """Train to the end, or to where the trainer is told to stop; the state is then saved."""
+        self._startup_seconds += time.perf_counter() - self._began
         try:
-            epoch = trainer.run_epoch()
+            while not self.trainer.finished:
+                self._end_epoch(self.trainer.run_epoch())
+        except StopTraining:
+            self._save()
         except DivergedError as error:
-            progress.close()
+            self.writer.wait()
             kept = (
-                f"the last good checkpoint is {checkpoint_path}"
-                if trainer.epoch
-                else "no epoch was completed"
+                "no checkpoint was written"
+                if self.writer.written is None
+                else f"the last good checkpoint is {self.writer.path}"
             )
             raise DivergedError(f"{error}; {kept}") from error
-        folder.epoch(epoch)
-        progress.write(_line(epoch, config.train.epochs), file=sys.stdout)
-        Checkpoint(
-            plain(config), classes, model.state_dict(), trainer.state_dict(), trainer.averaged_weights()
-        ).save(checkpoint_path)
-        with trainer.evaluated():
-            error_now = epoch.validation_top1_error
-            if error_now is not None and (best is None or error_now < best[0]):
-                best = (error_now, epoch.epoch, copy.deepcopy(model.state_dict()))
-                save_weights(model, config, classes, folder.path / "best.safetensors")
-    progress.close()
-    with trainer.evaluated():
-        save_weights(model, config, classes, folder.path / "model.safetensors")
+        finally:
+            self._progress.close()
+            self.writer.close()
 
-    summary: dict[str, Any] = {}
-    if splits.has_errors:
+    def report(self) -> dict[str, Any]:
+        """Evaluate what was learnt, and write it down."""
+        trainer, runtime = self.trainer, self.trainer.runtime
+        with trainer.evaluated(), self.policy.applied():
+            weights = trainer.model.state_dict()
+            save_weights(weights, self.folder.path / "model.safetensors", plain(self.config), self._classes)
+        if self.splits.has_errors:
+            summary = self._evaluate()
+        else:
+            summary = {}
+            print(
+                "\nsynthetic data: the throughput is real, an error would mean nothing and none is reported"
+            )
+        summary |= {
+            "data": self.splits.source,
+            "train_images": len(self.splits.train),
+            "validation_images": len(self.splits.validation),
+            "skipped_images": self.splits.skipped,
+            "epochs": trainer.epoch,
+            "steps": trainer.step,
+            "images_per_second": trainer.images_per_second,
+            "input_wait_fraction": trainer.input_wait_fraction,
+            "flops_utilization": trainer.flops_utilization,
+            "checkpoint_stall_seconds": max(self.writer.stalls, default=0.0),
+            "startup_seconds": self._startup_seconds,
+            "wall_seconds": self.wall_seconds,
+            "parameters": count_parameters(trainer.model),
+            "seed": self.config.seed,
+            "hardware": runtime.hardware,
+            "runtime": str(runtime),
+            "versions": versions(),
+        }
+        self.folder.summary(summary)
+        print(
+            f"{trainer.images_per_second:,.1f} images/s in training, "
+            f"{trainer.input_wait_fraction:.1%} of the time waiting for input; the arithmetic runs at "
+            f"{trainer.flops_utilization:.0%} of a large matrix product's rate\n"
+            f"the run's files are in {self.folder.path}"
+        )
+        return summary
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate the final weights on the test set, and those that were best on validation."""
+        trainer, runtime = self.trainer, self.trainer.runtime
         with trainer.evaluated():
-            final = evaluate(trainer.network, splits.test, config, runtime)
+            final = evaluate(trainer.network, self.splits.test, self.config, runtime)
         print(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
-        if best is not None:
-            validation_error, best_epoch, weights = best
-            chosen = final if best_epoch == trainer.epoch else _with(model, weights, trainer, splits, config)
-            if chosen is not final:
-                print(chosen.table(f"test set, best on validation (epoch {best_epoch})"))
+        if self._best_error is not None:
+            weights, facts = read_weights(self._best_path)
+            chosen = final
+            if facts["epoch"] != trainer.epoch:
+                trainer.model.load_state_dict(weights)
+                chosen = evaluate(trainer.network, self.splits.test, self.config, runtime)
+                print(chosen.table(f"test set, best on validation (epoch {facts['epoch']})"))
             summary["best_on_validation"] = {
-                "epoch": best_epoch,
-                "validation_top1_error": validation_error,
+                "epoch": facts["epoch"],
+                "validation_top1_error": facts["validation_top1_error"],
                 **chosen.as_dict(),
             }
-    else:
-        print("\nsynthetic data: the throughput is real, an error would mean nothing and none is reported")
-    summary |= {
-        "data": splits.source,
-        "train_images": len(splits.train),
-        "validation_images": len(splits.validation),
-        "skipped_images": splits.skipped,
-        "epochs": trainer.epoch,
-        "steps": trainer.step,
-        "images_per_second": trainer.images_per_second,
-        "input_wait_fraction": trainer.input_wait_fraction,
-        "flops_utilization": trainer.flops_utilization,
-        "startup_seconds": startup_seconds,
-        "wall_seconds": time.perf_counter() - began,
-        "parameters": count_parameters(model),
-        "seed": config.seed,
-        "hardware": runtime.hardware,
-        "runtime": str(runtime),
-        "versions": versions(),
-    }
-    folder.summary(summary)
-    print(
-        f"{trainer.images_per_second:,.1f} images/s in training, "
-        f"{trainer.input_wait_fraction:.1%} of the time waiting for input; the arithmetic runs at "
-        f"{trainer.flops_utilization:.0%} of a large matrix product's rate\n"
-        f"the run's files are in {folder.path}"
-    )
-    return summary
+        return summary
+
+    def _on_step(self, step: int, loss: float | None) -> None:
+        self._progress.update()
+        if loss is not None:
+            with self.policy.applied():
+                self.folder.loss(step, loss)
+            self._progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if self.config.profile:
+            return
+        self.writer.check()
+        every = self.config.checkpoint.every_steps
+        if every and step % every == 0:
+            self._save()
+
+    def _end_epoch(self, epoch: Epoch) -> None:
+        with self.policy.applied():
+            self.folder.epoch(epoch)
+        self._progress.write(_line(epoch, self.config.train.epochs), file=sys.stdout)
+        error = epoch.validation_top1_error
+        if error is None or (self._best_error is not None and error >= self._best_error):
+            self._save()
+            return
+        self._best_error = error
+
+        def save_best(checkpoint: Checkpoint) -> None:
+            save_weights(
+                checkpoint.average or checkpoint.model,
+                self._best_path,
+                checkpoint.config,
+                checkpoint.classes,
+                epoch=epoch.epoch,
+                validation_top1_error=error,
+            )
+
+        self._save(save_best)
+
+    def _save(self, then: Callable[[Checkpoint], None] | None = None) -> None:
+        trainer = self.trainer
+        training = {
+            **trainer.state_dict(),
+            "history": [asdict(epoch) for epoch in self.folder.epochs],
+            "train_images": len(self.splits.train),
+            "wall_seconds": self.wall_seconds,
+            "startup_seconds": self._startup_seconds,
+        }
+        state = trainer.model.state_dict()
+        checkpoint = Checkpoint(
+            plain(self.config), self._classes, state, training, trainer.averaged_weights()
+        )
+        self.writer.save(checkpoint, then)
+
+    def _best_so_far(self) -> float | None:
+        """The best validation error of a run that goes on, if its weights are still there."""
+        if not any(epoch.validation_top1_error is not None for epoch in self.folder.epochs):
+            return None
+        try:
+            return float(read_weights(self._best_path)[1]["validation_top1_error"])
+        except (CheckpointError, KeyError):
+            print(
+                f"fastalex: warning: {self._best_path}: is missing or damaged; the best on validation is "
+                "sought among the epochs to come",
+                file=sys.stderr,
+            )
+            return None
 
 
-def _staged_loader(config: Config, splits: DataSplits, runtime: Runtime) -> Loader:
+def _restore(found: Found, trainer: Trainer, splits: DataSplits) -> RunFolder:
+    """Put a checkpoint's state into the trainer.
+
+    Raises:
+        CheckpointError: if it is of another network, or of other data.
+    """
+    checkpoint = found.checkpoint
+    images = checkpoint.training.get("train_images")
+    if checkpoint.classes != list(splits.classes) or images != len(splits.train):
+        raise CheckpointError(
+            f"resume={found.path}: was trained on {images} images of {len(checkpoint.classes)} classes, and "
+            f"the data are now {len(splits.train)} of {len(splits.classes)} ({splits.source}); restore them"
+        )
+    load_weights(trainer.model, checkpoint.model)
+    trainer.load_state_dict(checkpoint.training, checkpoint.average)
+    try:
+        history = [Epoch(**epoch) for epoch in checkpoint.training["history"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"resume={found.path}: lacks the epochs so far; train again") from error
+    return RunFolder.resumed(found.folder, found.lock, history, trainer.step)
+
+
+def _staged_loader(model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime) -> Loader:
     """The training loader: one for each stage of the resolution schedule, and the last."""
     stages = config.train.stages
     data = [replace(config.data, resize=stage.resize, crop=stage.crop) for stage in stages]
-    loaders = [_loader(replace(config, data=each), splits, runtime, Views.random) for each in data]
-    last = _loader(config, splits, runtime, Views.random)
+    loaders = [_loader(model, replace(config, data=each), splits, runtime, Views.random) for each in data]
+    last = _loader(model, config, splits, runtime, Views.random)
     return StagedLoader([*loaders, last], [stage.epochs for stage in stages]) if stages else last
 
 
-def _loader(config: Config, splits: DataSplits, runtime: Runtime, views: Views) -> Loader:
+def _loader(model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views) -> Loader:
+    images = splits.train if views is Views.random else splits.validation
     return build_loader(
-        splits.train if views is Views.random else splits.validation,
+        images,
         config.data,
         config.loader,
         views=views,
@@ -185,15 +372,8 @@ def _loader(config: Config, splits: DataSplits, runtime: Runtime, views: Views) 
         device=runtime.device,
         dtype=runtime.dtype,
         channels_last=runtime.channels_last,
+        fold=crops.pays(model, images, config.data, config.loader, runtime.device),
     )
-
-
-def _with(
-    model: nn.Module, weights: dict[str, torch.Tensor], trainer: Trainer, splits: DataSplits, config: Config
-) -> Evaluation:
-    """Evaluate with other weights; the model keeps them."""
-    model.load_state_dict(weights)
-    return evaluate(trainer.network, splits.test, config, trainer.runtime)
 
 
 def _describe(config: Config, splits: DataSplits) -> str:
@@ -223,7 +403,7 @@ def _line(epoch: Epoch, epochs: int) -> str:
 def main(config: Config, run_dir: Path) -> None:
     """Train, and say where the run's files are."""
     given = any("hydra.run.dir=" in override for override in HydraConfig.get().overrides.hydra)
-    train(config, run_dir, given=given)
+    train(config, run_dir, given=given, asked=asked_for() if config.resume else None)
 
 
 if __name__ == "__main__":

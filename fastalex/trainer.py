@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from fastalex.config import TrainConfig
+from fastalex.crops import Crops
 from fastalex.data import Loader
-from fastalex.errors import DivergedError
+from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
 from fastalex.optim import LearningRate, WeightAverage, create_optimizer
@@ -63,8 +65,60 @@ class Epoch:
     seconds: float
 
 
+@dataclass
+class Spent:
+    """What training steps took.
+
+    Attributes:
+        images: training samples, as the next three without those of the warm-up.
+        flops: of the convolutions and matrix products, forward and backward.
+        waited: seconds in waiting for the loader.
+        seconds: of wall time.
+        warmup: seconds of the steps that compile kernels and claim memory.
+    """
+
+    images: int = 0
+    flops: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+    warmup: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass
+class _Progress:
+    """How far the current epoch is: all that a process which goes on from here cannot compute again.
+
+    Attributes:
+        batches: taken.
+        samples: in them.
+        loss: the sum over the batches.
+        wrong: samples that were.
+        rate: of the last step.
+        spent: in the epoch's steps by earlier processes, as is the next.
+        seconds: of the epoch's wall time.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    loss: Tensor | float = 0.0
+    wrong: Tensor | int = 0
+    rate: float = 0.0
+    spent: Spent = field(default_factory=Spent)
+    seconds: float = 0.0
+
+
+class StopTraining(Exception):
+    """The run was asked to stop; the trainer's state is whole, in the middle of an epoch or not."""
+
+
 class Trainer:
     """Trains a network; knows nothing of files, plots or command lines.
+
+    After each step, and whenever ``run_epoch`` raises StopTraining, its state may be saved, and another
+    process goes on from there to the same weights and figures: on a CPU, bit for bit.
 
     Args:
         model: on the runtime's device.
@@ -77,6 +131,7 @@ class Trainer:
             longer a number is noticed at most this many steps later.
         on_step: called after each step with the steps taken so far, and with the mean loss of the steps since
             the last look, or None between looks.
+        should_stop: asked after each step and each batch of a validation.
         peak_flops: what the hardware does at best, in FLOP/s, for ``Epoch.flops_utilization``.
     """
 
@@ -90,6 +145,7 @@ class Trainer:
         *,
         log_every: int = 20,
         on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+        should_stop: Callable[[], bool] = lambda: False,
         peak_flops: float | None = None,
     ) -> None:
         self.model = model
@@ -99,6 +155,7 @@ class Trainer:
         self.runtime = runtime
         self.log_every = log_every
         self.on_step = on_step
+        self.should_stop = should_stop
         self.peak_flops = peak_flops
         self.network = runtime.compiled(model)
         self.optimizer = create_optimizer(model, config)
@@ -107,7 +164,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
         self.epoch = 0
         self.step = 0
-        self.clocked: list[_Clock] = []
+        self.spent = Spent()  # in all epochs that are complete
+        self._progress = _Progress()
+        self._clock = _Clock()
+        self._window = _Window()
         self._flops: dict[torch.Size, int] = {}  # of a step, for each shape of batch so far
 
     @property
@@ -118,96 +178,169 @@ class Trainer:
     @property
     def images_per_second(self) -> float:
         """Training samples by training time over all epochs run so far, warm-up left out."""
-        return sum(clock.images for clock in self.clocked) / sum(clock.seconds for clock in self.clocked)
+        return self.spent.images / self.spent.seconds
 
     @property
     def input_wait_fraction(self) -> float:
         """Share of that time that went by in waiting for the loader."""
-        return sum(clock.waited for clock in self.clocked) / sum(clock.seconds for clock in self.clocked)
+        return self.spent.waited / self.spent.seconds
 
     @property
     def flops_utilization(self) -> float | None:
         """Share of the hardware's best rate of arithmetic over that time; None where that is not known."""
-        if self.peak_flops is None:
-            return None
-        seconds = sum(clock.seconds for clock in self.clocked)
-        return sum(clock.flops for clock in self.clocked) / seconds / self.peak_flops
+        return self.spent.flops / self.spent.seconds / self.peak_flops if self.peak_flops else None
 
     def run_epoch(self) -> Epoch:
-        """Train for one epoch and validate.
+        """Train for one epoch, or what is left of it, and validate.
 
         Raises:
             DivergedError: at a loss that is NaN or infinite, with the step and its learning rate. The network
                 is then worthless: go back to the last checkpoint.
+            StopTraining: because ``should_stop`` said so.
         """
-        began = time.perf_counter()
-        self.train_loader.set_epoch(self.epoch)
-        self.model.train()
-        window = _Window()
-        clock = _Clock()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
-        batches = samples = warm_at = 0
-        for images, labels in clock.timing(self.train_loader):
-            rate = self.learning_rate.current
-            if images.shape not in self._flops:
-                self._flops[images.shape] = training_flops(self.model, images.shape)
-                # An epoch that is shorter than a warm-up has to be timed by its last step.
-                warm_at = min(batches + WARMUP_STEPS, len(self.train_loader) - 1)
-            loss, logits = self._step(images, labels)
-            batches += 1
-            samples += labels.shape[0]
-            loss_sum += loss
-            wrong += (logits.argmax(dim=1) != labels).sum()
-            window.add(loss, self.step, rate)
-            if batches <= warm_at:
-                self.runtime.synchronize()
-                clock.restart()
-            else:
-                clock.count(labels.shape[0], self._flops[images.shape])
-            self.on_step(self.step, window.close() if self.step % self.log_every == 0 else None)
-        window.close()
-        self.runtime.synchronize()
-        clock.stop()
-        self.clocked.append(clock)
+        self._clock = _Clock()
+        self._train()
+        validation = self._validate()
+        # From here to the end nothing can stop: the schedule has been told, and the epoch counts.
+        progress = self._progress
+        spent = progress.spent + self._clock.spent
+        self._progress = _Progress()
+        self.spent += spent
         self.epoch += 1
-        validation = self._validate(rate)
         return Epoch(
             epoch=self.epoch,
             step=self.step,
-            train_loss=loss_sum.item() / batches,
-            train_top1_error=wrong.item() / samples,
+            train_loss=float(progress.loss) / progress.batches,
+            train_top1_error=int(progress.wrong) / progress.samples,
             validation_loss=validation.loss if validation else None,
             validation_top1_error=validation.top1_error if validation else None,
             validation_top5_error=validation.top5_error if validation else None,
-            learning_rate=rate,
-            images_per_second=clock.images_per_second,
-            input_wait_fraction=clock.waited / clock.seconds,
-            flops_per_second=clock.flops / clock.seconds,
-            flops_utilization=clock.flops / clock.seconds / self.peak_flops if self.peak_flops else None,
-            warmup_seconds=clock.warmup,
-            seconds=time.perf_counter() - began,
+            learning_rate=progress.rate,
+            images_per_second=spent.images / spent.seconds,
+            input_wait_fraction=spent.waited / spent.seconds,
+            flops_per_second=spent.flops / spent.seconds,
+            flops_utilization=spent.flops / spent.seconds / self.peak_flops if self.peak_flops else None,
+            warmup_seconds=spent.warmup,
+            seconds=progress.seconds + self._clock.age,
         )
 
-    def _validate(self, rate: float) -> Errors | None:
+    def _train(self) -> None:
+        """Take the epoch's steps, from where its progress says."""
+        progress = self._progress
+        first = progress.batches
+        if first == len(self.train_loader):
+            return
+        self.train_loader.set_epoch(self.epoch, first)
+        self.model.train()
+        if not first:
+            progress.loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+            progress.wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        warm_at = first
+        for images, labels in self._clock.timing(self.train_loader):
+            progress.rate = self.learning_rate.current
+            if images.shape not in self._flops:
+                self._flops[images.shape] = training_flops(self.model, images.shape)
+                # An epoch that is shorter than a warm-up has to be timed by its last step.
+                warm_at = min(progress.batches + WARMUP_STEPS, len(self.train_loader) - 1)
+            loss, logits = self._step(images, labels)
+            progress.batches += 1
+            progress.samples += labels.shape[0]
+            progress.loss += loss
+            progress.wrong += (logits.argmax(dim=1) != labels).sum()
+            self._window.add(loss, self.step, progress.rate)
+            if progress.batches <= warm_at:
+                self.runtime.synchronize()
+                self._clock.restart()
+            else:
+                self._clock.count(labels.shape[0], self._flops[images.shape])
+            self.on_step(self.step, self._window.close() if self.step % self.log_every == 0 else None)
+            self._stop_if_asked()
+        self._window.close()
+        self.runtime.synchronize()
+        self._clock.stop()
+
+    def _validate(self) -> Errors | None:
         if self.validation_loader is None:
             return None
         with self.evaluated():
-            validation = errors(*predict(self.network, self.validation_loader, self.runtime))
+            validation = errors(*predict(self.network, self._watched(self.validation_loader), self.runtime))
         if not math.isfinite(validation.loss):
-            raise _diverged("validation loss", validation.loss, self.step, rate)
+            raise _diverged("validation loss", validation.loss, self.step, self._progress.rate)
         self.learning_rate.after_validation(validation.top1_error)
         return validation
 
-    def state_dict(self) -> dict:
-        """Return what a later process needs, beside the weights and their average, to go on."""
+    def _watched(self, loader: Loader) -> Iterator[tuple[Tensor | Crops, Tensor]]:
+        for batch in loader:
+            yield batch
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise StopTraining
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later process needs, beside the weights and their average, to go on.
+
+        Tensors are the trainer's own, and change with the next step.
+
+        Raises:
+            DivergedError: a loss that was not looked at yet is NaN or infinite.
+        """
+        self._window.check()
+        progress = {
+            **vars(self._progress),
+            "loss": float(self._progress.loss),
+            "wrong": int(self._progress.wrong),
+            "spent": asdict(self._progress.spent + self._clock.spent) if self._progress.batches else {},
+            "seconds": self._progress.seconds + self._clock.age if self._progress.batches else 0.0,
+        }
+        cuda = self.runtime.device.type == "cuda"
         return {
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "progress": progress,
+            "spent": asdict(self.spent),
+            "generators": {  # of dropout; loaders draw from generators that the seed and the epoch decide
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
+            },
         }
+
+    def load_state_dict(self, state: dict[str, Any], average: dict[str, Tensor] | None) -> None:
+        """Go on from where a trainer of the same recipe was; the network has its weights already.
+
+        Args:
+            state: of :meth:`state_dict`.
+            average: the averaged weights, where there were any.
+
+        Raises:
+            CheckpointError: if the state lacks a part or is of another recipe or network.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.learning_rate.load_state_dict(state["learning_rate"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.step = int(state["epoch"]), int(state["step"])
+            self.spent = Spent(**state["spent"])
+            progress = state["progress"]
+            self._progress = _Progress(**progress | {"spent": Spent(**progress["spent"])})
+            if self._progress.batches:
+                device = self.runtime.device
+                self._progress.loss = torch.tensor(progress["loss"], dtype=torch.float64, device=device)
+                self._progress.wrong = torch.tensor(progress["wrong"], dtype=torch.int64, device=device)
+            if self.average:
+                self.average.load(average)
+            torch.set_rng_state(state["generators"]["cpu"])
+            if self.runtime.device.type == "cuda" and state["generators"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["generators"]["cuda"], self.runtime.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"the checkpoint's training state does not fit this run ({reason}); train again"
+            ) from error
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """Return the state dict of the averaged weights; None where none are kept."""
@@ -217,13 +350,11 @@ class Trainer:
         """Context in which the network has the weights that count: their average, where one is kept."""
         return self.average.applied() if self.average else nullcontext()
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; return the loss and the logits, detached, still on the device."""
+        chunks: Sequence[Tensor | Crops] = images.chunk(self.config.accumulate)
         parts = [
-            self._backward(*part)
-            for part in zip(
-                images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True
-            )
+            self._backward(*part) for part in zip(chunks, labels.chunk(self.config.accumulate), strict=True)
         ]
         with record_function("optimizer"):
             if self.config.clip_norm:
@@ -239,7 +370,7 @@ class Trainer:
         losses, logits = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.cat(logits)
 
-    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _backward(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Add a part's share to the gradients of the batch; return its share of the loss, and its logits."""
         with record_function("forward"), self.runtime.autocast():
             logits = self.network(images)
@@ -261,55 +392,67 @@ class _Window:
         self._losses.append(loss)
         self._steps.append((step, rate))
 
-    def close(self) -> float | None:
-        """Wait for the losses, check each, return their mean and begin anew."""
-        if not self._losses:
-            return None
-        losses = torch.stack(self._losses).tolist()
+    def check(self) -> list[float]:
+        """Wait for the losses, check each and return them."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
         for loss, (step, rate) in zip(losses, self._steps, strict=True):
             if not math.isfinite(loss):
                 raise _diverged("loss", loss, step, rate)
+        return losses
+
+    def close(self) -> float | None:
+        """Check the losses, return their mean and begin anew."""
+        losses = self.check()
         self._losses, self._steps = [], []
-        return sum(losses) / len(losses)
+        return sum(losses) / len(losses) if losses else None
 
 
 class _Clock:
-    """The wall time of an epoch's training steps, and the part of it spent waiting for input."""
+    """The wall time of an epoch's training steps in this process, and the part of it spent on input."""
 
     def __init__(self) -> None:
         self._made = time.perf_counter()
+        self._stopped: float | None = None
         self.restart()
 
     def restart(self) -> None:
         """Forget what was counted; the warm-up has only now ended."""
-        self.images = self.flops = 0
-        self.waited = self.seconds = 0.0
+        self._images = self._flops = 0
+        self._waited = 0.0
         self._began = time.perf_counter()
-        self.warmup = self._began - self._made
 
-    def timing(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    def timing(self, loader: Loader) -> Iterator[tuple[Tensor | Crops, Tensor]]:
         """Yield a loader's batches."""
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
             with record_function("input"):
                 batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - asked
             if batch is None:
                 return
             yield batch
 
     def count(self, images: int, flops: int) -> None:
         """Count a batch that was trained on."""
-        self.images += images
-        self.flops += flops
+        self._images += images
+        self._flops += flops
 
     def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self._stopped = time.perf_counter()
 
     @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds
+    def age(self) -> float:
+        """Seconds since it was made, whether it has been stopped or not."""
+        return time.perf_counter() - self._made
+
+    @property
+    def spent(self) -> Spent:
+        """What the steps took, up to now or to where it was stopped."""
+        if not self._images:  # nothing but warm-up so far
+            return Spent(warmup=self._began - self._made)
+        seconds = (self._stopped or time.perf_counter()) - self._began
+        return Spent(self._images, self._flops, self._waited, seconds, self._began - self._made)
 
 
 def _diverged(what: str, value: float, step: int, rate: float) -> DivergedError:

@@ -120,7 +120,7 @@ def test_a_configuration_of_another_version_is_refused() -> None:
 
 def test_safetensors_hold_the_weights_and_what_rebuilds_them(tmp_path: Path) -> None:
     model = create_model("mobilenet_v3_small", 3).to(memory_format=torch.channels_last)
-    save_weights(model, a_config(), CLASSES, tmp_path / "model.safetensors")
+    save_weights(model.state_dict(), tmp_path / "model.safetensors", plain(a_config()), CLASSES)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         content = json.loads(file.metadata()["fastalex"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -65,6 +65,7 @@ def test_a_run_writes_what_the_readme_lists(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         "best.safetensors",
+        "checkpoint-000008.pt",
         "checkpoint.pt",
         "config.yaml",
         "losses.png",
@@ -182,7 +183,7 @@ def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) ->
     assert Path("run/summary.json").read_text() == before
     # Hydra hands two runs of the same second the same path.
     config = Config(ModelConfig("resnet18"), DataConfig("digits"), LoaderConfig("resident"))
-    folders = [RunFolder(tmp_path / "second", False, config).path.name for _ in range(3)]
+    folders = [RunFolder.new(tmp_path / "second", False, config).path.name for _ in range(3)]
     assert folders == ["second", "second-2", "second-3"]
 
 
@@ -232,7 +233,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
     assert "the loss became" in message
     assert "at step" in message
     assert "learning rate" in message
-    assert "no epoch was completed" in message
+    assert "no checkpoint was written" in message
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_two_epochs_are_the_plain_steps() -> None:
     for epoch, losses in zip(epochs, (expected[:4], expected[4:]), strict=True):
         assert epoch.train_loss == pytest.approx(sum(losses) / 4, rel=1e-4)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-5)  # less with two threads
     with torch.no_grad():
         images = torch.cat([images for images, _ in loader.batches])
         labels = torch.cat([labels for _, labels in loader.batches])
