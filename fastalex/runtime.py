@@ -13,6 +13,7 @@ from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
+from fastalex.models.alexnet import Conv3x3
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -26,6 +27,7 @@ class Runtime:
         dtype: of activations, and of the batches that a loader makes; master weights stay fp32.
         memory_format: of batches and of convolution weights.
         compile: whether the network runs under ``torch.compile``.
+        winograd: whether convolutions that can be computed by Winograd's algorithm are.
         threads: of the CPU.
         hardware: the processor's or the card's name.
     """
@@ -34,6 +36,7 @@ class Runtime:
     dtype: torch.dtype
     memory_format: torch.memory_format
     compile: bool
+    winograd: bool
     threads: int
     hardware: str
 
@@ -51,7 +54,10 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device in its memory format."""
+        """Move a network to the device in its memory format, and tell it how to compute."""
+        for module in model.modules():
+            if isinstance(module, Conv3x3):
+                module.winograd = self.winograd
         return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module) -> nn.Module:
@@ -70,7 +76,7 @@ class Runtime:
 
     def __str__(self) -> str:
         layout = "channels-last" if self.channels_last else "NCHW"
-        mode = "compiled" if self.compile else "eager"
+        mode = ("compiled" if self.compile else "eager") + (", Winograd" if self.winograd else "")
         precision = str(self.dtype).removeprefix("torch.")
         return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {self.threads} threads"
 
@@ -89,11 +95,13 @@ def choose(config: RuntimeConfig) -> Runtime:
     else:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    dtype = DTYPES[_precision(config.precision, device)]
     return Runtime(
         device=device,
-        dtype=DTYPES[_precision(config.precision, device)],
+        dtype=dtype,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         compile=device.type == "cuda" if config.compile is None else config.compile,
+        winograd=config.winograd and device.type == "cpu" and dtype == torch.bfloat16,
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )

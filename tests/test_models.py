@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import reference
+from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
-from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model
+from fastalex.kernels import winograd_conv2d
+from fastalex.models import MODELS, AlexNet, alexnet, check_crop, count_parameters, create_model
+from fastalex.runtime import choose
 
 BIAS_ONE = {"conv2", "conv4", "conv5", "fc6", "fc7"}
 
@@ -184,3 +187,36 @@ def test_resnet18_is_torchvisions() -> None:
 def test_bad_options_are_named(name: str, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_model(name, **options)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_winograd_is_as_near_to_float64_as_bf16_is(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime switches it on for bf16 on the CPU; it then serves every ungrouped 3x3 convolution."""
+    used = []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        used.append(weight.shape[0])
+        return winograd_conv2d(x, weight, bias)
+
+    monkeypatch.setattr(alexnet, "winograd_conv2d", spy)
+    torch.manual_seed(0)
+    model = create_model("alexnet", groups=groups, init="he").eval()
+    images = torch.randn(4, 3, 127, 127)
+    exact = create_model("alexnet", groups=groups).double().eval()
+    exact.load_state_dict(model.state_dict())
+    expected = exact(images.double())
+    errors = []
+    for winograd in (False, True):
+        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, winograd=winograd))
+        assert ("Winograd" in str(runtime)) is winograd
+        runtime.place(model)
+        with torch.no_grad(), runtime.autocast():
+            logits = model(images.bfloat16().contiguous(memory_format=torch.channels_last))
+        errors.append(((logits.double() - expected).norm() / expected.norm()).item())
+    assert used == ([384, 384, 256] if groups == 1 else [384])
+    plain, fast = errors
+    assert fast < 3 * plain + 1e-3
+    assert fast < 0.05
+    with torch.no_grad():  # fp32 stays with PyTorch's convolutions
+        choose(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(model)(images)
+    assert len(used) == (3 if groups == 1 else 1)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastalex.crops import Crops
 from fastalex.errors import ConfigError
-from fastalex.kernels import relu_lrn, relu_lrn_max_pool
+from fastalex.kernels import relu_lrn, relu_lrn_max_pool, winograd_conv2d
 
 # Section 3.3 of the paper: n = 5, k = 2, alpha = 1e-4, beta = 0.75. The paper multiplies alpha by the sum of
 # the squares, PyTorch by their mean over the window, so PyTorch's alpha is n times the paper's.
@@ -51,6 +51,22 @@ class NormPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"norm={self.norm}, pool_size={self.pool_size}"
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, which may be computed by Winograd's algorithm: see ``fastalex.kernels.winograd``.
+
+    Attributes:
+        winograd: whether it is, for bf16 on the CPU, where that is faster. The runtime sets it.
+    """
+
+    winograd = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.winograd and self.groups == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            assert self.bias is not None
+            return winograd_conv2d(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 class AlexNet(nn.Module):
@@ -98,9 +114,9 @@ class AlexNet(nn.Module):
         self.norm_pool1 = NormPool(96, norm, overlapping_pool)
         self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=groups)
         self.norm_pool2 = NormPool(256, norm, overlapping_pool)
-        self.conv3 = nn.Conv2d(256, 384, kernel_size=3, padding=1)
-        self.conv4 = nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=groups)
-        self.conv5 = nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=groups)
+        self.conv3 = Conv3x3(256, 384, kernel_size=3, padding=1)
+        self.conv4 = Conv3x3(384, 384, kernel_size=3, padding=1, groups=groups)
+        self.conv5 = Conv3x3(384, 256, kernel_size=3, padding=1, groups=groups)
         self.pool5 = nn.MaxPool2d(3 if overlapping_pool else 2, stride=2)
         self.fc6 = nn.Linear(256 * 6 * 6, 4096)
         self.fc7 = nn.Linear(4096, 4096)
