@@ -32,8 +32,8 @@ format: $(STAMP)
 # Measures all that docs/benchmarks.md shows on this machine, and writes the page
 bench: bench-kernels bench-loaders bench-step
 
-# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*
-KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py)
+# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, winograd_*
+KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py winograd.py)
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs

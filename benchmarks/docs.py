@@ -49,6 +49,7 @@ def page(results: Path) -> str:
         ("augment", sections.augment),
         ("loaders", sections.loaders),
         ("folded_conv", sections.folded),
+        ("winograd", sections.winograd),
     ]
     written = []
     for device in ("cpu", "cuda"):

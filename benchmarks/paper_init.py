@@ -5,7 +5,7 @@
 
 Each trial trains for some hundred steps on CIFAR-10 and is judged by its error on validation images: a
 network that has learnt nothing errs on 0.90 of them, and its loss stays at ln(10) = 2.303. The trials are
-added, one line each, to ``benchmarks/results/paper_init.csv`` and the table beside it; docs/recipe.md says
+added, one line each, to ``results/trials/paper_init.csv`` and the table beside it; docs/recipe.md says
 what they show.
 """
 
@@ -31,7 +31,7 @@ from fastalex.profiling import FirstBatches
 from fastalex.runtime import Runtime
 from fastalex.trainer import Trainer
 
-RESULTS = Path(__file__).parent / "results" / "paper_init.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "trials" / "paper_init.csv"
 VALIDATION_IMAGES = 2000
 LEVELS = 255.0
 LEARNS = 0.85  # validation error; chance is 0.90, with a standard deviation of 0.007 on so many images

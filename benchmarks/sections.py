@@ -211,3 +211,25 @@ def folded(measurements: list[Measurement], device: str) -> list[str]:
         "",
         *table(heads, rows),
     ]
+
+
+def winograd(measurements: list[Measurement], device: str) -> list[str]:
+    shown = [m for m in measurements if m.record["direction"] == "forward + backward"]
+    rows = [
+        [
+            *m.of[:2],
+            *spread(m),
+            times(m.record["winograd_is_times_faster"]),
+            *(number(m.record[name], 2) for name in ("error", "error_d_input", "error_d_weight")),
+        ]
+        for m in shown
+    ]
+    heads = ["", "implementation", "ms, forward + backward", "range", "winograd is times faster"]
+    return [
+        f"## 3x3 convolutions by Winograd's algorithm ({device})",
+        "",
+        "`make bench-kernels`. Errors are the rms distance from float64, relative to the rms: of the result, of "
+        "the gradient of the input and of that of the weight.",
+        "",
+        *table([*heads, "error", "of d input", "of d weight"], rows),
+    ]

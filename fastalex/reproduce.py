@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,8 +170,7 @@ def run(config: ReproduceConfig) -> None:
         print(f"== {job}: {job.status}", flush=True)
         if job.status == COMPLETE:
             continue
-        if job.status == INTERRUPTED:
-            shutil.rmtree(job.folder)
+        job.config.resume = "auto"  # where it was interrupted, if it was
         try:
             train(job.config, job.folder)
         except DivergedError as error:
