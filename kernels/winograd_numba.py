@@ -338,9 +338,11 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
         tiles = _Tiles(some).run(_input, _parallel_input)
         d_products = _Tiles(some_grads).run(_gradient, _parallel_gradient)
         d_tiles = _Tiles(some_d_x)
+        share = torch.empty_like(transformed)
         for p, d_product in enumerate(d_products.positions):
             torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
-            d_transformed[p] += d_product.t() @ tiles.positions[p]
+            torch.mm(d_product.t(), tiles.positions[p], out=share[p])
+        d_transformed += share.float()  # all at once: a sum of two dtypes, matrix by matrix, is slow
         d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
     d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
     return d_x, reference.weight_gradient(d_transformed), d_bias
