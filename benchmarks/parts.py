@@ -14,8 +14,11 @@ CONVOLUTIONS, PRODUCTS, LRN = "convolutions", "matrix products", "ReLU, LRN, poo
 INPUT, OPTIMIZER, OTHER = "input", "optimizer", "other"
 PARTS = (CONVOLUTIONS, PRODUCTS, LRN, INPUT, OPTIMIZER, OTHER)
 
-# Ranges: whatever happens within one of these belongs to it.
+# Whatever happens within one of these belongs to it.
 _RANGES = {
+    CONVOLUTIONS: re.compile(
+        r"winograd_conv|folded_conv"
+    ),  # with the products and copies that they are made of
     INPUT: re.compile(r"^input$|^enumerate\(DataLoader\)"),
     OPTIMIZER: re.compile(r"^optimizer$|^Optimizer\.|multi_tensor|sgd", re.IGNORECASE),
 }

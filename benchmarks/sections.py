@@ -228,8 +228,8 @@ def winograd(measurements: list[Measurement], device: str) -> list[str]:
     return [
         f"## 3x3 convolutions by Winograd's algorithm ({device})",
         "",
-        "`make bench-kernels`. Errors are the rms distance from float64, relative to the rms: of the result, of "
-        "the gradient of the input and of that of the weight.",
+        "`make bench-kernels`. Errors are the rms distance from float64, relative to the rms: of the result, "
+        "of the gradient of the input and of that of the weight.",
         "",
         *table([*heads, "error", "of d input", "of d weight"], rows),
     ]

@@ -29,6 +29,7 @@ from benchmarks.parts import (
         (["aten::copy_", "aten::convolution_backward", "ConvolutionBackward0", "backward"], CONVOLUTIONS),
         (["aten::copy_", "aten::_to_copy", "aten::to", "aten::conv2d"], OTHER),  # autocast's casts
         (["aten::mm", "AddmmBackward0"], PRODUCTS),
+        (["aten::mm", "fastalex::winograd_conv2d", "forward"], CONVOLUTIONS),
         (["fastalex::lrn_max_pool", "forward"], LRN),
         (["aten::pow", "forward"], LRN),
         (["aten::mul", "MulBackward0"], LRN),
