@@ -58,6 +58,10 @@ def command(
                 )()
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(_one_line(error))
+            except ValueError as error:
+                if started:
+                    raise
+                _fail(_one_line(error))  # Hydra's, of a group that is given something else than a name
             except OSError as error:
                 if started:
                     raise
@@ -74,13 +78,17 @@ def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
     """Return what Hydra composed as an instance of the dataclass.
 
     Raises:
-        ConfigError: if a mandatory key has no value, or ``+key=value`` added one that does not exist.
+        ConfigError: if a mandatory key has no value, or ``+key=value`` added one that does not exist, or
+            ``${...}`` refers to what cannot stand there.
     """
-    missing = OmegaConf.missing_keys(composed)
-    if missing:
-        key = sorted(missing)[0]
-        raise ConfigError(f"{key}: has no value; give it as {key}=...")
-    config = OmegaConf.to_object(composed)
+    try:
+        missing = OmegaConf.missing_keys(composed)
+        if missing:
+            key = sorted(missing)[0]
+            raise ConfigError(f"{key}: has no value; give it as {key}=...")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
     _refuse_additions(composed, config, "")
     return cast(T, config)
 
@@ -146,7 +154,7 @@ def _one_line(error: Exception) -> str:
     cause = error
     while isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    text = str(cause).strip().splitlines()[0]
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     full_key = getattr(cause, "full_key", None)
     if full_key:
         text = f"{full_key}: {text[0].lower()}{text[1:]}"

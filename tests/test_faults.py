@@ -1,0 +1,460 @@
+"""What happens to runs of hours, done to runs of seconds.
+
+FASTALEX_FAULT_KILLS=20 and FASTALEX_FAULT_EXAMPLES=2000 take as many tries as docs/reliability.md reports.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastalex import train
+from fastalex.checkpoint import Checkpoint, read_weights
+from fastalex.config import OnWriteError
+from fastalex.data.decode import decode_image
+from fastalex.errors import FastalexError
+from fastalex.saving import load_newest
+
+T = TypeVar("T")
+KILLS = int(os.environ.get("FASTALEX_FAULT_KILLS", "2"))
+EXAMPLES = int(os.environ.get("FASTALEX_FAULT_EXAMPLES", "60"))
+RUN = [
+    "data=digits",
+    "model=mobilenet_v3_small",
+    "data.resize=36",
+    "data.crop=32",
+    "train.epochs=2",
+    "train.ema_decay=0.9",
+    "runtime.precision=fp32",
+    "runtime.threads=1",
+]
+STEPS = 16
+CHECKPOINT_BYTES = 19_000_000  # of such a run, and a little more
+
+# Imports once and forks for each command, before PyTorch has started a thread; a process of its own for each
+# would spend most of its life in importing. Takes a line of JSON a command, answers with a process id.
+_SERVER = """
+import ctypes, json, os, resource, sys, time
+import hydra.core.utils
+from fastalex import train
+
+def child(argv, log, limit, now, powerless, environment):
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environment)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if now:
+        moment = hydra.core.utils.datetime.fromtimestamp(now)
+        hydra.core.utils.datetime = type("Clock", (), {"now": staticmethod(lambda: moment)})
+        time.time = lambda: now
+    if powerless:  # root without its capabilities, whom permissions hold back like anybody else
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
+    sys.argv = ["fastalex", *argv]
+    train.main()
+
+for line in sys.stdin:
+    command = json.loads(line)
+    if "wait" in command:
+        print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if not pid:
+        status = 0
+        try:
+            child(**command)
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            status = 99
+        os._exit(status)
+    print(pid, flush=True)
+"""
+
+
+class Server:
+    """Runs ``python -m fastalex.train`` many times."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+        )
+
+    def _ask(self, **command: Any) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def start(
+        self,
+        *argv: str,
+        log: str = "log",
+        limit: int = 0,
+        now: float = 0,
+        powerless: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        return self._ask(
+            argv=argv, log=log, limit=limit, now=now, powerless=powerless, environment=environment or {}
+        )
+
+    def wait(self, pid: int) -> int:
+        """Its exit status; the negative number of the signal that ended it."""
+        return self._ask(wait=pid)
+
+    def run(self, *argv: str, **options: Any) -> tuple[int, str]:
+        """The exit status, and what was printed."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        status = self.wait(self.start(*argv, **options))
+        return status, log.read_text()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("faults"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server) -> tuple[Path, float]:
+    """The run that nothing happened to, and the seconds it took."""
+    began = time.perf_counter()
+    status, out = server.run(*RUN, "checkpoint.every_steps=1", "hydra.run.dir=whole")
+    assert status == 0, out
+    return server.folder / "whole", time.perf_counter() - began
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    for name in ("model.safetensors", "best.safetensors"):
+        ours, theirs = read_weights(folder / name)[0], read_weights(whole / name)[0]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, whole))
+    for key in ("ten_crop", "best_on_validation", "steps"):
+        assert ours[key] == theirs[key]
+    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (folder, whole)]
+    ours, theirs = ([json.loads(line)["train_loss"] for line in each] for each in lines)
+    assert ours == theirs
+
+
+def test_killed_at_random_moments(server: Server, whole: tuple[Path, float]) -> None:
+    """kill -9, a checkpoint at every step: many of the moments are within a write."""
+    folder, seconds = whole
+    moments = random.Random(0)
+    kills = number = 0
+    while kills < KILLS:
+        number += 1
+        run = server.folder / f"killed-{number}"
+        command = [*RUN, "checkpoint.every_steps=1", "resume=auto", f"hydra.run.dir={run.name}"]
+        while True:
+            pid = server.start(*command)
+            if kills < KILLS:
+                time.sleep(moments.uniform(0.1, 0.9) * seconds)
+                os.kill(pid, signal.SIGKILL)
+            status = server.wait(pid)
+            if status != -signal.SIGKILL:
+                break
+            kills += 1
+            loaded = load_newest(run) if run.is_dir() else None
+            assert loaded is None or (run / "checkpoint.pt").is_file()  # the newest is always there
+        # Finished before the last kill could reach it, or because there are no more.
+        log = (server.folder / "log").read_text()
+        assert status == 0, log
+        assert "warning" not in log  # and it was always whole
+        assert not list(run.glob(".*"))  # nothing half-written is left
+        assert_same(run, folder)
+
+
+def test_two_signals_end_a_run_at_once(server: Server) -> None:
+    run = server.folder / "twice"
+    pid = server.start(*RUN, "train.epochs=2000", "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
+    while not (run / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGSTOP)  # so that both are pending when it goes on
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGCONT)
+    assert server.wait(pid) in (-signal.SIGTERM, -signal.SIGINT)
+    assert Checkpoint.load(run / "checkpoint.pt").step > 0
+
+
+def test_two_runs_started_in_the_same_second(server: Server, whole: tuple[Path, float]) -> None:
+    now = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    pids = [server.start(*RUN, now=now, log=f"second-{i}") for i in range(2)]
+    assert [server.wait(pid) for pid in pids] == [0, 0]
+    folders = sorted((server.folder / "outputs/2026-01-02").iterdir())
+    assert [folder.name for folder in folders] == ["03-04-05", "03-04-05-2"]
+    for folder in folders:
+        assert_same(folder, whole[0])
+
+
+def test_a_clock_set_back(server: Server, whole: tuple[Path, float]) -> None:
+    """A run goes on although its files are from the future, and its next ones older than those."""
+    run = server.folder / "clock"
+    pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
+    while not (run / "checkpoint-000003.pt").exists():
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert server.wait(pid) == 128 + signal.SIGTERM
+    future = time.time() + 365 * 86400
+    for path in run.rglob("*"):
+        os.utime(path, (future, future))
+    status, out = server.run("resume=auto", f"hydra.run.dir={run.name}", now=time.time() - 365 * 86400)
+    assert status == 0, out
+    assert_same(run, whole[0])
+
+
+@pytest.mark.parametrize("on_error", OnWriteError)
+def test_a_full_disk(server: Server, whole: tuple[Path, float], on_error: OnWriteError) -> None:
+    """No file may be larger than half a checkpoint: what a disk does that is full."""
+    run = server.folder / f"full-{on_error.value}"
+    pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
+    while not (run / "checkpoint.pt").exists():
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert server.wait(pid) == 128 + signal.SIGTERM
+    before = Checkpoint.load(run / "checkpoint.pt").step
+    limit = CHECKPOINT_BYTES // 2
+    status, out = server.run(f"resume={run.name}", f"checkpoint.on_error={on_error.value}", limit=limit)
+    message = r"checkpoint.pt: cannot be written \(File too large\): the checkpoint of step \d+ is lost"
+    assert re.search(message, out), out
+    assert f"that of step {before} stays" in out
+    assert "Traceback" not in out
+    assert not list(run.glob(".*"))
+    assert load_newest(run)[0].step == before
+    if on_error is OnWriteError.stop:
+        assert status == 2
+        assert not (run / "summary.json").exists()
+        status, out = server.run(f"resume={run.name}")  # there is space again
+    assert status == 0, out
+    assert_same(run, whole[0])
+
+
+def image_tree(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(root / name / f"{i}.png")
+
+
+FOLDERS = [*RUN, "data=imagefolder", "data.resize=36", "data.crop=32", "train.batch_size=4"]
+
+
+def test_two_processes_build_the_same_cache(server: Server) -> None:
+    image_tree(server.folder / "images")
+    cache = server.folder / "shared-cache"
+    argv = [*FOLDERS, "data.root=images", "train.epochs=1"]
+    environment = {"XDG_CACHE_HOME": str(cache)}
+    pids = [
+        server.start(*argv, f"hydra.run.dir=cache-{i}", log=f"cache-{i}.log", environment=environment)
+        for i in range(2)
+    ]
+    assert [server.wait(pid) for pid in pids] == [0, 0]
+    assert_same(server.folder / "cache-0", server.folder / "cache-1")
+    (entry,) = (path for path in (cache / "fastalex").iterdir() if path.suffix != ".lock")
+    assert sorted(path.name for path in entry.iterdir()) == ["index.json", "pixels.npy"]
+
+
+def test_a_read_only_data_folder(server: Server) -> None:
+    root = server.folder / "read-only"
+    image_tree(root)
+    for path in (*root.rglob("*"), root):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in (*root.rglob("*"), root)}
+    argv = [*FOLDERS, "data.root=read-only", "train.epochs=1", "hydra.run.dir=from-read-only"]
+    status, out = server.run(*argv, powerless=os.geteuid() == 0)
+    assert status == 0, out
+    assert {path: path.stat().st_mtime_ns for path in (*root.rglob("*"), root)} == before
+    for path in (*root.rglob("*"), root):
+        path.chmod(0o755)
+
+
+# --- Files that nobody wrote on purpose -------------------------------------------------------------------
+
+BOUNDED = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=[Phase.generate],  # a failure is reported as it was found: to shrink it takes minutes
+    derandomize=EXAMPLES == 60,  # the suite tries the same ones each time
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def accepted(read: Callable[[Path], T], path: Path) -> T | None:
+    """What a reader makes of a file; None if it refuses it, which it must do in one line."""
+    message = ""
+    try:
+        return read(path)
+    except FastalexError as error:
+        message = str(error)
+    assert "\n" not in message
+    return None
+
+
+@st.composite
+def damage(draw: st.DrawFn, content: bytes) -> bytes:
+    """A copy of a file with bits turned over, a part missing, or bytes put in."""
+    kind = draw(st.sampled_from(["flip", "cut", "insert", "zero"]))
+    at = draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        return content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+    if kind == "insert":
+        return content[:at] + draw(st.binary(min_size=1, max_size=64)) + content[at:]
+    end = at + draw(st.integers(1, 4096))
+    return content[:at] + (b"" if kind == "cut" else bytes(len(content[at:end]))) + content[end:]
+
+
+def a_checkpoint() -> bytes:
+    model = {"weight": torch.arange(3000.0), "bias": torch.arange(10, dtype=torch.int64)}
+    file = io.BytesIO()
+    parts = {"format": 1, "config": {"model": {"name": "alexnet"}}, "classes": ["a"], "model": model}
+    torch.save({**parts, "training": {"step": 3}, "average": None}, file)
+    return file.getvalue()
+
+
+CHECKPOINT = a_checkpoint()
+
+
+@BOUNDED
+@given(content=damage(CHECKPOINT))
+def test_a_damaged_checkpoint_is_refused_or_harmless(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    path.write_bytes(content)
+    checkpoint = accepted(Checkpoint.load, path)
+    if checkpoint is None:
+        return
+    # Harmless are bytes that mean nothing: dates, padding. Whatever was loaded is what had been saved.
+    assert torch.equal(checkpoint.model["weight"], torch.arange(3000.0))
+    assert torch.equal(checkpoint.model["bias"], torch.arange(10))
+    assert (checkpoint.config, checkpoint.classes) == ({"model": {"name": "alexnet"}}, ["a"])
+    assert (checkpoint.training, checkpoint.average) == ({"step": 3}, None)
+
+
+def pickled(content: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+@BOUNDED
+@given(program=st.one_of(damage(pickled(CHECKPOINT)), st.binary(max_size=200)))
+def test_a_hostile_pickle_with_a_right_checksum_is_refused_or_plain(
+    program: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "hostile.pt"
+    with zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, program if name.endswith("data.pkl") else old.read(name))
+    executed: list[str] = []
+    watching = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in (
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "subprocess.Popen",
+            "os.remove",
+            "os.mkdir",
+        ):
+            executed.append(event)
+
+    sys.addaudithook(hook)  # cannot be removed, only told to look away
+    try:
+        accepted(lambda path: Checkpoint.load(path).restore_config(), path)
+    finally:
+        watching = False
+    assert not executed
+
+
+KEYS = st.sampled_from(
+    ["train.lr", "train.epochs", "train.stages", "data", "data.mean", "model", "checkpoint.keep", "seed", "x"]
+)
+VALUES = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["null", "[]", "{}", "[1,2,3]", "true", "${seed}", "${oc.env:HOME}", "???", "{a: 1}"]),
+)
+
+
+@settings(BOUNDED, max_examples=EXAMPLES // 4)  # each composes a configuration, half a second
+@given(overrides=st.lists(st.builds("{}={}".format, KEYS, VALUES), min_size=1, max_size=3))
+def test_any_configuration_is_taken_or_refused_in_one_line(
+    overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
+        patch.setattr(sys, "argv", ["fastalex", *overrides, "hydra.run.dir=fuzzed"])
+        patch.setattr(train, "train", lambda config, *_, **__: train.validate(config))
+        patch.setattr(sys, "stderr", err := io.StringIO())
+        status = 0
+        try:
+            train.main()
+        except SystemExit as end:
+            status = end.code
+    message = err.getvalue()
+    assert (status, message) == (0, "") or (status == 2 and re.fullmatch(r"fastalex: error: .+\n", message))
+
+
+def encoded(format: str) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 31, 3), np.uint8)
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+@BOUNDED
+@given(content=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]).map(encoded).flatmap(damage))
+def test_a_damaged_image_is_refused_or_has_pixels(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged-image"
+    path.write_bytes(content)
+    pixels = accepted(decode_image, path)
+    if pixels is None:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
