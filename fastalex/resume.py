@@ -111,6 +111,8 @@ def _auto(run_dir: Path, given: bool) -> Found | None:
     if given and is_finished(run_dir):
         raise ConfigError(f"hydra.run.dir={run_dir}: the run there is finished; name another folder")
     for folder in [run_dir] if given else _unfinished(run_dir.parent.parent):
+        if not folder.is_dir():
+            continue
         lock = RunLock.take(folder)
         if lock is None:
             if given:
