@@ -53,17 +53,23 @@ class NormPool(nn.Module):
         return f"norm={self.norm}, pool_size={self.pool_size}"
 
 
+# Of a 3x3 convolution's input. Winograd's algorithm is 1.4 times faster at 13x13 (`benchmarks/test_winograd.py`)
+# and slower at 3x3, where transforming the weight takes longer than all else.
+WINOGRAD_PIXELS = 100
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, which may be computed by Winograd's algorithm: see ``fastalex.kernels.winograd``.
 
     Attributes:
-        winograd: whether it is, for bf16 on the CPU, where that is faster. The runtime sets it.
+        winograd: whether it is, for bf16 on the CPU where that is faster. The runtime sets it.
     """
 
     winograd = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.winograd and self.groups == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        large = x.shape[-2] * x.shape[-1] >= WINOGRAD_PIXELS
+        if self.winograd and large and self.groups == 1 and x.dtype == torch.bfloat16 and x.is_cpu:
             assert self.bias is not None
             return winograd_conv2d(x, self.weight, self.bias)
         return super().forward(x)
