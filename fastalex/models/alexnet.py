@@ -53,8 +53,8 @@ class NormPool(nn.Module):
         return f"norm={self.norm}, pool_size={self.pool_size}"
 
 
-# Of a 3x3 convolution's input. Winograd's algorithm is 1.4 times faster at 13x13 (benchmarks/test_winograd.py)
-# and slower at 3x3, where transforming the weight takes longer than all else.
+# Of a 3x3 convolution's input. Winograd's algorithm is 1.4 times faster at 13x13 pixels, as
+# benchmarks/test_winograd.py has it, and slower at 3x3, where transforming the weight takes longest.
 WINOGRAD_PIXELS = 100
 
 
