@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from omegaconf import OmegaConf
@@ -32,6 +33,7 @@ class RunLock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
+        _held.add(self)
 
     @classmethod
     def take(cls, folder: Path) -> RunLock | None:
@@ -51,6 +53,18 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+_held: WeakSet[RunLock] = WeakSet()
+
+
+def _forget_locks() -> None:
+    """Leave the parent's locks to it: through a copy, a loader's worker would hold them after its death."""
+    for lock in _held:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def is_finished(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from fastalex.checkpoint import Checkpoint, load_weights, plain, read_weights, s
 from fastalex.cli import asked_for, command
 from fastalex.config import Config, model_options, validate
 from fastalex.data import DataSplits, Loader, StagedLoader, Views, build_loader, load_splits, resolve_loader
-from fastalex.errors import CheckpointError, DivergedError, StoppedError
+from fastalex.errors import CheckpointError, DataError, DivergedError, StoppedError
 from fastalex.evaluation import evaluate
 from fastalex.files import remove_empty
 from fastalex.flops import matmul_flops_per_second
@@ -112,13 +112,14 @@ def _run(
         if signals.received is not None:
             raise StoppedError(f"stopped by {signals.received.name}", signals.received)
         return run.report()
-    except StoppedError as error:
-        if run.writer.written is None:
+    except (StoppedError, DataError, RuntimeError) as error:
+        # A signal to the whole process group ends the loader's workers as well, which is then no error.
+        if signals.received is None:
             raise
-        raise StoppedError(
-            f"{error}; step {run.writer.written} is saved, go on with resume={folder.path}",
-            error.exit_status - 128,
-        ) from None
+        how = f"stopped by {signals.received.name}"
+        if run.writer.written is not None:
+            how += f"; step {run.writer.written} is saved, go on with resume={folder.path}"
+        raise StoppedError(how, signals.received) from error
     finally:
         folder.close()
 

@@ -31,7 +31,7 @@ from fastalex.checkpoint import Checkpoint, read_weights
 from fastalex.config import OnWriteError
 from fastalex.data.decode import decode_image
 from fastalex.errors import FastalexError
-from fastalex.saving import load_newest
+from fastalex.saving import load_newest, older
 
 T = TypeVar("T")
 KILLS = int(os.environ.get("FASTALEX_FAULT_KILLS", "2"))
@@ -56,11 +56,13 @@ import ctypes, json, os, resource, sys, time
 import hydra.core.utils
 from fastalex import train
 
-def child(argv, log, limit, now, powerless, environment):
+def child(argv, log, limit, now, powerless, session, environment):
     log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
+    if session:
+        os.setsid()
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if now:
@@ -122,10 +124,17 @@ class Server:
         limit: int = 0,
         now: float = 0,
         powerless: bool = False,
+        session: bool = False,
         environment: dict[str, str] | None = None,
     ) -> int:
         return self._ask(
-            argv=argv, log=log, limit=limit, now=now, powerless=powerless, environment=environment or {}
+            argv=argv,
+            log=log,
+            limit=limit,
+            now=now,
+            powerless=powerless,
+            session=session,
+            environment=environment or {},
         )
 
     def wait(self, pid: int) -> int:
@@ -155,12 +164,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server) -> tuple[Path, float]:
-    """The run that nothing happened to, and the seconds it took."""
-    began = time.perf_counter()
+def whole(server: Server) -> Path:
+    """The run that nothing happened to."""
     status, out = server.run(*RUN, "checkpoint.every_steps=1", "hydra.run.dir=whole")
     assert status == 0, out
-    return server.folder / "whole", time.perf_counter() - began
+    return server.folder / "whole"
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -176,9 +184,19 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert ours == theirs
 
 
-def test_killed_at_random_moments(server: Server, whole: tuple[Path, float]) -> None:
+def has_ended(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def wait_for(path: Path, pid: int) -> None:
+    """Wait until a process has written a file."""
+    while not path.exists():
+        assert not has_ended(pid)
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments(server: Server, whole: Path) -> None:
     """kill -9, a checkpoint at every step: many of the moments are within a write."""
-    folder, seconds = whole
     moments = random.Random(0)
     kills = number = 0
     while kills < KILLS:
@@ -188,7 +206,11 @@ def test_killed_at_random_moments(server: Server, whole: tuple[Path, float]) -> 
         while True:
             pid = server.start(*command)
             if kills < KILLS:
-                time.sleep(moments.uniform(0.1, 0.9) * seconds)
+                # Some time after a step's checkpoint; at once, in the start-up, if that was written before.
+                step, delay = moments.randrange(STEPS), moments.uniform(0, 0.5)
+                while not has_ended(pid) and not (run.is_dir() and any(s >= step for s in older(run))):
+                    time.sleep(0.01)
+                time.sleep(delay)
                 os.kill(pid, signal.SIGKILL)
             status = server.wait(pid)
             if status != -signal.SIGKILL:
@@ -201,14 +223,13 @@ def test_killed_at_random_moments(server: Server, whole: tuple[Path, float]) -> 
         assert status == 0, log
         assert "warning" not in log  # and it was always whole
         assert not list(run.glob(".*"))  # nothing half-written is left
-        assert_same(run, folder)
+        assert_same(run, whole)
 
 
 def test_two_signals_end_a_run_at_once(server: Server) -> None:
     run = server.folder / "twice"
     pid = server.start(*RUN, "train.epochs=2000", "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
-    while not (run / "checkpoint.pt").exists():
-        time.sleep(0.05)
+    wait_for(run / "checkpoint.pt", pid)
     os.kill(pid, signal.SIGSTOP)  # so that both are pending when it goes on
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGINT)
@@ -217,22 +238,35 @@ def test_two_signals_end_a_run_at_once(server: Server) -> None:
     assert Checkpoint.load(run / "checkpoint.pt").step > 0
 
 
-def test_two_runs_started_in_the_same_second(server: Server, whole: tuple[Path, float]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_loading_workers_too(server: Server, number: signal.Signals) -> None:
+    """As Ctrl-C in a terminal, or a batch system's time limit, has it."""
+    run = server.folder / f"group-{number.name}"
+    command = [*RUN, "loader=torchvision", "loader.workers=1", "checkpoint.every_steps=1"]
+    pid = server.start(*command, f"hydra.run.dir={run.name}", session=True)
+    wait_for(run / "checkpoint.pt", pid)
+    os.killpg(pid, number)
+    assert server.wait(pid) == 128 + number
+    status, out = server.run(f"resume={run.name}")
+    assert status == 0, out
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_two_runs_started_in_the_same_second(server: Server, whole: Path) -> None:
     now = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
     pids = [server.start(*RUN, now=now, log=f"second-{i}") for i in range(2)]
     assert [server.wait(pid) for pid in pids] == [0, 0]
     folders = sorted((server.folder / "outputs/2026-01-02").iterdir())
     assert [folder.name for folder in folders] == ["03-04-05", "03-04-05-2"]
     for folder in folders:
-        assert_same(folder, whole[0])
+        assert_same(folder, whole)
 
 
-def test_a_clock_set_back(server: Server, whole: tuple[Path, float]) -> None:
+def test_a_clock_set_back(server: Server, whole: Path) -> None:
     """A run goes on although its files are from the future, and its next ones older than those."""
     run = server.folder / "clock"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
-    while not (run / "checkpoint-000003.pt").exists():
-        time.sleep(0.02)
+    wait_for(run / "checkpoint-000003.pt", pid)
     os.kill(pid, signal.SIGTERM)
     assert server.wait(pid) == 128 + signal.SIGTERM
     future = time.time() + 365 * 86400
@@ -240,16 +274,15 @@ def test_a_clock_set_back(server: Server, whole: tuple[Path, float]) -> None:
         os.utime(path, (future, future))
     status, out = server.run("resume=auto", f"hydra.run.dir={run.name}", now=time.time() - 365 * 86400)
     assert status == 0, out
-    assert_same(run, whole[0])
+    assert_same(run, whole)
 
 
 @pytest.mark.parametrize("on_error", OnWriteError)
-def test_a_full_disk(server: Server, whole: tuple[Path, float], on_error: OnWriteError) -> None:
+def test_a_full_disk(server: Server, whole: Path, on_error: OnWriteError) -> None:
     """No file may be larger than half a checkpoint: what a disk does that is full."""
     run = server.folder / f"full-{on_error.value}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
-    while not (run / "checkpoint.pt").exists():
-        time.sleep(0.02)
+    wait_for(run / "checkpoint.pt", pid)
     os.kill(pid, signal.SIGTERM)
     assert server.wait(pid) == 128 + signal.SIGTERM
     before = Checkpoint.load(run / "checkpoint.pt").step
@@ -266,7 +299,7 @@ def test_a_full_disk(server: Server, whole: tuple[Path, float], on_error: OnWrit
         assert not (run / "summary.json").exists()
         status, out = server.run(f"resume={run.name}")  # there is space again
     assert status == 0, out
-    assert_same(run, whole[0])
+    assert_same(run, whole)
 
 
 def image_tree(root: Path) -> None:

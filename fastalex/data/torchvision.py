@@ -7,6 +7,7 @@ crops cross to the device, a quarter of the bytes, and are normalised there.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ class TorchvisionLoader(PlannedLoader):
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
+            worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # its own: the global one belongs to the network's dropout
         )
 
@@ -129,6 +131,11 @@ class _ViewsOfImages(Dataset[_Item]):
         else:
             views = F.ten_crop(image, [crop, crop])
         return torch.stack([view.permute(1, 2, 0) for view in views]), int(self.images.labels[index])
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the parent finishes its step first, and needs us for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list[_Item | DataError]) -> tuple[Tensor, Tensor] | DataError:
