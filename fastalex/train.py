@@ -88,8 +88,8 @@ def _run(
     trainer = Trainer(
         model,
         config.train,
-        _staged_loader(model, config, splits, runtime),
-        _loader(model, config, splits, runtime, Views.center) if splits.has_errors else None,
+        _staged_loader(model, config, splits, runtime, Views.random),
+        _staged_loader(model, config, splits, runtime, Views.center) if splits.has_errors else None,
         runtime,
         log_every=config.log_every,
         should_stop=lambda: signals.received is not None,
@@ -283,7 +283,9 @@ class Run:
             self.folder.epoch(epoch)
         self._progress.write(_line(epoch, self.config.train.epochs), file=sys.stdout)
         error = epoch.validation_top1_error
-        if error is None or (self._best_error is not None and error >= self._best_error):
+        # Errors at another resolution do not compare with those at the one that is asked for.
+        early = epoch.epoch <= sum(stage.epochs for stage in self.config.train.stages)
+        if error is None or early or (self._best_error is not None and error >= self._best_error):
             self._save()
             return
         self._best_error = error
@@ -317,7 +319,8 @@ class Run:
 
     def _best_so_far(self) -> float | None:
         """The best validation error of a run that goes on, if its weights are still there."""
-        if not any(epoch.validation_top1_error is not None for epoch in self.folder.epochs):
+        staged = sum(stage.epochs for stage in self.config.train.stages)
+        if not any(epoch.validation_top1_error is not None for epoch in self.folder.epochs[staged:]):
             return None
         try:
             return float(read_weights(self._best_path)[1]["validation_top1_error"])
@@ -352,12 +355,18 @@ def _restore(found: Found, trainer: Trainer, splits: DataSplits) -> RunFolder:
     return RunFolder.resumed(found.folder, found.lock, history, trainer.step)
 
 
-def _staged_loader(model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime) -> Loader:
-    """The training loader: one for each stage of the resolution schedule, and the last."""
+def _staged_loader(
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views
+) -> Loader:
+    """The loader of training or validation: one for each stage of the resolution schedule, and the last.
+
+    A network errs on objects of another size in pixels than it was trained on, so each stage is validated at
+    its own resolution.
+    """
     stages = config.train.stages
     data = [replace(config.data, resize=stage.resize, crop=stage.crop) for stage in stages]
-    loaders = [_loader(model, replace(config, data=each), splits, runtime, Views.random) for each in data]
-    last = _loader(model, config, splits, runtime, Views.random)
+    loaders = [_loader(model, replace(config, data=each), splits, runtime, views) for each in data]
+    last = _loader(model, config, splits, runtime, views)
     return StagedLoader([*loaders, last], [stage.epochs for stage in stages]) if stages else last
 
 

@@ -262,6 +262,7 @@ class Trainer:
     def _validate(self) -> Errors | None:
         if self.validation_loader is None:
             return None
+        self.validation_loader.set_epoch(self.epoch)
         with self.evaluated():
             validation = errors(*predict(self.network, self._watched(self.validation_loader), self.runtime))
         if not math.isfinite(validation.loss):
