@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastalex import config as schema
-from fastalex.errors import ConfigError, FastalexError
+from fastalex.distributed import is_main
+from fastalex.errors import ConfigError, FastalexError, ReportedError
 from fastalex.files import remove_empty
 
 T = TypeVar("T")
@@ -35,18 +36,24 @@ def command(
     def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            failures: list[FastalexError] = []
+            failures: list[tuple[FastalexError, bool]] = []
             started = False
 
             def task(composed: DictConfig) -> None:
                 nonlocal started
                 started = True
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
+                joint = True  # an error that every process has
                 try:
-                    function(to_dataclass(composed, config_class), run_dir)
+                    config = to_dataclass(composed, config_class)
+                    joint = False
+                    function(config, run_dir)
+                except ReportedError as error:
+                    sys.exit(error.exit_status)
                 except FastalexError as error:
                     # Handed around Hydra, which would print a line of its own about it.
-                    failures.append(error)
+                    failures.append((error, joint))
+                finally:
                     remove_empty(run_dir)
 
             schema.register()
@@ -58,16 +65,18 @@ def command(
                 )()
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(_one_line(error))
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 if started:
                     raise
-                _fail(_one_line(error))  # Hydra's, of a group that is given something else than a name
+                # Hydra's, of a group that is given something else than a name; it does not say which.
+                _fail(f"a group takes the name of one choice, as in data=digits ({_one_line(error)})")
             except OSError as error:
                 if started:
                     raise
                 _fail(f"hydra.run.dir={error.filename}: the run folder cannot be made ({error.strerror})")
             if failures:
-                _fail(str(failures[0]), failures[0].exit_status)
+                error, joint = failures[0]
+                _fail(str(error), error.exit_status, anywhere=not joint)
 
         return main
 
@@ -138,8 +147,17 @@ def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
             _refuse_additions(composed[key], getattr(config, key), f"{prefix}{key}.")
 
 
-def _fail(message: str, status: int = FastalexError.exit_status) -> None:
-    print(f"fastalex: error: {message}", file=sys.stderr)
+def _fail(message: str, status: int = FastalexError.exit_status, *, anywhere: bool = False) -> None:
+    """End the process with a line; of several processes with the same error, the first alone prints it.
+
+    Args:
+        message: of the line.
+        status: to exit with.
+        anywhere: whether it is this process's own error, which no other prints.
+    """
+    line = "\\n".join(message.splitlines())  # a value that was given may have line breaks
+    if is_main() or anywhere:
+        print(f"fastalex: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

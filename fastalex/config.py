@@ -57,6 +57,34 @@ class Schedule(Enum):
     plateau = "plateau"  # divided by ten when validation error stops improving
 
 
+class Optimizer(Enum):
+    """What turns gradients into steps."""
+
+    sgd = "sgd"
+    lars = "lars"  # for batches of thousands: each layer's step in proportion to its weights
+
+
+class Scaling(Enum):
+    """How the rate follows the size of the batch."""
+
+    none = "none"
+    linear = "linear"  # train.lr is for a batch of 128, and grows in proportion
+
+
+class Strategy(Enum):
+    """How a network is divided over processes."""
+
+    ddp = "ddp"  # each has all of it, and a part of the batch
+    hybrid = "hybrid"  # of AlexNet's hidden layers, each has a part of the units
+
+
+class Compression(Enum):
+    """In what gradients travel between processes."""
+
+    none = "none"
+    bf16 = "bf16"
+
+
 class OnWriteError(Enum):
     """What a checkpoint that cannot be written does to the run."""
 
@@ -142,8 +170,10 @@ class TrainConfig:
     """The recipe."""
 
     epochs: int = 30
-    batch_size: int = 128
+    batch_size: int = 128  # of all processes together
+    optimizer: Optimizer = Optimizer.sgd
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
+    lr_scaling: Scaling = Scaling.none
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip_norm: float = 0.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: any
@@ -171,6 +201,15 @@ class RuntimeConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How the processes that torchrun starts share the work; without torchrun there is one."""
+
+    strategy: Strategy = Strategy.ddp
+    compression: Compression = Compression.none  # of gradients; not of the hybrid's activations
+    timeout: float = 600.0  # seconds that a process waits for the others before it gives up
+
+
+@dataclass
 class CheckpointConfig:
     """When a run saves its state; the newest is ``checkpoint.pt``, older ones ``checkpoint-STEP.pt``."""
 
@@ -188,6 +227,7 @@ class Config:
     loader: LoaderConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: str = ""  # auto: the newest unfinished run, or that in hydra.run.dir; else a checkpoint or a run
     seed: int = 0
@@ -287,6 +327,7 @@ def validate(config: Config) -> None:
     for key, value, high in (
         ("train.lr", train.lr, math.inf),
         ("data.validation_fraction", data.validation_fraction, 1.0),
+        ("distributed.timeout", config.distributed.timeout, math.inf),
     ):
         if not 0 < value < high:
             raise ConfigError(f"{key}={value}: must lie between 0 and {high:g}, both left out")
@@ -304,6 +345,16 @@ def validate(config: Config) -> None:
     ):
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
+    if config.distributed.strategy is Strategy.hybrid:
+        if train.ema_decay:
+            raise ConfigError(
+                f"train.ema_decay={train.ema_decay}: no average is kept of a network that is divided over "
+                "processes; use distributed.strategy=ddp or leave train.ema_decay out"
+            )
+        if train.optimizer is Optimizer.lars:
+            raise ConfigError(
+                "train.optimizer=lars: needs each layer whole in one process; use distributed.strategy=ddp"
+            )
     if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"

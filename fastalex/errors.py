@@ -36,6 +36,24 @@ class DivergedError(FastalexError):
     exit_status = 1
 
 
+class LostProcessError(FastalexError):
+    """Another process of the run has ended or does not answer."""
+
+    exit_status = 1
+
+
+class ReportedError(FastalexError):
+    """The first process of the run has an error and says so itself; this one only ends as well.
+
+    Args:
+        exit_status: of that error.
+    """
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__("the first process has the error")
+        self.exit_status = exit_status
+
+
 class StoppedError(FastalexError):
     """The run was told to stop by a signal, and has saved what it had.
 

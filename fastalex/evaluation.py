@@ -11,6 +11,7 @@ from torch import nn
 from fastalex import crops
 from fastalex.config import Config
 from fastalex.data import ImageSet, Views, build_loader
+from fastalex.distributed import World
 from fastalex.metrics import Errors, errors, predict
 from fastalex.runtime import Runtime
 
@@ -52,9 +53,20 @@ class Evaluation:
         return "\n".join(f"{first:<{width}}  {top1:>11}  {top5:>11}" for first, top1, top5 in rows)
 
 
-def evaluate(network: nn.Module, images: ImageSet, config: Config, runtime: Runtime) -> Evaluation:
-    """Run a network over a split twice: once with the centre crop, once with ten-crop."""
-    size = config.train.batch_size
+def evaluate(
+    network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World | None = None
+) -> Evaluation:
+    """Run a network over a split twice: once with the centre crop, once with ten-crop.
+
+    Args:
+        network: whole, on the runtime's device.
+        images: the split.
+        config: of the run.
+        runtime: the device and the arithmetic.
+        world: the processes that share the images, each of which then has the figures; none: this one alone.
+    """
+    world = world or World()
+    size = max(1, config.train.batch_size // world.size)
     views = TEN_CROP
     results = {}
     for kind, batch_size in ((Views.center, size), (Views.ten_crop, max(1, size // views))):
@@ -64,12 +76,14 @@ def evaluate(network: nn.Module, images: ImageSet, config: Config, runtime: Runt
             config.loader,
             views=kind,
             batch_size=batch_size,
+            rank=world.rank,
+            world_size=world.size,
             device=runtime.device,
             dtype=runtime.dtype,
             channels_last=runtime.channels_last,
             fold=crops.pays(network, images, config.data, config.loader, runtime.device),
         )
-        results[kind] = predict(network, loader, runtime)
+        results[kind] = predict(network, loader, runtime, world)
     probabilities, labels = results[Views.ten_crop]
     return Evaluation(
         single_crop=errors(*results[Views.center]),

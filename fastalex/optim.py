@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastalex.config import Schedule, TrainConfig
+from fastalex.config import Optimizer, Scaling, Schedule, TrainConfig
+from fastalex.errors import MissingDependencyError
 
 # Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
 AVERAGE_EVERY = 8
@@ -20,15 +23,49 @@ PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 0.5 * PLATEAU_FACTOR**3
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum and weight decay; its fused kernel updates a parameter in one pass over memory."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+# The batch that train.lr is for, where it is scaled: the paper's.
+LR_BATCH = 128
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The peak rate: ``train.lr``, or that in proportion to the batch.
+
+    Goyal et al., "Accurate, Large Minibatch SGD", 2017; the warm-up which that takes is the one cycle's.
+    """
+    if config.lr_scaling is Scaling.none:
+        return config.lr
+    return config.lr * config.batch_size / LR_BATCH
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum and weight decay, or LARS (You, Gitman and Ginsburg, 2017), which is timm's.
+
+    SGD's fused kernel updates a parameter in one pass over memory. Parameters that are divided over processes
+    are a group of their own: there is no such kernel for them.
+
+    Raises:
+        MissingDependencyError: LARS without timm.
+    """
+    rate = learning_rate(config)
+    parameters = list(model.parameters())
+    if config.optimizer is Optimizer.lars:
+        try:
+            from timm.optim import Lars
+        except ImportError as error:
+            raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
+        # The paper's network has no layer whose bias needs a rate of its own: those take the plain step.
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
+        return lars
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    divided = [p for p in parameters if isinstance(p, DTensor)]
+    groups = [{"params": whole, "fused": True}]
+    if divided:
+        groups.append({"params": divided, "fused": False, "foreach": True})
+    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 class LearningRate:
@@ -45,12 +82,12 @@ class LearningRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
         self._optimizer = optimizer
-        self._initial = config.lr
+        self._initial = learning_rate(config)
         self._scheduler: OneCycleLR | ReduceLROnPlateau
         if config.schedule is Schedule.one_cycle:
             self._scheduler = OneCycleLR(
                 optimizer,
-                max_lr=config.lr,
+                max_lr=self._initial,
                 # One more than are taken: PyTorch's schedule reaches zero at its last step.
                 total_steps=steps + 1,
                 pct_start=config.warmup,

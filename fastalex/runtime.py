@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
+from fastalex.distributed import World
 from fastalex.errors import ConfigError
 from fastalex.models.alexnet import Conv3x3
 
@@ -81,14 +83,25 @@ class Runtime:
         return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {self.threads} threads"
 
 
-def choose(config: RuntimeConfig) -> Runtime:
+def choose(config: RuntimeConfig, world: World | None = None) -> Runtime:
     """Choose what ``auto`` leaves open, and set the process's threads and allocator accordingly.
+
+    Args:
+        config: what is not left open.
+        world: the processes that share the machine; each takes a GPU, or its part of the cores.
 
     Raises:
         ConfigError: if the device does not exist or cannot compute in the precision asked for.
     """
+    world = world or World()
     device = _device(config.device)
-    threads = config.threads or torch.get_num_threads()  # PyTorch starts with one for each physical core
+    if device.type == "cuda" and world.size > 1 and device.index is None:
+        device = _device(f"cuda:{world.local_rank}")
+        torch.cuda.set_device(device)
+    threads = config.threads
+    if not threads and world.local_size > 1:  # torchrun leaves each process one thread
+        threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    threads = threads or torch.get_num_threads()  # PyTorch starts with one for each physical core
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_pages()

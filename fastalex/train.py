@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +15,22 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 from tqdm import tqdm
 
-from fastalex import crops
+from fastalex import crops, distributed
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import Checkpoint, load_weights, plain, read_weights, save_weights
+from fastalex.checkpoint import Checkpoint, plain, read_weights, save_weights
 from fastalex.cli import asked_for, command
-from fastalex.config import Config, model_options, validate
+from fastalex.config import Config, Strategy, model_options, validate
 from fastalex.data import DataSplits, Loader, StagedLoader, Views, build_loader, load_splits, resolve_loader
-from fastalex.errors import CheckpointError, DataError, DivergedError, StoppedError
+from fastalex.data.sampling import mix
+from fastalex.distributed import World
+from fastalex.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    ReportedError,
+    StoppedError,
+)
 from fastalex.evaluation import evaluate
 from fastalex.files import remove_empty
 from fastalex.flops import matmul_flops_per_second
@@ -54,58 +64,109 @@ def train(
             StoppedError after SIGTERM or SIGINT.
     """
     began = time.perf_counter()
-    validate(config)
-    with StopSignals() as signals:
-        found = find(config.resume, run_dir, given) if config.resume else None
-        if found is None:
-            if config.resume:
-                print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
-            return _run(config, run_dir, given, None, signals, began)
-        try:
+    with StopSignals() as signals, distributed.joined(config.distributed.timeout) as world, world.watched():
+        world.on_main(lambda: _check(config, world))
+        if distributed.restarted() and not config.resume:
+            config.resume = "auto"
+        found: Found | None = None
+
+        def where_to_begin() -> tuple[Config, Checkpoint] | None:
+            nonlocal found
+            found = find(config.resume, run_dir, given) if config.resume else None
+            if found is None:
+                if config.resume:
+                    print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
+                return None
             if found.folder.resolve() != run_dir.resolve():
                 remove_empty(run_dir)
             resumed = found.configuration(asked or {})
-            validate(resumed)
+            _check(resumed, world)
             print(f"going on with the run in {found.folder} from step {found.checkpoint.step}")
-            return _run(resumed, found.folder, given, found, signals, began)
+            return resumed, found.checkpoint
+
+        try:
+            beginning = world.on_main(where_to_begin)
+            resumed, checkpoint = beginning or (config, None)
+            trainer, splits = _prepare(resumed, signals, world)
+            if checkpoint is not None:
+                world.main_first(lambda: _restore(trainer, checkpoint, splits))
+            if not world.main:
+                return Follower(resumed, splits, trainer, run_dir).take_part()
+            folder = _folder(resumed, run_dir, given, found, trainer)
+            return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
         finally:
-            found.lock.release()
+            if found is not None:
+                found.lock.release()
 
 
-def _run(
-    config: Config, run_dir: Path, given: bool, found: Found | None, signals: StopSignals, began: float
-) -> dict[str, Any]:
+def _check(config: Config, world: World) -> None:
+    """Refuse a configuration that cannot work, here and with so many processes."""
+    validate(config)
     for crop in (config.data.crop, *(stage.crop for stage in config.train.stages)):
         check_crop(config.model.name, crop)
-    runtime = runtimes.choose(config.runtime)
-    print(runtime)
-    splits = load_splits(config.data, config.seed)
+    if config.train.batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: is of all {world.size} processes together and does "
+            f"not divide among them; use a multiple of {world.size}"
+        )
+    if config.distributed.strategy is Strategy.hybrid and world.size == 1 and not config.resume:
+        raise ConfigError(
+            "distributed.strategy=hybrid: takes several processes; start them with "
+            "torchrun --nproc-per-node=2 -m fastalex.train ..."
+        )
+    if config.profile and world.size > 1:
+        raise ConfigError("profile=true: profiles one process; run it without torchrun")
+
+
+def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, DataSplits]:
+    """Make all that a run is of, but its folder; the same in each process."""
+    runtime = runtimes.choose(config.runtime, world)
+    if world.main:
+        print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
+    splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
     config.loader = resolve_loader(config.loader, splits, runtime.device)
-    print(_describe(config, splits))
+    if world.main:
+        print(_describe(config, splits))
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
     runtime.place(model)
     trainer = Trainer(
         model,
         config.train,
-        _staged_loader(model, config, splits, runtime, Views.random),
-        _staged_loader(model, config, splits, runtime, Views.center) if splits.has_errors else None,
+        _staged_loader(model, config, splits, runtime, Views.random, world),
+        _staged_loader(model, config, splits, runtime, Views.center, world) if splits.has_errors else None,
         runtime,
         log_every=config.log_every,
         should_stop=lambda: signals.received is not None,
         peak_flops=matmul_flops_per_second(runtime),
+        world=world,
+        distributed=config.distributed,
     )
-    if found is None:
-        folder = RunFolder.new(run_dir, given, config, restart=config.resume == "auto")
-        trainer.train_loader.set_epoch(0)
-        images = next(iter(trainer.train_loader))[0]
-        shown = images.make() if isinstance(images, crops.Crops) else images
-        folder.augmented_inputs(shown, config.data.mean, config.data.std)
-    else:
-        folder = _restore(found, trainer, splits)
-    run = Run(config, splits, trainer, folder, found, began)
+    if world.size > 1:
+        torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from process to process
+    return trainer, splits
+
+
+def _folder(config: Config, run_dir: Path, given: bool, found: Found | None, trainer: Trainer) -> RunFolder:
+    """Open the run's folder, a new one or that of the run that goes on."""
+    if found is not None:
+        try:
+            history = [Epoch(**epoch) for epoch in found.checkpoint.training["history"]]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"resume={found.path}: lacks the epochs so far; train again") from error
+        return RunFolder.resumed(found.folder, found.lock, history, trainer.step)
+    folder = RunFolder.new(run_dir, given, config, restart=config.resume == "auto")
+    trainer.train_loader.set_epoch(0)
+    images = next(iter(trainer.train_loader))[0]
+    shown = images.make() if isinstance(images, crops.Crops) else images
+    folder.augmented_inputs(shown, config.data.mean, config.data.std)
+    return folder
+
+
+def _lead(run: Run, signals: StopSignals) -> dict[str, Any]:
+    """Take a run to its end, or to where a signal stops it."""
     try:
-        if config.profile:
+        if run.config.profile:
             return run.profile()
         with signals.deferred():
             run.fit()
@@ -118,14 +179,64 @@ def _run(
             raise
         how = f"stopped by {signals.received.name}"
         if run.writer.written is not None:
-            how += f"; step {run.writer.written} is saved, go on with resume={folder.path}"
+            how += f"; step {run.writer.written} is saved, go on with resume={run.folder.path}"
         raise StoppedError(how, signals.received) from error
     finally:
-        folder.close()
+        run.folder.close()
+
+
+class Follower:
+    """What a process other than the first does: the same steps, and nothing that can be seen.
+
+    Args:
+        config: of the run.
+        splits: its data.
+        trainer: with the state to begin from.
+        run_dir: that Hydra made for this process.
+    """
+
+    def __init__(self, config: Config, splits: DataSplits, trainer: Trainer, run_dir: Path) -> None:
+        self.config = config
+        self.splits = splits
+        self.trainer = trainer
+        self._run_dir = run_dir
+        trainer.on_step = self._on_step
+
+    def take_part(self) -> dict[str, Any]:
+        """Train to the end of the run.
+
+        Raises:
+            ReportedError: the run was stopped, which the first process says.
+        """
+        trainer = self.trainer
+        try:
+            while not trainer.finished:
+                trainer.run_epoch()
+                self._save()
+        except StopTraining:
+            self._save()
+            raise ReportedError(128 + signal.SIGTERM) from None
+        finally:
+            remove_empty(self._run_dir)
+        trainer.weights()
+        if self.splits.has_errors:
+            with trainer.evaluated() as network:
+                evaluate(network, self.splits.test, self.config, trainer.runtime, trainer.world)
+        return {}
+
+    def _on_step(self, step: int, loss: float | None) -> None:
+        every = self.config.checkpoint.every_steps
+        if every and step % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Contribute to what the first process saves."""
+        self.trainer.state_dict()
+        self.trainer.weights()
 
 
 class Run:
-    """A training run with all it writes.
+    """A training run with all it writes: what the first process does.
 
     Args:
         config: of the run.
@@ -206,8 +317,8 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Evaluate what was learnt, and write it down."""
         trainer, runtime = self.trainer, self.trainer.runtime
-        with trainer.evaluated(), self.policy.applied():
-            weights = trainer.model.state_dict()
+        weights = trainer.averaged_weights() or trainer.weights()
+        with self.policy.applied():
             save_weights(weights, self.folder.path / "model.safetensors", plain(self.config), self._classes)
         if self.splits.has_errors:
             summary = self._evaluate()
@@ -247,16 +358,16 @@ class Run:
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the final weights on the test set, and those that were best on validation."""
         trainer, runtime = self.trainer, self.trainer.runtime
-        with trainer.evaluated():
-            final = evaluate(trainer.network, self.splits.test, self.config, runtime)
+        with trainer.evaluated() as network:
+            final = evaluate(network, self.splits.test, self.config, runtime, trainer.world)
         print(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
         if self._best_error is not None:
             weights, facts = read_weights(self._best_path)
             chosen = final
             if facts["epoch"] != trainer.epoch:
-                trainer.model.load_state_dict(weights)
-                chosen = evaluate(trainer.network, self.splits.test, self.config, runtime)
+                best = trainer.undivided(weights)
+                chosen = evaluate(best, self.splits.test, self.config, runtime)
                 print(chosen.table(f"test set, best on validation (epoch {facts['epoch']})"))
             summary["best_on_validation"] = {
                 "epoch": facts["epoch"],
@@ -311,9 +422,8 @@ class Run:
             "wall_seconds": self.wall_seconds,
             "startup_seconds": self._startup_seconds,
         }
-        state = trainer.model.state_dict()
         checkpoint = Checkpoint(
-            plain(self.config), self._classes, state, training, trainer.averaged_weights()
+            plain(self.config), self._classes, trainer.weights(), training, trainer.averaged_weights()
         )
         self.writer.save(checkpoint, then)
 
@@ -333,30 +443,24 @@ class Run:
             return None
 
 
-def _restore(found: Found, trainer: Trainer, splits: DataSplits) -> RunFolder:
+def _restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> None:
     """Put a checkpoint's state into the trainer.
 
     Raises:
         CheckpointError: if it is of another network, or of other data.
     """
-    checkpoint = found.checkpoint
     images = checkpoint.training.get("train_images")
     if checkpoint.classes != list(splits.classes) or images != len(splits.train):
         raise CheckpointError(
-            f"resume={found.path}: was trained on {images} images of {len(checkpoint.classes)} classes, and "
+            f"resume: the run was trained on {images} images of {len(checkpoint.classes)} classes, and "
             f"the data are now {len(splits.train)} of {len(splits.classes)} ({splits.source}); restore them"
         )
-    load_weights(trainer.model, checkpoint.model)
+    trainer.load_weights(checkpoint.model)
     trainer.load_state_dict(checkpoint.training, checkpoint.average)
-    try:
-        history = [Epoch(**epoch) for epoch in checkpoint.training["history"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"resume={found.path}: lacks the epochs so far; train again") from error
-    return RunFolder.resumed(found.folder, found.lock, history, trainer.step)
 
 
 def _staged_loader(
-    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
     """The loader of training or validation: one for each stage of the resolution schedule, and the last.
 
@@ -365,19 +469,23 @@ def _staged_loader(
     """
     stages = config.train.stages
     data = [replace(config.data, resize=stage.resize, crop=stage.crop) for stage in stages]
-    loaders = [_loader(model, replace(config, data=each), splits, runtime, views) for each in data]
-    last = _loader(model, config, splits, runtime, views)
+    loaders = [_loader(model, replace(config, data=each), splits, runtime, views, world) for each in data]
+    last = _loader(model, config, splits, runtime, views, world)
     return StagedLoader([*loaders, last], [stage.epochs for stage in stages]) if stages else last
 
 
-def _loader(model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views) -> Loader:
+def _loader(
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
+) -> Loader:
     images = splits.train if views is Views.random else splits.validation
     return build_loader(
         images,
         config.data,
         config.loader,
         views=views,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.batch_size // world.size,
+        rank=world.rank,
+        world_size=world.size,
         seed=config.seed,
         device=runtime.device,
         dtype=runtime.dtype,

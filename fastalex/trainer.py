@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from fastalex.config import TrainConfig
+from fastalex import parallel
+from fastalex.checkpoint import load_weights
+from fastalex.config import DistributedConfig, TrainConfig
 from fastalex.crops import Crops
 from fastalex.data import Loader
+from fastalex.data.sampling import mix
+from fastalex.distributed import World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
@@ -109,6 +115,11 @@ class _Progress:
     spent: Spent = field(default_factory=Spent)
     seconds: float = 0.0
 
+    def over(self, world: World) -> _Progress:
+        """The progress of all processes together; collective, and waits for the device."""
+        loss, wrong, samples = world.sum(float(self.loss), int(self.wrong), self.samples)
+        return replace(self, loss=loss / world.size, wrong=int(wrong), samples=int(samples))
+
 
 class StopTraining(Exception):
     """The run was asked to stop; the trainer's state is whole, in the middle of an epoch or not."""
@@ -116,6 +127,9 @@ class StopTraining(Exception):
 
 class Trainer:
     """Trains a network; knows nothing of files, plots or command lines.
+
+    Of several processes that train it together each has a trainer, and calls the same methods in the same
+    order. The figures that come out are those of all of them.
 
     After each step, and whenever ``run_epoch`` raises StopTraining, its state may be saved, and another
     process goes on from there to the same weights and figures: on a CPU, bit for bit.
@@ -132,7 +146,9 @@ class Trainer:
         on_step: called after each step with the steps taken so far, and with the mean loss of the steps since
             the last look, or None between looks.
         should_stop: asked after each step and each batch of a validation.
-        peak_flops: what the hardware does at best, in FLOP/s, for ``Epoch.flops_utilization``.
+        peak_flops: what this process's hardware does at best, in FLOP/s, for ``Epoch.flops_utilization``.
+        world: the processes that train together; their loaders share the images.
+        distributed: how they divide the network.
     """
 
     def __init__(
@@ -147,7 +163,15 @@ class Trainer:
         on_step: Callable[[int, float | None], None] = lambda step, loss: None,
         should_stop: Callable[[], bool] = lambda: False,
         peak_flops: float | None = None,
+        world: World | None = None,
+        distributed: DistributedConfig | None = None,
     ) -> None:
+        self.world = world or World()
+        self._template = copy.deepcopy(model).to("meta")  # of the undivided network
+        self._divided: DistributedDataParallel | None = None
+        if self.world.size > 1:
+            how = distributed or DistributedConfig()
+            self._divided = parallel.divide(model, how, self.world, runtime.device)
         self.model = model
         self.config = config
         self.train_loader = train_loader
@@ -156,8 +180,9 @@ class Trainer:
         self.log_every = log_every
         self.on_step = on_step
         self.should_stop = should_stop
-        self.peak_flops = peak_flops
-        self.network = runtime.compiled(model)
+        self.peak_flops = peak_flops * self.world.size if peak_flops else None
+        self._undivided = runtime.compiled(model)
+        self.network = self._undivided if self._divided is None else runtime.compiled(self._divided)
         self.optimizer = create_optimizer(model, config)
         self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -167,7 +192,7 @@ class Trainer:
         self.spent = Spent()  # in all epochs that are complete
         self._progress = _Progress()
         self._clock = _Clock()
-        self._window = _Window()
+        self._window = _Window(self.world)
         self._flops: dict[torch.Size, int] = {}  # of a step, for each shape of batch so far
 
     @property
@@ -202,7 +227,7 @@ class Trainer:
         self._train()
         validation = self._validate()
         # From here to the end nothing can stop: the schedule has been told, and the epoch counts.
-        progress = self._progress
+        progress = self._progress.over(self.world)
         spent = progress.spent + self._clock.spent
         self._progress = _Progress()
         self.spent += spent
@@ -239,7 +264,7 @@ class Trainer:
         for images, labels in self._clock.timing(self.train_loader):
             progress.rate = self.learning_rate.current
             if images.shape not in self._flops:
-                self._flops[images.shape] = training_flops(self.model, images.shape)
+                self._flops[images.shape] = training_flops(self._template, images.shape) * self.world.size
                 # An epoch that is shorter than a warm-up has to be timed by its last step.
                 warm_at = min(progress.batches + WARMUP_STEPS, len(self.train_loader) - 1)
             loss, logits = self._step(images, labels)
@@ -252,7 +277,7 @@ class Trainer:
                 self.runtime.synchronize()
                 self._clock.restart()
             else:
-                self._clock.count(labels.shape[0], self._flops[images.shape])
+                self._clock.count(labels.shape[0] * self.world.size, self._flops[images.shape])
             self.on_step(self.step, self._window.close() if self.step % self.log_every == 0 else None)
             self._stop_if_asked()
         self._window.close()
@@ -263,51 +288,56 @@ class Trainer:
         if self.validation_loader is None:
             return None
         self.validation_loader.set_epoch(self.epoch)
-        with self.evaluated():
-            validation = errors(*predict(self.network, self._watched(self.validation_loader), self.runtime))
+        with self.evaluated() as network:
+            batches = self._watched(self.validation_loader)
+            validation = errors(*predict(network, batches, self.runtime, self.world))
         if not math.isfinite(validation.loss):
             raise _diverged("validation loss", validation.loss, self.step, self._progress.rate)
         self.learning_rate.after_validation(validation.top1_error)
         return validation
 
     def _watched(self, loader: Loader) -> Iterator[tuple[Tensor | Crops, Tensor]]:
-        for batch in loader:
+        shared = self.world.min(len(loader))
+        for number, batch in enumerate(loader):
             yield batch
-            self._stop_if_asked()
+            if number < shared:
+                self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self.should_stop():
+        if self.world.any(self.should_stop()):
             raise StopTraining
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later process needs, beside the weights and their average, to go on.
+        """Return what later processes need, beside the weights and their average, to go on.
 
-        Tensors are the trainer's own, and change with the next step.
+        Tensors are the trainer's own, and change with the next step; those that are divided come out whole.
 
         Raises:
             DivergedError: a loss that was not looked at yet is NaN or infinite.
         """
         self._window.check()
+        begun = self._progress.batches > 0
         progress = {
-            **vars(self._progress),
-            "loss": float(self._progress.loss),
-            "wrong": int(self._progress.wrong),
-            "spent": asdict(self._progress.spent + self._clock.spent) if self._progress.batches else {},
-            "seconds": self._progress.seconds + self._clock.age if self._progress.batches else 0.0,
+            **vars(self._progress.over(self.world)),
+            "spent": asdict(self._progress.spent + self._clock.spent) if begun else {},
+            "seconds": self._progress.seconds + self._clock.age if begun else 0.0,
         }
         cuda = self.runtime.device.type == "cuda"
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": parallel.gathered(self.optimizer.state_dict()),
             "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "progress": progress,
             "spent": asdict(self.spent),
-            "generators": {  # of dropout; loaders draw from generators that the seed and the epoch decide
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
-            },
+            # Of dropout, in each process; loaders draw from generators that the seed and the epoch decide.
+            "generators": self.world.gather(
+                {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
+                }
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any], average: dict[str, Tensor] | None) -> None:
@@ -321,7 +351,7 @@ class Trainer:
             CheckpointError: if the state lacks a part or is of another recipe or network.
         """
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(parallel.scatter_optimizer(state["optimizer"], self.optimizer))
             self.learning_rate.load_state_dict(state["learning_rate"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
@@ -330,37 +360,74 @@ class Trainer:
             self._progress = _Progress(**progress | {"spent": Spent(**progress["spent"])})
             if self._progress.batches:
                 device = self.runtime.device
-                self._progress.loss = torch.tensor(progress["loss"], dtype=torch.float64, device=device)
-                self._progress.wrong = torch.tensor(progress["wrong"], dtype=torch.int64, device=device)
+                mine = self.world.main  # the sums are over all processes, and are added up again
+                loss, wrong = (progress["loss"] * self.world.size, progress["wrong"]) if mine else (0.0, 0)
+                self._progress.samples = progress["samples"] if mine else 0
+                self._progress.loss = torch.tensor(loss, dtype=torch.float64, device=device)
+                self._progress.wrong = torch.tensor(wrong, dtype=torch.int64, device=device)
             if self.average:
                 self.average.load(average)
-            torch.set_rng_state(state["generators"]["cpu"])
-            if self.runtime.device.type == "cuda" and state["generators"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["generators"]["cuda"], self.runtime.device)
+            self._restore_generators(state["generators"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"the checkpoint's training state does not fit this run ({reason}); train again"
             ) from error
 
+    def _restore_generators(self, states: list[dict[str, Tensor | None]]) -> None:
+        if len(states) != self.world.size:  # no process's are another's to go on with
+            torch.manual_seed(mix(self.step, self.world.rank))
+            return
+        mine = states[self.world.rank]
+        cpu, cuda = mine["cpu"], mine["cuda"]
+        assert cpu is not None
+        torch.set_rng_state(cpu)
+        if self.runtime.device.type == "cuda" and cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.runtime.device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the network's state dict, divided tensors made whole."""
+        state: dict[str, Tensor] = parallel.gathered(self.model.state_dict())
+        return state
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Go on from whole weights.
+
+        Raises:
+            CheckpointError: if they are another network's.
+        """
+        load_weights(self.model, parallel.scattered(weights, self.model.state_dict()))
+
+    def undivided(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Return a network in this process alone that has other weights than the one in training."""
+        network = copy.deepcopy(self._template).to_empty(device=self.runtime.device)
+        network.load_state_dict(weights)
+        return network
+
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """Return the state dict of the averaged weights; None where none are kept."""
         return self.average.weights if self.average else None
 
-    def evaluated(self) -> AbstractContextManager[None]:
-        """Context in which the network has the weights that count: their average, where one is kept."""
-        return self.average.applied() if self.average else nullcontext()
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """Context with the whole network and the weights that count: their average, where one is kept."""
+        if parallel.is_divided(self.model):
+            yield self.undivided(self.weights())
+            return
+        with self.average.applied() if self.average else nullcontext():
+            yield self._undivided
 
     def _step(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; return the loss and the logits, detached, still on the device."""
         chunks: Sequence[Tensor | Crops] = images.chunk(self.config.accumulate)
-        parts = [
-            self._backward(*part) for part in zip(chunks, labels.chunk(self.config.accumulate), strict=True)
-        ]
+        parts = []
+        for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
+            with nullcontext() if number == len(chunks) else self._without_exchange():
+                parts.append(self._backward(*part))
         with record_function("optimizer"):
             if self.config.clip_norm:
                 self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+                parallel.clip_gradients(self.model, self.config.clip_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
@@ -370,6 +437,10 @@ class Trainer:
                 self.average.after_step(self.step)
         losses, logits = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Context whose gradients stay in this process until a later backward pass."""
+        return self._divided.no_sync() if self._divided is not None else nullcontext()
 
     def _backward(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Add a part's share to the gradients of the batch; return its share of the loss, and its logits."""
@@ -383,9 +454,14 @@ class Trainer:
 
 
 class _Window:
-    """The losses since the last look, left on the device until they are looked at together."""
+    """The losses since the last look, left on the device until they are looked at together.
 
-    def __init__(self) -> None:
+    Args:
+        world: whose processes' losses are looked at.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._losses: list[Tensor] = []
         self._steps: list[tuple[int, float]] = []
 
@@ -396,6 +472,7 @@ class _Window:
     def check(self) -> list[float]:
         """Wait for the losses, check each and return them."""
         losses = torch.stack(self._losses).tolist() if self._losses else []
+        losses = [loss / self._world.size for loss in self._world.sum(*losses)]
         for loss, (step, rate) in zip(losses, self._steps, strict=True):
             if not math.isfinite(loss):
                 raise _diverged("loss", loss, step, rate)

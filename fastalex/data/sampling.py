@@ -83,7 +83,7 @@ def training_plan(
     """
     kept = training_samples(num_images, flip=flip, batch_size=batch_size, world_size=world_size)
     samples = num_images * (2 if flip is Flip.both else 1)
-    generator = torch.Generator(device).manual_seed(_mix(seed, epoch))
+    generator = torch.Generator(device).manual_seed(mix(seed, epoch))
     order = torch.randperm(samples, generator=generator, device=device)
     offsets = torch.randint(
         max_offset + 1, (samples, 2), generator=generator, device=device, dtype=torch.int32
@@ -91,7 +91,7 @@ def training_plan(
     if flip is Flip.both:
         indices, flips = order // 2, order % 2 == 1
     elif flip is Flip.alternate:
-        first = torch.Generator(device).manual_seed(_mix(seed, -1 % 2**64))  # the same in every epoch
+        first = torch.Generator(device).manual_seed(mix(seed, -1 % 2**64))  # the same in every epoch
         mirrored = torch.randint(2, (samples,), generator=first, device=device)
         indices, flips = order, (mirrored[order] + epoch) % 2 == 1
     elif flip is Flip.random:
@@ -116,6 +116,6 @@ def center_offset(resize: int, crop: int) -> int:
     return round((resize - crop) / 2)
 
 
-def _mix(seed: int, epoch: int) -> int:
+def mix(seed: int, epoch: int) -> int:
     """A generator seed from both numbers, such that (seed, epoch + 1) has nothing of (seed + 1, epoch)."""
     return int(np.random.SeedSequence((seed % 2**64, epoch)).generate_state(1, np.uint64)[0] >> 1)

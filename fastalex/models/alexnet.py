@@ -131,6 +131,11 @@ class AlexNet(nn.Module):
         INITIALISERS[init](self)
 
     @property
+    def hidden_layers(self) -> tuple[str, str]:
+        """Names the layers that several processes may hold a part each of: see ``fastalex.parallel``."""
+        return "fc6", "fc7"
+
+    @property
     def stride_over_crops(self) -> int:
         """Says that batches may come unmade, and how far the first convolution moves over them."""
         return self.conv1.stride[0]
@@ -146,8 +151,8 @@ class AlexNet(nn.Module):
         if x.shape[-2:] != (6, 6):  # another crop than 224; at 6x6 the pool would be an identity
             x = F.adaptive_avg_pool2d(x, 6)
         # flatten() walks a channels-last tensor in NCHW order: the weights mean the same in both layouts.
-        x = self.dropout(F.relu(self.fc6(x.flatten(1)), inplace=True))
-        x = self.dropout(F.relu(self.fc7(x), inplace=True))
+        x = self.dropout(F.relu(self.fc6(x.flatten(1))))
+        x = self.dropout(F.relu(self.fc7(x)))
         return self.fc8(x)
 
 
