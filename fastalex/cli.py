@@ -75,8 +75,8 @@ def command(
                     raise
                 _fail(f"hydra.run.dir={error.filename}: the run folder cannot be made ({error.strerror})")
             if failures:
-                error, joint = failures[0]
-                _fail(str(error), error.exit_status, anywhere=not joint)
+                failure, joint = failures[0]
+                _fail(str(failure), failure.exit_status, anywhere=not joint)
 
         return main
 
