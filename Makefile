@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-compare inspect \
-	setup clean
+	faults setup clean
 
 # The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
@@ -56,6 +56,10 @@ bench-compare: $(STAMP)
 # Machine code and memory traffic of the Triton kernels, without a GPU: benchmarks/results/kernels_inspect.*
 inspect: $(STAMP)
 	$(RUN) -m fastalex.kernels.inspect $(ARGS)
+
+# What a run survives, and how often: writes the table of docs/reliability.md; make faults ARGS="kill clock" for a part
+faults: $(STAMP)
+	$(RUN) -m benchmarks.faults $(ARGS)
 
 setup: $(STAMP)
 

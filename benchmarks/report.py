@@ -1,9 +1,9 @@
 """What benchmarks write down: percentiles, the machine, a CSV file; for kernels a table and a bar chart too.
 
-All files in `results/*.csv` have one format, which `read_measurements` reads. A line is a measurement: first
-the columns that say of what, then the median, its 20th and its 80th percentile, then what follows from them,
-and from `hardware` on the machine and the versions. The median's column is named for its unit, or there is
-a column `unit`.
+All files in `results/*.csv` but faults.csv have one format, which `read_measurements` reads. A line is a
+measurement: first the columns that say of what, then the median, its 20th and its 80th percentile, then what
+follows from them, and from `hardware` on the machine and the versions. The median's column is named for its
+unit, or there is a column `unit`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastalex.runtime import cpu_name
 from fastalex.tracking import versions
 
 RESULTS = Path(__file__).parent / "results"
+FAULTS_FILE = "faults.csv"  # there too, but counts tries
 COLOURS = {"eager": "tab:gray", "torch.compile": "tab:orange", "fastalex": "tab:blue"}
 
 

@@ -1,0 +1,236 @@
+"""How often a run survives what is done to it: `python -m benchmarks.faults [FAULT ...]`.
+
+Runs the tests of each fault with as many tries as are reported, takes tries and losses from pytest's JUnit
+XML, and writes them to results/faults.csv and the table in docs/reliability.md. A test that makes several
+tries says so by `record_property`; of the others each case is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.report import FAULTS_FILE, RESULTS, machine
+from benchmarks.sections import table
+from fastalex.errors import OutputError
+from fastalex.files import replacing, write_text
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+RECORDS = RESULTS / FAULTS_FILE
+BEGIN, END = "<!-- python -m benchmarks.faults writes this -->", "<!-- to here -->"
+TRIES = {"FASTALEX_FAULT_KILLS": "20", "FASTALEX_FAULT_REPEATS": "4", "FASTALEX_FAULT_EXAMPLES": "2000"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table.
+
+    Attributes:
+        what: is done to a run.
+        then: what happens.
+        test: its function; empty for one that is still to be written.
+    """
+
+    what: str
+    then: str
+    test: str
+
+
+SAME = "`resume` ends at the same bits"
+FAULTS = {
+    "kill": Fault(
+        "`kill -9` at a random moment, every other time once a file is being written",
+        f"the newest checkpoint is whole, {SAME}",
+        "tests/test_faults.py::test_killed_at_random_moments",
+    ),
+    "signal": Fault(
+        "SIGTERM or SIGINT to the run",
+        f"the step is finished and saved, the status is 128 plus the signal's number, {SAME}",
+        "tests/test_faults.py::test_a_signal",
+    ),
+    "group-signal": Fault(
+        "SIGTERM or SIGINT to the run and its loading processes, as Ctrl-C does it",
+        "the step is finished and saved, the status says so, `resume` takes the remaining steps",
+        "tests/test_faults.py::test_a_signal_to_the_loading_workers_too",
+    ),
+    "two-signals": Fault(
+        "a second signal before the first is heeded",
+        "the run ends at once; the last checkpoint is whole",
+        "tests/test_faults.py::test_two_signals_end_a_run_at_once",
+    ),
+    "disk-full": Fault(
+        "a disk with room for one checkpoint and a part of another",
+        f"one line and status 2, the older checkpoint stays; with room again {SAME}",
+        "tests/test_faults.py::test_a_full_disk",
+    ),
+    "size-limit": Fault(
+        "no file may be larger than half a checkpoint",
+        "`on_error=stop` as above; `on_error=warn` warns, goes on without and ends at the same bits",
+        "tests/test_faults.py::test_a_file_size_limit",
+    ),
+    "damage": Fault(
+        "a bit of the newest checkpoint turned over, or its end cut off",
+        f"a warning, the one before it is taken, {SAME}",
+        "tests/test_faults.py::test_a_damaged_newest_checkpoint",
+    ),
+    "same-second": Fault(
+        "two runs started in the same second",
+        "two folders, each with the bits of a run alone",
+        "tests/test_faults.py::test_two_runs_started_in_the_same_second",
+    ),
+    "cache": Fault(
+        "two processes build the same cache of decoded images",
+        "one entry, both runs with the same bits",
+        "tests/test_faults.py::test_two_processes_build_the_same_cache",
+    ),
+    "clock": Fault(
+        "the clock set back by two years between a stop and `resume`, and another stop then",
+        "the newest checkpoint is that of the latest step, `resume` ends at the same bits",
+        "tests/test_faults.py::test_a_clock_set_back",
+    ),
+    "read-only": Fault(
+        "a data folder that may only be read",
+        "the run finishes; nothing in the folder has changed",
+        "tests/test_faults.py::test_a_read_only_data_folder",
+    ),
+    "code": Fault(
+        "code in a checkpoint: five functions, called in five ways of a pickle",
+        "refused in one line, not executed",
+        "tests/test_faults.py::test_code_in_a_checkpoint_is_not_executed",
+    ),
+    "fuzz-checkpoint": Fault(
+        "a checkpoint with bits turned over, bytes cut out, put in or zeroed",
+        "refused in one line, or loaded as it was saved",
+        "tests/test_faults.py::test_a_damaged_checkpoint_is_refused_or_harmless",
+    ),
+    "fuzz-pickle": Fault(
+        "the same done to the pickle within, its checksum made right again",
+        "refused in one line, or loaded",
+        "tests/test_faults.py::test_a_damaged_pickle_with_a_right_checksum_is_refused_or_plain",
+    ),
+    "fuzz-configuration": Fault(
+        "one to three settings, of all there are, with random values",
+        "refused in one line, or taken",
+        "tests/test_faults.py::test_any_configuration_is_taken_or_refused_in_one_line",
+    ),
+    "fuzz-image": Fault(
+        "an image of six formats, damaged like the checkpoint",
+        "refused in one line, or decoded to pixels",
+        "tests/test_faults.py::test_a_damaged_image_is_refused_or_has_pixels",
+    ),
+    # Those of tests/test_distributed.py go here.
+    "rank": Fault("one rank of several killed, or hanging", "", ""),
+    "elastic": Fault("one rank killed under torchrun's restarts", "", ""),
+}
+
+
+def tally(report: str) -> dict[str, tuple[int, int, str]]:
+    """The tries, the losses and a note for each test function in a report of pytest."""
+    found: dict[str, tuple[int, int, str]] = {}
+    for case in ElementTree.fromstring(report).iter("testcase"):
+        if case.find("skipped") is not None:
+            continue
+        said = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+        failed = case.find("failure") is not None or case.find("error") is not None
+        # A failure that no try accounts for, in what came after the last one, is a loss all the same.
+        losses = max(int(said.get("losses", 0)), int(failed))
+        test = f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}"
+        tries, lost, note = found.get(test, (0, 0, ""))
+        found[test] = (tries + int(said.get("tries", 1)), lost + losses, said.get("note", note))
+    return found
+
+
+def run(names: Collection[str]) -> list[dict[str, str]]:
+    """Do the faults; a record of each that was tried."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "junit.xml")
+        tests = [FAULTS[name].test for name in names]
+        options = ["-q", f"--junitxml={report}", "--override-ini=junit_family=xunit1"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **TRIES}, check=False)
+        found = tally(report.read_text()) if report.is_file() else {}
+    records = []
+    for name in names:
+        test = FAULTS[name].test
+        tries, losses, note = found.get(test, (0, 0, ""))
+        if tries:
+            facts = {"tries": str(tries), "losses": str(losses), "note": note}
+            records.append({"fault": name, **facts, "test": test, **machine("cpu")})
+    return records
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """The records in a file by their faults; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {record["fault"]: record for record in csv.DictReader(file)}
+
+
+def write(records: Iterable[dict[str, str]], path: Path) -> None:
+    """Write the records in the order of the table."""
+    ordered = sorted(records, key=lambda record: list(FAULTS).index(record["fault"]))
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(ordered[0]))
+        writer.writeheader()
+        writer.writerows(ordered)
+
+
+def page(text: str, records: dict[str, dict[str, str]]) -> str:
+    """The page with the table of the records between its markers."""
+    rows = []
+    for name, fault in FAULTS.items():
+        if name not in records:
+            rows.append([fault.what, fault.then or "not tried yet", "", "", ""])
+            continue
+        record = records[name]
+        tries = f"{int(record['tries']):,}" + (f", {record['note']}" if record["note"] else "")
+        rows.append([fault.what, fault.then, tries, record["losses"], f"`make faults ARGS={name}`"])
+    facts = ("hardware", "system", "python", "torch", "date")
+    columns = [dict.fromkeys(record[fact] for record in records.values()) for fact in facts]
+    hardware, system, python, torch, date = (" and ".join(sorted(column)) for column in columns)
+    lines = [
+        *table(["what is done", "what happens", "tries", "lost", "again"], rows),
+        f"*{hardware}, {system}, Python {python}, PyTorch {torch}, {date}.*",
+    ]
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = "\n".join(lines)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do the faults, all or those named, and write benchmarks/results/faults.csv and docs/reliability.md."""
+    known = [name for name, fault in FAULTS.items() if fault.test]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=main.__doc__)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(known)}; all if none")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.faults if name not in known]
+    if unknown:
+        parser.error(f"{unknown[0]}: no such fault; one of {', '.join(known)}")
+    names = args.faults or known
+    new = {record["fault"]: record for record in run(names)}
+    try:
+        records = read(RECORDS) | new
+        write(records.values(), RECORDS)
+        write_text(PAGE, page(PAGE.read_text(), records))
+    except OutputError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"wrote {RECORDS} and {PAGE}")
+    wrong = [f"{name}: not tried, see above" for name in names if name not in new]
+    wrong += [f"{name}: {r['losses']} of {r['tries']} lost" for name, r in new.items() if r["losses"] != "0"]
+    if wrong:
+        parser.exit(1, "".join(f"{parser.prog}: error: {line}\n" for line in wrong))
+
+
+if __name__ == "__main__":
+    main()
