@@ -95,7 +95,10 @@ def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
         if missing:
             key = sorted(missing)[0]
             raise ConfigError(f"{key}: has no value; give it as {key}=...")
-        config = OmegaConf.to_object(composed)
+        # What ${...} stands for has no check of its type against a list's or a section's until it is merged.
+        config = OmegaConf.to_object(
+            OmegaConf.merge(composed, OmegaConf.to_container(composed, resolve=True))
+        )
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
     _refuse_additions(composed, config, "")
