@@ -32,6 +32,7 @@ TINY = (
     "data.flip=none",
     "model=mobilenet_v3_small",
     "train.epochs=1",
+    "train.stages=[]",
 )
 
 
