@@ -154,7 +154,11 @@ def is_main() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun has started this process anew after another failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -168,7 +172,11 @@ def joined(timeout: float) -> Iterator[World]:
         yield World()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun may hand restarted processes the store of those before them, with the addresses of the dead.
+    store = dist.PrefixStore(f"attempt {_restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield World(
             rank=dist.get_rank(),

@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce  # which backpropagates
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.nn.functional import all_reduce  # which backpropagates
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -137,6 +137,12 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
     torch._foreach_mul_(whole, scale)
 
 
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 class CpuSyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the batches of all processes; PyTorch's is for GPUs only.
 
@@ -152,10 +158,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         count = x.numel() // x.shape[1] * dist.get_world_size()
         values = x.float()
-        mean = all_reduce(values.sum(dim=(0, 2, 3))) / count
+        mean = all_reduce(values.sum(dim=(0, 2, 3)), "sum", _everyone()) / count
         centred = values - mean.view(1, -1, 1, 1)
         # From the centred values: the difference of two large sums would lose its digits.
-        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3)), "sum", _everyone()) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -1,0 +1,188 @@
+"""What each process of ``tests/test_distributed.py`` does; alone, it is what they are compared with.
+
+``torchrun --nproc-per-node=2 tests/ranks.py FOLDER`` leaves each process's results in FOLDER.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalex.config import (
+    Compression,
+    DistributedConfig,
+    Precision,
+    RuntimeConfig,
+    Schedule,
+    Strategy,
+    TrainConfig,
+)
+from fastalex.distributed import World, joined
+from fastalex.models import create_model
+from fastalex.runtime import choose
+from fastalex.trainer import Trainer
+
+BATCH, CROP, VALIDATION = 16, 63, 27  # 14 images in one process, 13 in the other, in batches of 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A short training run.
+
+    Attributes:
+        recipe: of one epoch.
+        network: options of AlexNet.
+        steps: in the epoch.
+        distributed: how it is divided.
+        precision: of its arithmetic.
+    """
+
+    recipe: TrainConfig
+    network: dict[str, Any]
+    steps: int
+    distributed: DistributedConfig
+    precision: Precision = Precision.fp32
+
+
+def recipe(**options: Any) -> TrainConfig:
+    return TrainConfig(epochs=1, batch_size=BATCH, lr=4e-4, schedule=Schedule.plateau, **options)
+
+
+DDP, HYBRID = DistributedConfig(Strategy.ddp), DistributedConfig(Strategy.hybrid)
+CASES = {
+    "ddp": Case(recipe(), {}, 20, DDP),
+    "hybrid": Case(recipe(), {}, 20, HYBRID),
+    "two towers, ddp": Case(recipe(), {"groups": 2}, 3, DDP),
+    "two towers, hybrid": Case(recipe(), {"groups": 2}, 3, HYBRID),
+    "batch normalisation, ddp": Case(recipe(), {"norm": "batch"}, 5, DDP),
+    "batch normalisation, hybrid": Case(recipe(), {"norm": "batch"}, 5, HYBRID),
+    "clipped and in parts, ddp": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, DDP),
+    "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
+    "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
+    "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16)),
+    "bf16, hybrid": Case(recipe(), {}, 4, HYBRID, Precision.bf16),
+}
+
+
+class Batches:
+    """This process's part of batches of noise, whose mean tells the class."""
+
+    def __init__(self, world: World, sizes: list[int], per_rank: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = []
+        for size in sizes:
+            labels = torch.randint(10, (size,), generator=generator)
+            images = torch.randn(size, 3, CROP, CROP, generator=generator)
+            images = (images + labels.view(-1, 1, 1, 1) / 2 - 2) / 4
+            mine = images.to(dtype, memory_format=torch.channels_last)[world.rank :: world.size]
+            parts = mine.split(per_rank), labels[world.rank :: world.size].split(per_rank)
+            self.batches += list(zip(*parts, strict=True))
+        self.num_samples = sum(len(labels) for _, labels in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def network(**options: Any) -> nn.Module:
+    """AlexNet with fewer hidden units: what is divided is the same, and takes a tenth of the time."""
+    torch.manual_seed(0)
+    model = create_model("alexnet", init="he", dropout=0.0, **options)
+    model.fc6, model.fc7, model.fc8 = nn.Linear(9216, 256), nn.Linear(256, 256), nn.Linear(256, 10)
+    for layer in (model.fc6, model.fc7):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.normal_(model.fc8.weight, std=0.01)
+    return model
+
+
+def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
+    runtime = choose(RuntimeConfig(device="cpu", precision=case.precision, threads=1, winograd=False))
+
+    def on_step(step: int, loss: float | None) -> None:
+        assert loss is not None
+        losses.append(loss)
+
+    return Trainer(
+        runtime.place(network(**case.network)),
+        case.recipe,
+        Batches(world, [BATCH] * case.steps, BATCH // world.size, runtime.dtype),
+        Batches(world, [VALIDATION], 14 // world.size, runtime.dtype),
+        runtime,
+        log_every=1,
+        on_step=on_step,
+        world=world,
+        distributed=case.distributed,
+    )
+
+
+def run(case: Case, world: World) -> dict[str, Any]:
+    """Train, and return the losses, the figures of the epoch and the whole weights at its end."""
+    losses: list[float] = []
+    trainer = a_trainer(case, world, losses)
+    epoch = trainer.run_epoch()
+    weights = {name: value.clone() for name, value in trainer.weights().items()}
+    return {
+        "losses": losses,
+        "epoch": {
+            name: getattr(epoch, name)
+            for name in ("train_loss", "train_top1_error", "validation_loss", "validation_top1_error")
+        },
+        "weights": weights,
+        "average": trainer.averaged_weights(),
+        "parameters here": sum(
+            (p.to_local() if hasattr(p, "to_local") else p).numel() for p in trainer.model.parameters()
+        ),
+    }
+
+
+def resumed(case: Case, world: World) -> bool:
+    """Whether a trainer that goes on from another's state takes the same steps to the same bits."""
+    first = a_trainer(case, world, [])
+    first.run_epoch()
+    state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(first.weights())
+    second = a_trainer(case, world, [])
+    second.load_weights(weights)
+    second.load_state_dict(state, None)
+    first.run_epoch()
+    second.run_epoch()
+    ours = second.weights()
+    moved = any(not torch.equal(value, weights[name]) for name, value in first.weights().items())
+    return moved and all(torch.equal(value, ours[name]) for name, value in first.weights().items())
+
+
+def collectives(world: World) -> dict[str, Any]:
+    """What the processes tell each other."""
+    rows = torch.arange(7).view(7, 1).expand(7, 2)[world.rank :: world.size]
+    return {
+        "sum": world.sum(world.rank + 1, 0.5),
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "min": world.min(5 - world.rank),
+        "gather": world.gather(f"process {world.rank}"),
+        "interleave": world.interleave(rows),
+        "main": world.on_main(lambda: f"from process {world.rank}"),
+    }
+
+
+def main(folder: Path) -> None:
+    with joined(60) as world:
+        results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
+        for name in ("ddp", "hybrid", "batch normalisation, hybrid"):
+            results[f"{name}, resumed"] = resumed(CASES[name], world)
+        results["collectives"] = collectives(world)
+        torch.save(results, folder / f"{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,276 @@
+"""Several processes train as one does, and none of them is left behind when another fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastalex.checkpoint import read_weights
+from fastalex.config import Optimizer, Scaling, TrainConfig
+from fastalex.distributed import World
+from fastalex.optim import LearningRate, create_optimizer
+from tests import ranks
+
+REPEATS = int(os.environ.get("FASTALEX_FAULT_REPEATS", "1"))
+repeated = pytest.mark.parametrize("repeat", range(REPEATS))
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--shutdown-timeout=2",
+]
+TRAIN = [
+    "-m",
+    "fastalex.train",
+    "data=digits",
+    "model=mobilenet_v3_small",
+    "data.resize=36",
+    "data.crop=32",
+    "train.epochs=4",
+    "runtime.precision=fp32",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*TORCHRUN, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes come to, in each of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(ranks.__file__, str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+# fp32: sums are added in another order. Gradients that travelled as bf16, or activations that are bf16, have
+# eight bits.
+TOLERANCES = {"compressed, ddp": 2e-3, "bf16, hybrid": 2e-2}
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_two_processes_take_the_steps_of_one(name: str, together: list[dict[str, Any]]) -> None:
+    case = ranks.CASES[name]
+    alone = ranks.run(case, World())
+    tolerance = TOLERANCES.get(name, 1e-4)
+    for theirs in together:
+        assert theirs[name]["losses"] == pytest.approx(alone["losses"], abs=tolerance)
+        assert theirs[name]["epoch"] == pytest.approx(alone["epoch"], abs=tolerance)
+        for key, weight in alone["weights"].items():
+            torch.testing.assert_close(
+                theirs[name]["weights"][key], weight, atol=tolerance, rtol=0, check_dtype=True
+            )
+        if alone["average"]:
+            for key, weight in alone["average"].items():
+                torch.testing.assert_close(theirs[name]["average"][key], weight, atol=tolerance, rtol=0)
+    assert alone["losses"][0] != alone["losses"][-1]
+    # Each process ends with the same network, to the bit.
+    first, second = (theirs[name]["weights"] for theirs in together)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_hybrid_keeps_half_of_the_hidden_layers_weights(together: list[dict[str, Any]]) -> None:
+    whole = together[0]["ddp"]["parameters here"]
+    hidden = 9216 * 256 + 256 + 256 * 256  # all but the second's bias, of which each has a copy
+    for theirs in together:
+        assert theirs["hybrid"]["parameters here"] == whole - hidden // 2
+
+
+@pytest.mark.parametrize("name", ["ddp", "hybrid", "batch normalisation, hybrid"])
+def test_processes_go_on_to_the_same_bits(name: str, together: list[dict[str, Any]]) -> None:
+    assert all(theirs[f"{name}, resumed"] for theirs in together)
+
+
+def test_collectives(together: list[dict[str, Any]]) -> None:
+    for theirs in together:
+        found = theirs["collectives"]
+        assert found["sum"] == [3.0, 1.0]
+        assert found["any"] == (True, False)
+        assert found["min"] == 4
+        assert found["gather"] == ["process 0", "process 1"]
+        assert found["interleave"][:, 0].tolist() == list(range(7))
+        assert found["main"] == "from process 0"
+
+
+def test_a_process_alone_talks_to_nobody() -> None:
+    world = World()
+    assert world.sum(1, 2) == [1, 2]
+    assert world.gather("x") == ["x"]
+    rows = torch.arange(3)
+    assert world.interleave(rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.batch_size=127"], r"train.batch_size=127: is of all 2 processes together .* multiple of 2"),
+        (
+            ["distributed.strategy=hybrid"],
+            r"distributed.strategy=hybrid: divides AlexNet's two hidden layers",
+        ),
+        (["train.nothing=1"], r"train.nothing"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = torchrun(*TRAIN, *arguments, f"hydra.run.dir={tmp_path / 'run'}", check=False)
+    assert done.returncode
+    errors = [line for line in done.stderr.splitlines() if "fastalex: error" in line]
+    assert errors
+    assert all(re.search(message, line) for line in errors), errors
+    assert len(set(errors)) == 1
+    assert "rank0]: Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_hybrid_of_one_process_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *TRAIN, "distributed.strategy=hybrid", f"hydra.run.dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "takes several processes; start them with torchrun" in done.stderr
+
+
+def start(run_dir: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, f"--max-restarts={restarts}", *TRAIN, f"hydra.run.dir={run_dir}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranked = {}
+    for child in children:
+        environment = dict(
+            entry.split("=", 1)
+            for entry in Path(f"/proc/{child}/environ").read_text().split("\0")
+            if "=" in entry
+        )
+        if "RANK" in environment:
+            ranked[int(environment["RANK"])] = int(child)
+    return [ranked[rank] for rank in sorted(ranked)]
+
+
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    torchrun(*TRAIN, f"hydra.run.dir={run_dir}")
+    return run_dir
+
+
+@repeated
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again_and_the_run_ends_complete(
+    rank: int, repeat: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start(run_dir, restarts=1)
+    wait_for((run_dir / "checkpoint.pt").is_file, launcher)
+    os.kill(workers(launcher)[rank], signal.SIGKILL)
+    printed, _ = launcher.communicate()
+    assert launcher.returncode == 0, printed
+    assert "going on with the run" in printed
+    epochs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
+    expected, _ = read_weights(undisturbed / "model.safetensors")
+    weights, _ = read_weights(run_dir / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@repeated
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_run_with_a_message(
+    fault: signal.Signals, repeat: int, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start(run_dir, "distributed.timeout=4", "train.epochs=1000")
+    wait_for((run_dir / "checkpoint.pt").is_file, launcher)
+    processes = workers(launcher)
+    os.kill(processes[1], fault)
+    printed, _ = launcher.communicate()
+    assert launcher.returncode
+    if fault is signal.SIGSTOP:
+        assert "process 0 of 2: another process has ended, or did not answer within 4 s" in printed
+    assert not [process for process in processes if alive(process)]
+    assert (run_dir / "checkpoint.pt").is_file()
+
+
+def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start(run_dir, "train.epochs=1000")
+    wait_for((run_dir / "checkpoint.pt").is_file, launcher)
+    processes = workers(launcher)
+    launcher.send_signal(signal.SIGTERM)
+    printed, _ = launcher.communicate()
+    assert "stopped by SIGTERM; step" in printed
+    assert f"go on with resume={run_dir}" in printed
+    assert not [process for process in processes if alive(process)]
+
+
+def test_the_rate_grows_with_the_batch() -> None:
+    config = TrainConfig(batch_size=1024, lr=0.02, lr_scaling=Scaling.linear, warmup=0.5)
+    optimizer = create_optimizer(nn.Linear(2, 2), config)
+    schedule = LearningRate(optimizer, config, steps=9)
+    rates = []
+    for _ in range(9):
+        rates.append(schedule.current)
+        optimizer.step()
+        schedule.after_step()
+    assert max(rates) == pytest.approx(8 * 0.02)
+    assert rates.index(max(rates)) == 4  # warmed up over half of the run
+
+
+def test_lars_step_has_the_norm_of_its_paper() -> None:
+    """The step of a layer is lr * 0.001 * |w| / (|g| + wd * |w|) * (g + wd * w)."""
+    pytest.importorskip("timm", reason="LARS is timm's, which is not installed")
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3).double()
+    before = layer.weight.detach().clone()
+    config = TrainConfig(optimizer=Optimizer.lars, lr=0.7, momentum=0.0, weight_decay=0.01)
+    optimizer = create_optimizer(layer, config)
+    layer(torch.randn(4, 5, dtype=torch.float64)).square().sum().backward()
+    assert layer.weight.grad is not None
+    gradient = layer.weight.grad.clone()
+    optimizer.step()
+    trust = 0.001 * before.norm() / (gradient.norm() + 0.01 * before.norm())
+    expected = before - 0.7 * trust * (gradient + 0.01 * before)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-9)
