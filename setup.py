@@ -8,6 +8,7 @@ DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "ruff>=0.9",
+    "timm>=1.0",
 ]
 
 setup(
@@ -44,6 +45,7 @@ setup(
         "dali": ["nvidia-dali-cuda120>=1.48"],
         "dali-cuda13": ["nvidia-dali-cuda130>=1.52"],
         "ffcv": ["ffcv==1.0.2"],
+        "lars": ["timm>=1.0"],
         "dev": DEV,
     },
 )
