@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fastalex.models import count_parameters, create_model
+from fastalex.models import count_parameters
+from fastalex.models.alexnet import AlexNet
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 DEVICES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -45,21 +46,13 @@ def hybrid_bytes(devices: int, shared: int, inputs: int, outputs: int, batch: in
 def page() -> str:
     """Return the text of docs/scaling.md."""
     with torch.device("meta"):
-        model = create_model("alexnet")
+        model = AlexNet()
     parameters = count_parameters(model)
-    hidden = sum(count_parameters(model.get_submodule(name)) for name in model.hidden_layers)  # type: ignore[union-attr]
-    first, second = (model.get_submodule(name) for name in model.hidden_layers)  # type: ignore[union-attr]
+    hidden = sum([count_parameters(model.fc6), count_parameters(model.fc7)])
+    sizes = model.fc6.in_features, model.fc7.out_features
     rows = []
     for n in DEVICES:
-        sent = (
-            ddp_bytes(n, parameters),
-            hybrid_bytes(
-                n,
-                parameters - hidden,
-                first.in_features,  # type: ignore[arg-type]
-                second.out_features,  # type: ignore[arg-type]
-            ),
-        )
+        sent = ddp_bytes(n, parameters), hybrid_bytes(n, parameters - hidden, *sizes)
         times = [f"{1e3 * sent[0] / rate:.1f} / {1e3 * sent[1] / rate:.1f}" for rate in LINKS.values()]
         rows.append([f"{n:,}", f"{sent[0] / 1e6:,.1f}", f"{sent[1] / 1e6:,.1f}", *times])
     heads = ["devices", "ddp, MB", "hybrid, MB", *(f"{name}, ms" for name in LINKS)]
@@ -69,8 +62,8 @@ Written by `python -m benchmarks.scaling`. **Every figure on this page is comput
 
 `distributed.strategy=ddp` averages the gradients of all {parameters:,} parameters after each step; `hybrid`
 keeps a part of the two hidden layers, which have {hidden:,} of them ({hidden / parameters:.0%}), in each
-process and sends activations in place of their gradients (`fastalex/parallel.py`). What a device sends a step,
-with {BATCH} images on each: gradients in fp32, activations in bf16, rings for all collectives, so that an
+process and sends activations in place of their gradients (`fastalex/parallel.py`). What a device sends a
+step, with {BATCH} images on each: gradients in fp32, activations in bf16, rings for all collectives, so that an
 all-reduce of S bytes sends 2 (n-1)/n S, and to gather or to scatter what n devices have S bytes each of sends
 (n-1) S. The times are those of the bytes over a link's nominal rate in one direction
 ({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
@@ -78,16 +71,14 @@ overlapped.
 
 {_table(heads, rows)}
 
-The hybrid sends less up to about {_crossing(parameters, hidden, first, second)} devices, and more beyond:
+The hybrid sends less up to about {_crossing(parameters, parameters - hidden, sizes)} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
 """
 
 
-def _crossing(parameters: int, hidden: int, first: torch.nn.Module, second: torch.nn.Module) -> int:
+def _crossing(parameters: int, shared: int, sizes: tuple[int, int]) -> int:
     """The greatest number of devices at which the hybrid sends no more."""
-    shared = parameters - hidden
-    sizes: tuple[int, int] = (first.in_features, second.out_features)  # type: ignore[assignment]
     n = 2
     while hybrid_bytes(n + 1, shared, *sizes) <= ddp_bytes(n + 1, parameters):
         n += 1
