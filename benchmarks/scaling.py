@@ -55,6 +55,7 @@ def page() -> str:
         sent = ddp_bytes(n, parameters), hybrid_bytes(n, parameters - hidden, *sizes)
         times = [f"{1e3 * sent[0] / rate:.1f} / {1e3 * sent[1] / rate:.1f}" for rate in LINKS.values()]
         rows.append([f"{n:,}", f"{sent[0] / 1e6:,.1f}", f"{sent[1] / 1e6:,.1f}", *times])
+    crossing = _crossing(parameters, parameters - hidden, sizes)
     heads = ["devices", "ddp, MB", "hybrid, MB", *(f"{name}, ms" for name in LINKS)]
     return f"""# Several devices
 
@@ -63,15 +64,15 @@ Written by `python -m benchmarks.scaling`. **Every figure on this page is comput
 `distributed.strategy=ddp` averages the gradients of all {parameters:,} parameters after each step; `hybrid`
 keeps a part of the two hidden layers, which have {hidden:,} of them ({hidden / parameters:.0%}), in each
 process and sends activations in place of their gradients (`fastalex/parallel.py`). What a device sends a
-step, with {BATCH} images on each: gradients in fp32, activations in bf16, rings for all collectives, so that an
-all-reduce of S bytes sends 2 (n-1)/n S, and to gather or to scatter what n devices have S bytes each of sends
+step, with {BATCH} images on each: gradients in fp32, activations in bf16, rings for all collectives, so that
+an all-reduce of S bytes sends 2 (n-1)/n S, and to gather or to scatter what n devices have S bytes each of sends
 (n-1) S. The times are those of the bytes over a link's nominal rate in one direction
 ({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
 overlapped.
 
 {_table(heads, rows)}
 
-The hybrid sends less up to about {_crossing(parameters, parameters - hidden, sizes)} devices, and more beyond:
+The hybrid sends less up to about {crossing} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
 """
