@@ -89,9 +89,10 @@ def train(
             resumed, checkpoint = beginning or (config, None)
             trainer, splits = _prepare(resumed, signals, world)
             if checkpoint is not None:
-                world.main_first(lambda: _restore(trainer, checkpoint, splits))
+                _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them
             if not world.main:
-                return Follower(resumed, splits, trainer, run_dir).take_part()
+                with signals.deferred():
+                    return Follower(resumed, splits, trainer, run_dir).take_part()
             folder = _folder(resumed, run_dir, given, found, trainer)
             return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
         finally:

@@ -38,6 +38,7 @@ from fastalex.data.cache import locked
 from fastalex.data.decode import decode_image
 from fastalex.errors import FastalexError
 from fastalex.saving import load_newest, older
+from tests.processes import has_ended
 
 T = TypeVar("T")
 KILLS = int(os.environ.get("FASTALEX_FAULT_KILLS", "2"))
@@ -174,6 +175,11 @@ class Server:
         """Its exit status; the negative number of the signal that ended it."""
         return self._ask(wait=pid)
 
+    def stop(self, pid: int, number: signal.Signals = signal.SIGTERM) -> None:
+        """End a run in good order."""
+        os.kill(pid, number)
+        assert self.wait(pid) == 128 + number
+
     def run(self, *argv: str, **options: Any) -> tuple[int, str]:
         """The exit status, and what was printed."""
         log = self.folder / "log"
@@ -215,10 +221,6 @@ def assert_same(folder: Path, whole: Path) -> None:
     lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (folder, whole)]
     ours, theirs = ([json.loads(line)["train_loss"] for line in each] for each in lines)
     assert ours == theirs
-
-
-def has_ended(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def wait_for(path: Path, pid: int) -> None:
@@ -295,8 +297,7 @@ def test_a_signal(server: Server, whole: Path, repeat: int) -> None:
     run = server.folder / f"signal-{repeat}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for(run / "checkpoint.pt", pid)
-    os.kill(pid, number)
-    assert server.wait(pid) == 128 + number
+    server.stop(pid, number)
     status, out = server.run(f"resume={run.name}")
     assert status == 0, out
     assert_same(run, whole)
@@ -335,8 +336,7 @@ def test_a_clock_set_back(server: Server, whole: Path, repeat: int) -> None:
     run = server.folder / f"clock-{repeat}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for_step(3, run, pid)
-    os.kill(pid, signal.SIGTERM)
-    assert server.wait(pid) == 128 + signal.SIGTERM
+    server.stop(pid)
     future = time.time() + 365 * 86400
     for path in run.rglob("*"):
         os.utime(path, (future, future))
@@ -345,8 +345,7 @@ def test_a_clock_set_back(server: Server, whole: Path, repeat: int) -> None:
     now = time.time() - 365 * 86400
     pid = server.start(*command, now=now)
     wait_for_step(before + 1, run, pid)
-    os.kill(pid, signal.SIGTERM)
-    assert server.wait(pid) == 128 + signal.SIGTERM
+    server.stop(pid)
     step = Checkpoint.load(run / "checkpoint.pt").step
     assert step > before
     status, out = server.run(*command, now=now)
@@ -382,8 +381,7 @@ def test_a_full_disk(server: Server, whole: Path, repeat: int) -> None:
         run = disk / "run"
         pid = server.start(*RUN, "checkpoint.keep=1", f"hydra.run.dir={run}")
         wait_for(run / "checkpoint.pt", pid)
-        os.kill(pid, signal.SIGTERM)
-        assert server.wait(pid) == 128 + signal.SIGTERM
+        server.stop(pid)
         before = Checkpoint.load(run / "checkpoint.pt").step
         used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         resize(str(used + CHECKPOINT_BYTES * (repeat + 1) // (REPEATS + 1)))
@@ -407,8 +405,7 @@ def test_a_file_size_limit(server: Server, whole: Path, on_error: OnWriteError, 
     run = server.folder / f"limit-{on_error.value}-{repeat}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for(run / "checkpoint.pt", pid)
-    os.kill(pid, signal.SIGTERM)
-    assert server.wait(pid) == 128 + signal.SIGTERM
+    server.stop(pid)
     before = Checkpoint.load(run / "checkpoint.pt").step
     limit = CHECKPOINT_BYTES // 2
     status, out = server.run(f"resume={run.name}", f"checkpoint.on_error={on_error.value}", limit=limit)
@@ -432,8 +429,7 @@ def test_a_damaged_newest_checkpoint(server: Server, whole: Path, repeat: int) -
     run = server.folder / f"damaged-{repeat}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for_step(3, run, pid)
-    os.kill(pid, signal.SIGTERM)
-    assert server.wait(pid) == 128 + signal.SIGTERM
+    server.stop(pid)
     path = run / "checkpoint.pt"
     content = bytearray(path.read_bytes())
     chosen = random.Random(repeat)
