@@ -147,6 +147,9 @@ class World:
             ) from error
 
 
+ALONE = World()
+
+
 def is_main() -> bool:
     """Whether this process, in a group yet or not, is the first of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -169,7 +172,7 @@ def joined(timeout: float) -> Iterator[World]:
         timeout: seconds that a process waits for the others.
     """
     if not dist.is_torchelastic_launched():
-        yield World()
+        yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)

@@ -11,7 +11,7 @@ from torch import nn
 from fastalex import crops
 from fastalex.config import Config
 from fastalex.data import ImageSet, Views, build_loader
-from fastalex.distributed import World
+from fastalex.distributed import ALONE, World
 from fastalex.metrics import Errors, errors, predict
 from fastalex.runtime import Runtime
 
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World | None = None
+    network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World = ALONE
 ) -> Evaluation:
     """Run a network over a split twice: once with the centre crop, once with ten-crop.
 
@@ -63,9 +63,8 @@ def evaluate(
         images: the split.
         config: of the run.
         runtime: the device and the arithmetic.
-        world: the processes that share the images, each of which then has the figures; none: this one alone.
+        world: the processes that share the images, each of which then has the figures.
     """
-    world = world or World()
     size = max(1, config.train.batch_size // world.size)
     views = TEN_CROP
     results = {}

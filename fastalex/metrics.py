@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalex.crops import Crops
-from fastalex.distributed import World
+from fastalex.distributed import ALONE, World
 from fastalex.runtime import Runtime
 
 
@@ -36,7 +36,7 @@ def predict(
     network: nn.Module,
     loader: Iterable[tuple[Tensor | Crops, Tensor]],
     runtime: Runtime,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Run a network over a loader in evaluation mode.
 
@@ -45,7 +45,7 @@ def predict(
         loader: yields ``(B * V, 3, crop, crop)`` images, the V views of an image side by side, and ``(B,)``
             labels.
         runtime: the device and the arithmetic.
-        world: the processes whose loaders share the images; none: this one has them all.
+        world: the processes whose loaders share the images.
 
     Returns:
         Class probabilities ``(N, classes)``, fp32, the mean over an image's views of their softmax; and the
@@ -62,7 +62,6 @@ def predict(
         probabilities.append(softmax.view(targets.shape[0], views, -1).mean(dim=1))
         labels.append(targets)
     network.train(was_training)
-    world = world or World()
     return world.interleave(torch.cat(probabilities)), world.interleave(torch.cat(labels))
 
 

@@ -53,7 +53,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
             from timm.optim import Lars
         except ImportError as error:
             raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
-        # The paper's network has no layer whose bias needs a rate of its own: those take the plain step.
+        # timm adapts the rate of groups with weight decay; biases take the plain step, as is usual.
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
-from fastalex.distributed import World
+from fastalex.distributed import ALONE, World
 from fastalex.errors import ConfigError
 from fastalex.models.alexnet import Conv3x3
 
@@ -83,7 +83,7 @@ class Runtime:
         return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {self.threads} threads"
 
 
-def choose(config: RuntimeConfig, world: World | None = None) -> Runtime:
+def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
     """Choose what ``auto`` leaves open, and set the process's threads and allocator accordingly.
 
     Args:
@@ -93,7 +93,6 @@ def choose(config: RuntimeConfig, world: World | None = None) -> Runtime:
     Raises:
         ConfigError: if the device does not exist or cannot compute in the precision asked for.
     """
-    world = world or World()
     device = _device(config.device)
     if device.type == "cuda" and world.size > 1 and device.index is None:
         device = _device(f"cuda:{world.local_rank}")

@@ -22,7 +22,7 @@ from fastalex.config import DistributedConfig, TrainConfig
 from fastalex.crops import Crops
 from fastalex.data import Loader
 from fastalex.data.sampling import mix
-from fastalex.distributed import World
+from fastalex.distributed import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
@@ -163,10 +163,10 @@ class Trainer:
         on_step: Callable[[int, float | None], None] = lambda step, loss: None,
         should_stop: Callable[[], bool] = lambda: False,
         peak_flops: float | None = None,
-        world: World | None = None,
+        world: World = ALONE,
         distributed: DistributedConfig | None = None,
     ) -> None:
-        self.world = world or World()
+        self.world = world
         self._template = copy.deepcopy(model).to("meta")  # of the undivided network
         self._divided: DistributedDataParallel | None = None
         if self.world.size > 1:
