@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import FAULTS_FILE, RESULTS, Measurement, read_measurements
+from benchmarks.report import RESULTS, Measurement, measurement_files, read_measurements
 
 LEAST_CHANGE = 0.05
 
@@ -68,7 +68,7 @@ def compare(results: Path, revision: str) -> str:
     Raises:
         CompareError: no results, no git checkout, no such revision, or a file of another format.
     """
-    paths = sorted(path for path in results.glob("*.csv") if path.name != FAULTS_FILE)
+    paths = measurement_files(results)
     if not paths:
         raise CompareError(f"no {results}/*.csv; make bench writes them")
     if git(results, "rev-parse").returncode:

@@ -109,6 +109,11 @@ def write_csv(rows: Sequence[Any], path: Path, device: str) -> None:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()})
 
 
+def measurement_files(results: Path) -> list[Path]:
+    """The files in a folder that :func:`read_measurements` reads, by name."""
+    return sorted(path for path in results.glob("*.csv") if path.name != FAULTS_FILE)
+
+
 def read_measurements(text: str) -> list[Measurement]:
     """The lines of a file that `write_csv` wrote.
 

@@ -13,7 +13,7 @@ from benchmarks.charts import roofline_points
 from benchmarks.counts import totals
 from benchmarks.expected import fast_step
 from benchmarks.parts import CONVOLUTIONS, PARTS
-from benchmarks.report import FAULTS_FILE, RESULTS, read_measurements, write_csv
+from benchmarks.report import RESULTS, measurement_files, read_measurements, write_csv
 from benchmarks.step import Row
 
 
@@ -72,9 +72,7 @@ def test_written_rows_are_read(results: Path) -> None:
     assert lrn.less_is_better
 
 
-@pytest.mark.parametrize(
-    "path", sorted({*RESULTS.glob("*.csv")} - {RESULTS / FAULTS_FILE}), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", measurement_files(RESULTS), ids=lambda path: path.name)
 def test_every_committed_file_has_the_format(path: Path) -> None:
     measurements = read_measurements(path.read_text())
     keys = {(*m.of, m.unit) for m in measurements}
