@@ -5,8 +5,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-compare inspect \
-	faults setup clean
+.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-ranks bench-compare \
+	inspect faults setup clean
 
 # The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
@@ -29,8 +29,8 @@ format: $(STAMP)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-# Measures all that docs/benchmarks.md shows on this machine, and writes the page
-bench: bench-kernels bench-loaders bench-step
+# Measures all that docs/benchmarks.md and docs/scaling.md show on this machine, and writes the pages
+bench: bench-kernels bench-loaders bench-step bench-ranks
 
 # Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, winograd_*
 KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py winograd.py)
@@ -48,6 +48,10 @@ bench-loaders: $(STAMP)
 bench-step: $(STAMP)
 	$(RUN) -m pytest benchmarks/test_step.py --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs
+
+# Two processes beside one on the same cores, and the bytes they send: benchmarks/results/ranks_cpu.csv
+bench-ranks: $(STAMP)
+	$(RUN) -m pytest benchmarks/test_ranks.py --benchmark-enable -s $(ARGS)
 
 # What has moved since the results were last committed; make bench-compare ARGS=REV sets them against a commit
 bench-compare: $(STAMP)

@@ -6,7 +6,7 @@ python -m benchmarks.contenders NAME ROOT BATCH_SIZE       answers requests on s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from fastalex import crops
 from fastalex.cli import to_dataclass
 from fastalex.config import Config, model_options, register
 from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
+from fastalex.distributed import ALONE, World
 from fastalex.evaluation import TEN_CROP
 from fastalex.metrics import predict
 from fastalex.models import create_model
@@ -116,16 +117,25 @@ class FirstBatches:
 
 
 class Fastalex:
-    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, in epochs of one turn each."""
+    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, in epochs of one turn each.
 
-    def __init__(self, root: Path, batch_size: int) -> None:
+    Args:
+        root: of CIFAR-10.
+        batch_size: of all processes together.
+        overrides: KEY=VALUE, as on the command line.
+        world: the processes that train together, each with its own of these.
+    """
+
+    def __init__(
+        self, root: Path, batch_size: int, overrides: Sequence[str] = (), world: World = ALONE
+    ) -> None:
         register()
         with initialize_config_module("fastalex.configs", version_base="1.3"):
-            config = to_dataclass(compose("config"), Config)
+            config = to_dataclass(compose("config", list(overrides)), Config)
         config.data.root = str(root)
         config.train.batch_size = batch_size
         config.train.epochs = 1_000_000  # the schedule needs a length, and no turn may be the last
-        self.runtime = choose(config.runtime)
+        self.runtime = choose(config.runtime, world)
         splits = load_splits(config.data, config.seed)
         model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
         self.runtime.place(model)
@@ -137,13 +147,28 @@ class Fastalex:
         }
         placed["fold"] = crops.pays(model, splits.train, config.data, loader, self.runtime.device)
         train = build_loader(
-            splits.train, config.data, loader, views=Views.random, batch_size=batch_size, **placed
+            splits.train,
+            config.data,
+            loader,
+            views=Views.random,
+            batch_size=batch_size // world.size,
+            rank=world.rank,
+            world_size=world.size,
+            **placed,
         )
         few = evaluation_batch(batch_size)
         test = build_loader(splits.test, config.data, loader, views=Views.ten_crop, batch_size=few, **placed)
         self.ten_crops = endless(test)
         self.loader = FirstBatches(train)
-        self.trainer = Trainer(model, config.train, self.loader, None, self.runtime)
+        self.trainer = Trainer(
+            model,
+            config.train,
+            self.loader,
+            None,
+            self.runtime,
+            world=world,
+            distributed=config.distributed,
+        )
 
     def train(self, steps: int) -> None:
         self.loader.batches = steps

@@ -1,19 +1,25 @@
-"""What data parallelism and the hybrid send, computed for 2 to 1,024 devices.
+"""What data parallelism and the hybrid send, computed for 2 to 1,024 devices, and measured for two processes.
 
-``python -m benchmarks.scaling`` writes ``docs/scaling.md``. Nothing is measured here.
+``python -m benchmarks.scaling`` writes ``docs/scaling.md``; ``test_ranks.py`` measures.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks import sections
+from benchmarks.report import RESULTS, read_measurements
+from fastalex.files import write_text
 from fastalex.models import count_parameters
 from fastalex.models.alexnet import AlexNet
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+MEASURED = RESULTS / "ranks_cpu.csv"
 DEVICES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = 128  # on each device
 GRADIENT, ACTIVATION = 4, 2  # bytes: fp32, and bf16 under autocast
@@ -43,23 +49,50 @@ def hybrid_bytes(devices: int, shared: int, inputs: int, outputs: int, batch: in
     return ddp_bytes(devices, shared) + activations
 
 
-def page() -> str:
-    """Return the text of docs/scaling.md."""
+@dataclass(frozen=True)
+class Sizes:
+    """What AlexNet has that travels: parameters, and activations an image at the hidden layers' ends."""
+
+    parameters: int
+    hidden: int
+    inputs: int
+    outputs: int
+
+
+def alexnet() -> Sizes:
+    """Count them."""
     with torch.device("meta"):
         model = AlexNet()
-    parameters = count_parameters(model)
-    hidden = sum([count_parameters(model.fc6), count_parameters(model.fc7)])
-    sizes = model.fc6.in_features, model.fc7.out_features
+    hidden = count_parameters(model.fc6) + count_parameters(model.fc7)
+    return Sizes(count_parameters(model), hidden, model.fc6.in_features, model.fc7.out_features)
+
+
+def network_bytes(devices: int, batch: int = BATCH) -> tuple[float, float]:
+    """Bytes that a device sends a step for AlexNet, by ``ddp`` and by ``hybrid``."""
+    sizes = alexnet()
+    shared = sizes.parameters - sizes.hidden
+    return ddp_bytes(devices, sizes.parameters), hybrid_bytes(
+        devices, shared, sizes.inputs, sizes.outputs, batch
+    )
+
+
+def page() -> str:
+    """Return the text of docs/scaling.md."""
+    sizes = alexnet()
+    parameters, hidden = sizes.parameters, sizes.hidden
     rows = []
     for n in DEVICES:
-        sent = ddp_bytes(n, parameters), hybrid_bytes(n, parameters - hidden, *sizes)
+        sent = network_bytes(n)
         times = [f"{1e3 * sent[0] / rate:.1f} / {1e3 * sent[1] / rate:.1f}" for rate in LINKS.values()]
         rows.append([f"{n:,}", f"{sent[0] / 1e6:,.1f}", f"{sent[1] / 1e6:,.1f}", *times])
-    crossing = _crossing(parameters, parameters - hidden, sizes)
     heads = ["devices", "ddp, MB", "hybrid, MB", *(f"{name}, ms" for name in LINKS)]
     return f"""# Several devices
 
-Written by `python -m benchmarks.scaling`. **Every figure on this page is computed; none was measured.**
+Written by `python -m benchmarks.scaling`.
+
+## Bytes and times, computed
+
+**Every figure in this table is computed; none was measured.**
 
 `distributed.strategy=ddp` averages the gradients of all {parameters:,} parameters after each step; `hybrid`
 keeps a part of the two hidden layers, which have {hidden:,} of them ({hidden / parameters:.0%}), in each
@@ -72,18 +105,57 @@ overlapped.
 
 {_table(heads, rows)}
 
-The hybrid sends less up to about {crossing} devices, and more beyond:
+The hybrid sends less up to about {_crossing()} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
-"""
+{_measured()}"""
 
 
-def _crossing(parameters: int, shared: int, sizes: tuple[int, int]) -> int:
+def _crossing() -> int:
     """The greatest number of devices at which the hybrid sends no more."""
     n = 2
-    while hybrid_bytes(n + 1, shared, *sizes) <= ddp_bytes(n + 1, parameters):
+    while operator.ge(*network_bytes(n + 1)):
         n += 1
     return n
+
+
+def _measured() -> str:
+    """The section on two processes, from its file of results; nothing if there is none."""
+    if not MEASURED.exists():
+        return ""
+    measurements = read_measurements(MEASURED.read_text())
+    training = [m for m in measurements if m.record["measurement"] == "training"]
+    sent = {m.record["program"]: m for m in measurements if m not in training}
+    rows = []
+    for m in training:
+        name, count = m.record["program"], int(m.record["processes"])
+        row = [name, str(count), *sections.spread(m), sections.times(m.record["times_one_process"])]
+        row += (
+            [sections.number(str(sent[name].median)), sections.number(sent[name].record["computed"])]
+            if name in sent
+            else ["", ""]
+        )
+        rows.append(row)
+    heads = ["", "processes", "images/s", "20th to 80th percentile", "times one process"]
+    heads += ["sent a step and process, MB", "computed, MB"]
+    about = training[0].record
+    return f"""
+## Two processes on the cores of one, measured
+
+```sh
+make bench-ranks
+```
+
+AlexNet at 224x224, {about["batch"]} images a step over all processes, {about["rounds"]} interleaved turns;
+one process has as many threads as two together. Times one process is the median of the ratios within the
+turns. The bytes are what the machine sent to itself during the steps (Linux's count for its loopback, headers
+included), divided by steps and processes; beside them what the formulas above give for as many images in
+each.
+
+{_table(heads, rows)}
+
+{sections.machine(training)}
+"""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,5 +163,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write() -> None:
+    """Write the page."""
+    write_text(PAGE, page())
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    write()
