@@ -1,4 +1,4 @@
-"""Options of the benchmarks."""
+"""Options of the benchmarks, and the images they read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+
+from benchmarks.images import generate
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
@@ -28,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data-root",
         type=folder,
         default=CIFAR10 if CIFAR10.is_dir() else None,
-        help="test_step.py: CIFAR-10, as pickles or {train,test}/CLASS/*.jpg; generated images if not given",
+        help="CIFAR-10, as pickles or {train,test}/CLASS/*.jpg; generated images if not given",
     )
-    group.addoption("--rounds", type=count, default=5, help="test_step.py: turns of each program")
+    group.addoption("--rounds", type=count, default=5, help="turns of each program")
+
+
+@pytest.fixture(scope="module")
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the images."""
+    if not request.config.getoption("benchmark_enable"):
+        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+    given: Path | None = request.config.getoption("data_root")
+    return (given or generate(tmp_path_factory.mktemp("images"))).absolute()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,7 +24,7 @@ from benchmarks.hardware import seconds
 from benchmarks.report import spread
 from benchmarks.scaling import network_bytes
 from benchmarks.step import ratio
-from benchmarks.turns import Worker, serve
+from benchmarks.turns import Programs, serve
 from fastalex.distributed import ALONE, World
 
 STEPS, WARM_UP = 4, 2
@@ -55,7 +54,7 @@ class Row:
     computed: float | None = None  # by `scaling.py`
 
 
-class Bench:
+class Bench(Programs):
     """The processes of all programs, and the rows so far.
 
     Args:
@@ -74,23 +73,13 @@ class Bench:
         programs: tuple[str, ...] = tuple(PROCESSES),
         overrides: tuple[str, ...] = (),
     ) -> None:
-        self.rounds = rounds
+        command = ["-m", "benchmarks.ranks", str(root), str(batch_size)]
+        options = {name: [str(PROCESSES[name]), *OPTIONS.get(name, []), *overrides] for name in programs}
+        super().__init__({name: [*command, *options[name]] for name in programs}, rounds)
         self.batch_size = batch_size
         self.rows: list[Row] = []
-        self._exits = ExitStack()
-        with self._exits:  # closes what has been started if the next cannot be
-            self.workers = {name: self._start(name, root, overrides) for name in programs}
-            self._exits = self._exits.pop_all()
-
-    def _start(self, name: str, root: Path, overrides: tuple[str, ...]) -> Worker:
-        command = ["-m", "benchmarks.ranks", str(root), str(self.batch_size), str(PROCESSES[name])]
-        return self._exits.enter_context(Worker(name, [*command, *OPTIONS.get(name, []), *overrides]))
-
-    def close(self) -> None:
-        self._exits.close()
 
     def training(self, benchmark: Any) -> None:
-        """Take all turns in every round; pytest-benchmark's own clock sees the last."""
         rates: dict[str, list[float]] = {name: [] for name in self.workers}
         sent: dict[str, list[float]] = {name: [] for name in self.workers}
 
@@ -103,8 +92,7 @@ class Bench:
 
         for name in self.workers:
             self.workers[name].ask("train", steps=WARM_UP)
-        *others, last = (partial(train, name) for name in self.workers)
-        benchmark.pedantic(last, setup=lambda: [turn() for turn in others] and None, rounds=self.rounds)
+        self.by_turns(benchmark, {name: partial(train, name) for name in self.workers})
         for name, values in rates.items():
             figures = spread(values)
             times = ratio(values, rates["one process"])

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ class Sizes:
     outputs: int
 
 
+@cache
 def alexnet() -> Sizes:
     """Count them."""
     with torch.device("meta"):
@@ -86,6 +87,7 @@ def page() -> str:
         times = [f"{1e3 * sent[0] / rate:.1f} / {1e3 * sent[1] / rate:.1f}" for rate in LINKS.values()]
         rows.append([f"{n:,}", f"{sent[0] / 1e6:,.1f}", f"{sent[1] / 1e6:,.1f}", *times])
     heads = ["devices", "ddp, MB", "hybrid, MB", *(f"{name}, ms" for name in LINKS)]
+    table = "\n".join(sections.table(heads, rows))
     return f"""# Several devices
 
 Written by `python -m benchmarks.scaling`.
@@ -103,8 +105,7 @@ sends (n-1) S. The times are those of the bytes over a link's nominal rate in on
 ({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
 overlapped.
 
-{_table(heads, rows)}
-
+{table}
 The hybrid sends less up to about {_crossing()} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
@@ -130,14 +131,12 @@ def _measured() -> str:
     for m in training:
         name, count = m.record["program"], int(m.record["processes"])
         row = [name, str(count), *sections.spread(m), sections.times(m.record["times_one_process"])]
-        row += (
-            [sections.number(str(sent[name].median)), sections.number(sent[name].record["computed"])]
-            if name in sent
-            else ["", ""]
-        )
+        both = (str(sent[name].median), sent[name].record["computed"]) if name in sent else ("", "")
+        row += map(sections.number, both)
         rows.append(row)
     heads = ["", "processes", "images/s", "20th to 80th percentile", "times one process"]
     heads += ["sent a step and process, MB", "computed, MB"]
+    table = "\n".join(sections.table(heads, rows))
     about = training[0].record
     return f"""
 ## Two processes on the cores of one, measured
@@ -152,15 +151,9 @@ turns. The bytes are what the machine sent to itself during the steps (Linux's c
 included), divided by steps and processes; beside them what the formulas above give for as many images in
 each.
 
-{_table(heads, rows)}
-
+{table}
 {sections.machine(training)}
 """
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---:"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write() -> None:

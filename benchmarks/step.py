@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from benchmarks.contenders import evaluation_batch
 from benchmarks.hardware import DEVICE
 from benchmarks.parts import PARTS
 from benchmarks.report import spread
-from benchmarks.turns import Worker
+from benchmarks.turns import Programs
 from fastalex.flops import training_flops
 from fastalex.models import create_model
 
@@ -47,7 +45,7 @@ class Row:
     share_of_step: float | None = None
 
 
-class Bench:
+class Bench(Programs):
     """The processes, and the rows so far.
 
     Args:
@@ -58,31 +56,11 @@ class Bench:
     """
 
     def __init__(self, root: Path, rounds: int, batch_size: int, programs: tuple[str, ...]) -> None:
-        self.rounds = rounds
+        names = (*programs, "hardware")
+        commands = {name: ["-m", "benchmarks.contenders", name, str(root), str(batch_size)] for name in names}
+        super().__init__(commands, rounds)
         self.batch_size = batch_size
         self.rows: list[Row] = []
-        self._exits = ExitStack()
-        with self._exits:  # closes what has been started if the next cannot be
-            self.workers = {
-                name: self._exits.enter_context(
-                    Worker(name, ["-m", "benchmarks.contenders", name, str(root), str(batch_size)])
-                )
-                for name in (*programs, "hardware")
-            }
-            self._exits = self._exits.pop_all()
-
-    def close(self) -> None:
-        self._exits.close()
-
-    def by_turns(self, benchmark: Any, turns: dict[str, Callable[[], None]]) -> None:
-        """Take all turns in every round; pytest-benchmark's own clock sees the last."""
-        *others, last = turns.values()
-
-        def set_up() -> None:
-            for turn in others:
-                turn()
-
-        benchmark.pedantic(last, setup=set_up, rounds=self.rounds)
 
     def add(self, measurement: str, program: str, unit: str, values: list[float], **columns: Any) -> None:
         part = columns.pop("part", "")

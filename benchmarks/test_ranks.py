@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ import pytest
 from benchmarks import scaling
 from benchmarks.ranks import Bench
 from benchmarks.report import write_csv
-from benchmarks.test_step import BATCH, root
-
-__all__ = ["root"]
+from benchmarks.test_step import BATCH
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +30,14 @@ def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
     """Its processes, stopped at the end."""
     if sys.platform != "linux":
         pytest.skip("counts the bytes as Linux does")
-    bench = Bench(root, request.config.getoption("rounds"), BATCH)
-    try:
+    with closing(Bench(root, request.config.getoption("rounds"), BATCH)) as bench:
         yield bench
-    finally:
-        bench.close()
     for row in bench.rows:
         of = f", {row.times_one_process:.2f} times one process" if row.times_one_process else ""
         print(f"\n{row.measurement}: {row.program} {row.median:,.1f} {row.unit}{of}", end="")
-    write_csv(bench.rows, scaling.MEASURED, "cpu")
-    scaling.write()
+    if bench.rows:  # of a measurement that came to its end
+        write_csv(bench.rows, scaling.MEASURED, "cpu")
+        scaling.write()
 
 
 def test_training(bench: Bench, benchmark: Any) -> None:

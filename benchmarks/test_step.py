@@ -21,53 +21,28 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.hardware import DEVICE
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.step import Bench
-from fastalex.data.cifar import CLASSES
 from fastalex.files import write_text
 
 BATCH = 128
 MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "step by part"}
 
 
-def generate(root: Path, train: int = 256, test: int = 32) -> Path:
-    """A tree like CIFAR-10's as JPEG files: so many images of noise to a class."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i:04}.jpg")
-    return root
-
-
-@pytest.fixture(scope="module")
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the images."""
-    if not request.config.getoption("benchmark_enable"):
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    given: Path | None = request.config.getoption("data_root")
-    return (given or generate(tmp_path_factory.mktemp("images"))).absolute()
-
-
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
     """Its rows are written when all is measured, so that a part does not replace the whole."""
-    bench = Bench(root, request.config.getoption("rounds"), BATCH, tuple(CONTENDERS))
-    try:
+    rounds = request.config.getoption("rounds")
+    with closing(Bench(root, rounds, BATCH, tuple(CONTENDERS))) as bench:
         yield bench
-    finally:
-        bench.close()
     for row in bench.rows:
         times = f", {row.times_reference:.2f} times the reference" if row.times_reference else ""
         print(f"\n{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}{times}", end="")

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,37 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Programs:
+    """Workers by name, which take turns.
+
+    Args:
+        commands: what each runs; see :class:`Worker`.
+        rounds: turns of each.
+    """
+
+    def __init__(self, commands: Mapping[str, Sequence[str]], rounds: int) -> None:
+        self.rounds = rounds
+        self._exits = ExitStack()
+        with self._exits:  # closes what has been started if the next cannot be
+            self.workers = {
+                name: self._exits.enter_context(Worker(name, command)) for name, command in commands.items()
+            }
+            self._exits = self._exits.pop_all()
+
+    def close(self) -> None:
+        self._exits.close()
+
+    def by_turns(self, benchmark: Any, turns: dict[str, Callable[[], None]]) -> None:
+        """Take all turns in every round; pytest-benchmark's own clock sees the last."""
+        *others, last = turns.values()
+
+        def set_up() -> None:
+            for turn in others:
+                turn()
+
+        benchmark.pedantic(last, setup=set_up, rounds=self.rounds)
 
 
 def serve(start: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import ranks
-from benchmarks.test_step import generate
+from benchmarks.images import generate
 from fastalex.models import count_parameters, create_model
-
-
-class Rounds:
-    """What pytest-benchmark's fixture does, without its statistics."""
-
-    def pedantic(self, target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
-        for _ in range(rounds):
-            setup()
-            target()
+from tests.benchmarks.rounds import Rounds
 
 
 @pytest.mark.slow

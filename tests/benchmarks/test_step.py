@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import step
+from benchmarks.images import generate
 from benchmarks.parts import PARTS
 from benchmarks.step import Bench, ratio
-from benchmarks.test_step import generate
+from tests.benchmarks.rounds import Rounds
 
 ROUNDS = 1
-
-
-class Rounds:
-    """What pytest-benchmark's fixture does, without its statistics."""
-
-    def pedantic(self, target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
-        for _ in range(rounds):
-            setup()
-            target()
 
 
 def test_ratio_is_taken_within_the_rounds() -> None:
