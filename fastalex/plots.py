@@ -42,10 +42,11 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
         loss.plot(x_validated, [epoch.validation_loss for epoch in validated], label="validation", **style)
         error.plot(x_validated, validation, label="validation top-1", **style)
         best = int(validation.argmin())
+        high = validation[best] > error.get_ylim()[1] / 2  # the label would then stand above the panel
         error.annotate(
             f"best {validation[best]:.2%}",
             (x_validated[best], validation[best]),
-            xytext=(0, 45),
+            xytext=(0, -45 if high else 45),
             textcoords="offset points",
             ha="right" if 2 * best >= len(validated) else "left",
             arrowprops={"arrowstyle": "-", "color": "gray"},
