@@ -67,7 +67,9 @@ def test_the_page_is_made_of_the_committed_records() -> None:
     text = faults.PAGE.read_text()
     records = faults.read(faults.RECORDS)
     assert text == faults.page(text, records), "run python -m benchmarks.faults"
-    assert all(record["test"] == faults.FAULTS[name].test for name, record in records.items())
+    assert {name: record["test"] for name, record in records.items()} == {
+        name: fault.test for name, fault in faults.FAULTS.items()
+    }
 
 
 def test_a_row_shows_its_record_and_a_loss() -> None:
