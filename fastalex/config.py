@@ -194,9 +194,7 @@ class RuntimeConfig:
     precision: Precision = Precision.auto
     channels_last: bool = True
     compile: bool | None = None  # null: where it pays, which is on a GPU
-    winograd: bool = (
-        True  # CPU, bf16: 3x3 convolutions with less than half the products and twice the rounding
-    )
+    winograd: bool = True  # CPU: convolutions with less than half the products and more rounding
     threads: int = 0  # of the CPU; 0: all its cores
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.distributed import ALONE, World
 from fastalex.errors import ConfigError
-from fastalex.models.alexnet import Conv3x3
+from fastalex.models.alexnet import WinogradConv2d
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -58,7 +58,7 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device in its memory format, and tell it how to compute."""
         for module in model.modules():
-            if isinstance(module, Conv3x3):
+            if isinstance(module, WinogradConv2d):
                 module.winograd = self.winograd
         return model.to(self.device).to(memory_format=self.memory_format)
 
@@ -113,7 +113,7 @@ def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         dtype=dtype,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         compile=device.type == "cuda" if config.compile is None else config.compile,
-        winograd=config.winograd and device.type == "cpu" and dtype == torch.bfloat16,
+        winograd=config.winograd and device.type == "cpu",
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )

@@ -1,12 +1,14 @@
-"""A 3x3 convolution by Winograd's F(2x2, 3x3) as one PyTorch operator: 2.25 times fewer multiplications.
+"""A 3x3 or 5x5 convolution by Winograd's algorithm as one PyTorch operator: up to 5.8 times fewer products.
 
-`winograd_reference` says how; the CPU runs `winograd_numba`, and there is nothing fast for other devices.
-What is rounded in bf16 is not what a plain convolution rounds: the transformed weight and tiles, and products
-before they become outputs, each once, from fp32. `benchmarks/test_winograd.py` measures what that costs in
-accuracy. The weight's gradient comes in fp32.
+`winograd_reference` says how. The CPU runs one of two: `winograd_numba_bf16`, whose small tiles and 2.25
+times fewer products are what bf16's rounding bears, and `winograd_numba_fp32`, with larger ones. There is
+nothing fast for other devices. In bf16 what is rounded is not what a plain convolution rounds: the
+transformed weight and tiles, and products before they become outputs, each once, from fp32.
+`benchmarks/test_winograd.py` measures what that costs in accuracy. The weight's gradient comes in fp32.
 
 The operator is opaque to torch.compile and has no autocast rule: the fp32 weight is transformed in fp32, and
-the products are in the dtype of x. It is deterministic, and differentiable once.
+the products are in the dtype of x, but of a 5x5 convolution always in fp32. It is deterministic, and
+differentiable once.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from torch.library import custom_op
 
 from . import winograd_reference as reference
 
+TAPS = 3, 5
+
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`torch.nn.functional.conv2d(x, weight, bias, padding=1)` for a 3x3 weight, in the dtype of x.
+    """`torch.nn.functional.conv2d(x, weight, bias, padding=r // 2)` for an r x r weight, in the dtype of x.
 
     Differentiable in all three.
 
     Args:
         x: fp32 or bf16 (N, in channels, H, W); fast if it is channels-last and all channels are multiples
             of 16.
-        weight: fp32 (out channels, in channels, 3, 3).
+        weight: fp32 (out channels, in channels, r, r), r being 3 or 5.
         bias: fp32 (out channels,).
 
     Returns:
@@ -43,10 +47,10 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"{name}: x must be (N, in channels, H, W), got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name}: x must be float32 or bfloat16, got {x.dtype}")
-    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or len(weight) == 0:
-        raise ValueError(
-            f"{name}: weight must be (out channels, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}"
-        )
+    shapes = [(x.shape[1], taps, taps) for taps in TAPS]
+    if weight.dim() != 4 or weight.shape[1:] not in shapes or len(weight) == 0:
+        expected = " or ".join(f"(out channels, {', '.join(map(str, shape))})" for shape in shapes)
+        raise ValueError(f"{name}: weight must be {expected}, got {tuple(weight.shape)}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias must be ({len(weight)},), got {tuple(bias.shape)}")
     for argument, value in (("weight", weight), ("bias", bias)):
@@ -57,18 +61,19 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _winograd(x, weight, bias)
 
 
-def _implementation(x: Tensor) -> ModuleType:
+def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
     if x.device.type != "cpu":
         return reference
-    from . import winograd_numba
+    from . import winograd_numba_bf16, winograd_numba_fp32
 
-    return winograd_numba
+    small = x.dtype == torch.bfloat16 and weight.shape[2] == winograd_numba_bf16.TAPS
+    return winograd_numba_bf16 if small else winograd_numba_fp32
 
 
 @custom_op("fastalex::winograd_conv2d", mutates_args=())
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # it reaches into operators
-        return _implementation(x).winograd_conv2d(x, weight, bias)
+        return _implementation(x, weight).winograd_conv2d(x, weight, bias)
 
 
 @_winograd.register_fake
@@ -80,13 +85,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @custom_op("fastalex::winograd_conv2d_backward", mutates_args=())
 def _winograd_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(x).winograd_conv2d_backward(grad, x, weight)
+        return _implementation(x, weight).winograd_conv2d_backward(grad, x, weight)
 
 
 @_winograd_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    taps = weight.new_empty((3, 3, *weight.shape[:2]))
+    taps = weight.new_empty((*weight.shape[2:], *weight.shape[:2]))
     return d_x, taps.permute(2, 3, 0, 1), weight.new_empty(weight.shape[:1])
 
 

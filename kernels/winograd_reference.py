@@ -1,82 +1,163 @@
-"""Winograd's F(2x2, 3x3): a 3x3 convolution with 16 products for every 2x2 outputs instead of 36.
+"""Winograd's F(m, r): a convolution of r x r taps with (m + r - 1)^2 products for every m x m outputs.
 
-The padded input is cut into tiles of 4x4 that overlap by two, one for every 2x2 outputs. With the matrices
-below, on the rows and on the columns of a tile d, of a weight's 3x3 g and of the outputs y,
+The plain way takes m^2 r^2. The padded input is cut into tiles of t x t, t = m + r - 1, that overlap by
+r - 1, one for every m x m outputs. With the matrices B, G and A of `matrices`, on the rows and on the columns
+of a tile d, of a weight's g and of the outputs y,
 
     V = B^T d B,    U = G g G^T,    M = sum over in channels of U * V,    y = A^T M A
 
-so that each of the 16 positions in a tile is a matrix product of its own, (tiles, in channels) by (in
+so that each of the t^2 positions in a tile is a matrix product of its own, (tiles, in channels) by (in
 channels, out channels). All of it is linear, and its gradient the same backwards:
 
     dM = A dy A^T,    dV = sum over out channels of U * dM,    dU = sum over tiles of V * dM,
     dd = B dV B^T,    dg = G^T dU G
 
-where an input pixel's gradient is the sum over the up to four tiles it is in. After Lavin and Gray, "Fast
-Algorithms for Convolutional Neural Networks", arXiv:1509.09308, section 4.1. Here a matrix is applied to
-rows and columns at once, as its Kronecker product with itself.
+where an input pixel's gradient is the sum over the tiles it is in. After Lavin and Gray, "Fast Algorithms for
+Convolutional Neural Networks", arXiv:1509.09308, section 4.1. Here a matrix is applied to rows and columns at
+once, as its Kronecker product with itself.
 """
 
 from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def _both_sides(matrix: list[list[float]]) -> Tensor:
-    one_side = torch.tensor(matrix, dtype=torch.float64)
-    return torch.kron(one_side, one_side)
-
-
-INPUT = _both_sides([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])  # B^T
-WEIGHT = _both_sides([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # G
-OUTPUT = _both_sides([[1, 1, 1, 0], [0, 1, -1, -1]])  # A^T
+# Where the polynomials are evaluated: small numbers, since their powers are what the matrices are made of,
+# and in pairs of opposite sign or inverse, which lose the least.
+POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+LARGEST_TILE = len(POINTS) + 1
+# Of F(m, 3) the next would round half as much again as F(5, 3), and its weight is in more tiles than it saves
+# for images that small.
+MOST_OUTPUTS = 5
 
 
-def transform_weight(weight: Tensor) -> Tensor:
-    """U: (16, out channels, in channels), of the weight (out channels, in channels, 3, 3)."""
+class Matrices(NamedTuple):
+    """B^T (t, t), G (t, r) and A^T (m, t), in float64."""
+
+    input: Tensor
+    weight: Tensor
+    output: Tensor
+
+
+@lru_cache
+def matrices(outputs: int, taps: int) -> Matrices:
+    """The transforms of F(m, r), by the construction of Toom and Cook.
+
+    Evaluating a polynomial of r coefficients, the taps, and one of m at t - 1 points and at infinity,
+    multiplying the values, and interpolating multiplies the polynomials; transposed, that is a correlation.
+    After Blahut, "Fast Algorithms for Signal Processing", section 5.2.
+
+    Args:
+        outputs: m, on each axis.
+        taps: r, on each axis; m + r - 1 is at most `LARGEST_TILE`.
+    """
+    points = POINTS[: outputs + taps - 2]
+    infinity = len(points)
+    input = torch.zeros(infinity + 1, infinity + 1, dtype=torch.float64)
+    weight, output = input.new_zeros(infinity + 1, taps), input.new_zeros(outputs, infinity + 1)
+    for row, point in enumerate(points):
+        others = [other for other in points if other != point]
+        scale = math.prod(point - other for other in others)
+        powers = torch.tensor([point**power for power in range(infinity)], dtype=torch.float64)
+        input[row, :infinity] = math.copysign(1, scale) * _polynomial(others)
+        weight[row] = powers[:taps] / abs(scale)
+        output[:, row] = powers[:outputs]
+    input[infinity] = _polynomial(list(points))
+    weight[infinity, -1] = output[-1, infinity] = 1
+    return Matrices(input, weight, output)
+
+
+def _polynomial(roots: list[float]) -> Tensor:
+    """The coefficients of the product of all x - root, that of x^0 first."""
+    coefficients = torch.ones(1, dtype=torch.float64)
+    for root in roots:
+        coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
+    return coefficients
+
+
+def outputs_per_tile(height: int, width: int, taps: int) -> int:
+    """The m that takes the fewest products for outputs of this size; of equals the one that rounds least."""
+
+    def products(outputs: int) -> int:
+        tile = outputs + taps - 1
+        return -(-height // outputs) * -(-width // outputs) * tile * tile
+
+    return min(range(2, min(MOST_OUTPUTS, LARGEST_TILE - taps + 1) + 1), key=products)
+
+
+def _both_sides(matrix: Tensor) -> Tensor:
+    return torch.kron(matrix, matrix)
+
+
+def transform_weight(weight: Tensor, outputs: int) -> Tensor:
+    """U: (t^2, out channels, in channels), of the weight (out channels, in channels, r, r)."""
+    side = _both_sides(matrices(outputs, weight.shape[2]).weight).to(weight)
     taps = weight.permute(2, 3, 0, 1)
-    return (WEIGHT.to(weight) @ taps.reshape(9, -1)).view(16, *taps.shape[2:])
+    return (side @ taps.reshape(side.shape[1], -1)).view(-1, *taps.shape[2:])
 
 
-def weight_gradient(d_transformed: Tensor) -> Tensor:
+def weight_gradient(d_transformed: Tensor, outputs: int, taps: int) -> Tensor:
     """The gradient of the weight from dU: the transpose of `transform_weight`."""
-    channels = d_transformed.shape[1:]
-    taps = WEIGHT.to(d_transformed).T @ d_transformed.flatten(1)
-    return taps.view(3, 3, *channels).permute(2, 3, 0, 1)
+    side = _both_sides(matrices(outputs, taps).weight).to(d_transformed)
+    gradient = side.T @ d_transformed.flatten(1)
+    return gradient.view(taps, taps, *d_transformed.shape[1:]).permute(2, 3, 0, 1)
 
 
-def _transform_input(x: Tensor) -> Tensor:
-    """V: (16, N, tile rows, tile columns, in channels)."""
+def _missing(size: int, outputs: int) -> int:
+    """By how much the last tile's outputs go beyond `size`."""
+    return -size % outputs
+
+
+def _transform_input(x: Tensor, outputs: int, taps: int) -> Tensor:
+    """V: (t^2, N, tile rows, tile columns, in channels)."""
     height, width = x.shape[2:]
-    padded = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)
-    return torch.einsum("pt,nchwt->pnhwc", INPUT.to(x), tiles.flatten(4))
+    before, tile = taps // 2, outputs + taps - 1
+    right, below = (before + _missing(size, outputs) for size in (width, height))
+    tiles = F.pad(x, (before, right, before, below)).unfold(2, tile, outputs).unfold(3, tile, outputs)
+    return torch.einsum("pt,nchwt->pnhwc", _both_sides(matrices(outputs, taps).input).to(x), tiles.flatten(4))
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The operator's definition: `conv2d(x, weight, bias, padding=1)` in weight's dtype, returned in x's."""
-    height, width = x.shape[2:]
-    products = torch.einsum(
-        "pnhwc,pkc->pnhwk", _transform_input(x.to(weight.dtype)), transform_weight(weight)
-    )
-    pairs = torch.einsum("tp,pnhwk->nkhwt", OUTPUT.to(weight), products).unflatten(4, (2, 2))
-    pixels = pairs.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :height, :width]
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, outputs: int | None = None) -> Tensor:
+    """The operator's definition: `conv2d(x, weight, bias, padding=r // 2)` in weight's dtype, then in x's.
+
+    Args:
+        outputs: m; None: the one of the fewest products.
+    """
+    (height, width), taps = x.shape[2:], weight.shape[2]
+    outputs = outputs or outputs_per_tile(height, width, taps)
+    transformed = _transform_input(x.to(weight.dtype), outputs, taps)
+    products = torch.einsum("pnhwc,pkc->pnhwk", transformed, transform_weight(weight, outputs))
+    side = _both_sides(matrices(outputs, taps).output).to(weight)
+    blocks = torch.einsum("tp,pnhwk->nkhwt", side, products).unflatten(4, (outputs, outputs))
+    pixels = blocks.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :height, :width]
     out = (pixels + bias[:, None, None]).to(x.dtype)
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def winograd_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, outputs: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, in its dtype, and of weight and bias, in theirs, from that of the result."""
-    height, width = x.shape[2:]
+    (height, width), taps = x.shape[2:], weight.shape[2]
+    outputs = outputs or outputs_per_tile(height, width, taps)
     grad = grad.to(weight.dtype)
-    pairs = F.pad(grad, (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
-    d_products = torch.einsum("tp,nkhwt->pnhwk", OUTPUT.to(weight), pairs.flatten(4))
-    d_weight = torch.einsum("pnhwk,pnhwc->pkc", d_products, _transform_input(x.to(weight.dtype)))
-    d_input = torch.einsum("pnhwk,pkc->pnhwc", d_products, transform_weight(weight))
-    d_tiles = torch.einsum("pt,pnhwc->nchwt", INPUT.to(weight), d_input)
-    size = 2 * d_tiles.shape[2] + 2, 2 * d_tiles.shape[3] + 2
+    input, _, output = matrices(outputs, taps)
+    padded = F.pad(grad, (0, _missing(width, outputs), 0, _missing(height, outputs)))
+    blocks = padded.unfold(2, outputs, outputs).unfold(3, outputs, outputs).flatten(4)
+    d_products = torch.einsum("tp,nkhwt->pnhwk", _both_sides(output).to(weight), blocks)
+    transformed = _transform_input(x.to(weight.dtype), outputs, taps)
+    d_weight = torch.einsum("pnhwk,pnhwc->pkc", d_products, transformed)
+    d_input = torch.einsum("pnhwk,pkc->pnhwc", d_products, transform_weight(weight, outputs))
+    d_tiles = torch.einsum("pt,pnhwc->nchwt", _both_sides(input).to(weight), d_input)
+    down, across = (outputs * tiles + taps - 1 for tiles in d_tiles.shape[2:4])
     columns = d_tiles.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
-    d_x = F.fold(columns, size, kernel_size=4, stride=2)[:, :, 1 : height + 1, 1 : width + 1].to(x.dtype)
+    folded = F.fold(columns, (down, across), kernel_size=outputs + taps - 1, stride=outputs)
+    before = taps // 2
+    d_x = folded[:, :, before : before + height, before : before + width].to(x.dtype)
     d_x = d_x.contiguous(memory_format=torch.channels_last)
-    return d_x, weight_gradient(d_weight), grad.sum((0, 2, 3))
+    return d_x, weight_gradient(d_weight, outputs, taps), grad.sum((0, 2, 3))

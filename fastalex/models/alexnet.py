@@ -53,26 +53,30 @@ class NormPool(nn.Module):
         return f"norm={self.norm}, pool_size={self.pool_size}"
 
 
-# Of a 3x3 convolution's input. Winograd's algorithm is 1.4 times faster at 13x13 pixels, as
+# Of a 3x3 convolution's input in bf16. Winograd's algorithm is 1.4 times faster at 13x13 pixels, as
 # benchmarks/test_winograd.py has it, and slower at 3x3, where transforming the weight takes longest.
-WINOGRAD_PIXELS = 100
+WINOGRAD_PIXELS_BF16 = 100
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, which may be computed by Winograd's algorithm: see ``fastalex.kernels.winograd``.
+class WinogradConv2d(nn.Conv2d):
+    """A 3x3 or 5x5 convolution that may be computed by Winograd's algorithm: ``fastalex.kernels.winograd``.
 
     Attributes:
-        winograd: whether it is, for bf16 on the CPU where that is faster. The runtime sets it.
+        winograd: whether it is, on the CPU where that is faster. The runtime sets it.
     """
 
     winograd = False
 
     def forward(self, x: Tensor) -> Tensor:
-        large = x.shape[-2] * x.shape[-1] >= WINOGRAD_PIXELS
-        if self.winograd and large and self.groups == 1 and x.dtype == torch.bfloat16 and x.is_cpu:
+        if self.winograd and x.is_cpu and self.groups == 1 and self._is_faster(x):
             assert self.bias is not None
             return winograd_conv2d(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _is_faster(self, x: Tensor) -> bool:
+        if x.dtype == torch.bfloat16:
+            return self.kernel_size == (3, 3) and x.shape[-2] * x.shape[-1] >= WINOGRAD_PIXELS_BF16
+        return x.dtype == torch.float32
 
 
 class AlexNet(nn.Module):
@@ -118,11 +122,11 @@ class AlexNet(nn.Module):
             raise ConfigError(f"model.init={init}: choose {', '.join(INITIALISERS)}")
         self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2)
         self.norm_pool1 = NormPool(96, norm, overlapping_pool)
-        self.conv2 = nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=groups)
+        self.conv2 = WinogradConv2d(96, 256, kernel_size=5, padding=2, groups=groups)
         self.norm_pool2 = NormPool(256, norm, overlapping_pool)
-        self.conv3 = Conv3x3(256, 384, kernel_size=3, padding=1)
-        self.conv4 = Conv3x3(384, 384, kernel_size=3, padding=1, groups=groups)
-        self.conv5 = Conv3x3(384, 256, kernel_size=3, padding=1, groups=groups)
+        self.conv3 = WinogradConv2d(256, 384, kernel_size=3, padding=1)
+        self.conv4 = WinogradConv2d(384, 384, kernel_size=3, padding=1, groups=groups)
+        self.conv5 = WinogradConv2d(384, 256, kernel_size=3, padding=1, groups=groups)
         self.pool5 = nn.MaxPool2d(3 if overlapping_pool else 2, stride=2)
         self.fc6 = nn.Linear(256 * 6 * 6, 4096)
         self.fc7 = nn.Linear(4096, 4096)

@@ -12,13 +12,16 @@ from torch.nn import functional as F
 
 from fastalex.kernels import winograd_conv2d
 from fastalex.kernels import winograd_reference as reference
-from fastalex.kernels.winograd import _winograd
+from fastalex.kernels.winograd import TAPS, _winograd
 
 SIZES = [(13, 13), (5, 7), (6, 4), (2, 3), (1, 1), (1, 8)]
+TILES = [(outputs, taps) for taps in TAPS for outputs in range(2, reference.LARGEST_TILE - taps + 2)]
 Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def case(images: int, channels: int, out_channels: int, height: int, width: int) -> tuple[Tensor, ...]:
+def case(
+    images: int, channels: int, out_channels: int, height: int, width: int, taps: int = 3
+) -> tuple[Tensor, ...]:
     """x, weight, bias and a gradient of the result, all exact in bf16 but the weight, which is fp32.
 
     x is what ReLU leaves of noise, the weight as He initialises it: what AlexNet's layers see at first.
@@ -26,12 +29,13 @@ def case(images: int, channels: int, out_channels: int, height: int, width: int)
     generator = torch.Generator().manual_seed(height)
     shapes = (
         (images, channels, height, width),
-        (out_channels, channels, 3, 3),
+        (out_channels, channels, taps, taps),
         (out_channels,),
         (images, out_channels, height, width),
     )
     x, weight, bias, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    return x.relu().bfloat16().float(), weight * (2 / (9 * channels)) ** 0.5, bias, grad.bfloat16().float()
+    weight *= (2 / (taps**2 * channels)) ** 0.5
+    return x.relu().bfloat16().float(), weight, bias, grad.bfloat16().float()
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def results(convolution: Convolution, x: Tensor, weight: Tensor, bias: Tensor, g
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1)
+    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
 def exact(*arguments: Tensor) -> list[Tensor]:
@@ -60,16 +64,41 @@ def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
         assert (found.double() - expected).abs().max() <= share * expected.abs().max()
 
 
+@pytest.mark.parametrize(("outputs", "taps"), TILES)
 @pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_reference_is_exact(size: tuple[int, int], images: int) -> None:
-    x, weight, bias, grad = (each.double() for each in case(images, 5, 7, *size))
+def test_reference_is_exact(size: tuple[int, int], images: int, outputs: int, taps: int) -> None:
+    x, weight, bias, grad = (each.double() for each in case(images, 5, 7, *size, taps))
     found = [
-        reference.winograd_conv2d(x, weight, bias),
-        *reference.winograd_conv2d_backward(grad, x, weight),
+        reference.winograd_conv2d(x, weight, bias, outputs),
+        *reference.winograd_conv2d_backward(grad, x, weight, outputs),
     ]
     for result, expected in zip(found, exact(x, weight, bias, grad), strict=True):
         assert_near(result, expected, 1e-12)
+
+
+def test_matrices_of_the_smallest_tile_are_lavin_and_grays() -> None:
+    """Section 4.1 of arXiv:1509.09308, but for the sign of the last row of B^T and the last column of A^T."""
+    input, weight, output = reference.matrices(2, 3)
+    assert input.tolist() == [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]
+    assert weight.tolist() == [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+    assert output.tolist() == [[1, 1, 1, 0], [0, 1, -1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "products"),
+    [  # AlexNet's convolutions at 224 and 112 pixels, and what the tiles that fit them best take
+        ((27, 27), 5, 7 * 7 * 8 * 8),
+        ((13, 13), 5, 4 * 4 * 8 * 8),
+        ((13, 13), 3, 3 * 3 * 7 * 7),
+        ((6, 6), 3, 2 * 2 * 5 * 5),
+        ((3, 3), 3, 5 * 5),
+    ],
+)
+def test_tiles_take_few_products(size: tuple[int, int], taps: int, products: int) -> None:
+    outputs = reference.outputs_per_tile(*size, taps)
+    tiles = -(-size[0] // outputs) * -(-size[1] // outputs)
+    assert tiles * (outputs + taps - 1) ** 2 == products
 
 
 @pytest.mark.parametrize("channels", [(32, 48), (16, 16), (10, 16), (16, 3)], ids=str)
@@ -79,6 +108,24 @@ def test_fp32(size: tuple[int, int], channels: tuple[int, int]) -> None:
     for result, expected in zip(results(winograd_conv2d, *arguments), exact(*arguments), strict=True):
         assert result.dtype == torch.float32
         assert_near(result, expected, 1e-5)
+
+
+@pytest.mark.parametrize("channels", [(96, 256), (16, 16), (10, 16), (16, 3)], ids=str)
+@pytest.mark.parametrize("size", [(27, 27), *SIZES], ids=str)
+def test_5x5_in_fp32(size: tuple[int, int], channels: tuple[int, int]) -> None:
+    arguments = case(2, *channels, *size, 5)
+    for result, expected in zip(results(winograd_conv2d, *arguments), exact(*arguments), strict=True):
+        assert result.dtype == torch.float32
+        assert_near(result, expected, 2e-5)
+
+
+@pytest.mark.parametrize("channels", [(96, 256), (10, 3)], ids=str)
+def test_5x5_in_bf16_rounds_only_the_results(channels: tuple[int, int]) -> None:
+    x, weight, bias, grad = case(2, *channels, 13, 13, 5)
+    found = results(winograd_conv2d, x.bfloat16(), weight, bias, grad.bfloat16())
+    assert [each.dtype for each in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    for result, expected in zip(found, exact(x, weight, bias, grad), strict=True):
+        assert_near(result, expected, 2**-8 if result.dtype == torch.bfloat16 else 2e-5)
 
 
 @pytest.mark.parametrize("channels", [(256, 384), (384, 256), (10, 3)], ids=str)
@@ -95,10 +142,11 @@ def test_bf16_is_within_three_times_the_error_of_a_plain_convolution(channels: t
         assert errors[0] <= 3 * errors[1]
 
 
+@pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("images", [0, 1, 150])
-def test_number_of_images(images: int) -> None:
-    """More than go through at a time, too."""
-    arguments = case(images, 16, 32, 3, 2)
+def test_number_of_images(images: int, taps: int) -> None:
+    """More than go through at a time, too: of the latter, 44."""
+    arguments = case(images, 16, 32, 9, 9, taps)
     found = results(winograd_conv2d, *arguments)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     for result, expected in zip(found, exact(*arguments), strict=True):
@@ -138,10 +186,11 @@ def test_the_result_may_be_changed_in_place() -> None:
         assert_near(result, truth, 1e-5)
 
 
+@pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [(16, 32), (3, 5)], ids=str)
-def test_operator(channels: tuple[int, int], dtype: torch.dtype) -> None:
-    x, weight, bias, _ = case(2, *channels, 5, 6)
+def test_operator(channels: tuple[int, int], dtype: torch.dtype, taps: int) -> None:
+    x, weight, bias, _ = case(2, *channels, 5, 6, taps)
     opcheck(_winograd, tuple(each.requires_grad_() for each in (x.to(dtype), weight, bias)))
 
 
@@ -152,12 +201,16 @@ def test_operator(channels: tuple[int, int], dtype: torch.dtype) -> None:
         ({"x": torch.zeros(2, 3, 0, 5)}, r"x must be \(N, in channels, H, W\), got \(2, 3, 0, 5\)"),
         ({"x": torch.zeros(2, 3, 5, 5).half()}, "x must be float32 or bfloat16, got torch.float16"),
         (
-            {"weight": torch.zeros(4, 3, 5, 5)},
-            r"weight must be \(out channels, 3, 3, 3\), got \(4, 3, 5, 5\)",
+            {"weight": torch.zeros(4, 3, 7, 7)},
+            r"weight must be \(out channels, 3, 3, 3\) or \(out channels, 3, 5, 5\), got \(4, 3, 7, 7\)",
+        ),
+        (
+            {"weight": torch.zeros(4, 3, 3, 5)},
+            r"weight must be \(out channels, 3, 3, 3\) or \(out channels, 3, 5, 5\), got \(4, 3, 3, 5\)",
         ),
         (
             {"weight": torch.zeros(4, 2, 3, 3)},
-            r"weight must be \(out channels, 3, 3, 3\), got \(4, 2, 3, 3\)",
+            r"weight must be \(out channels, 3, 3, 3\) or \(out channels, 3, 5, 5\), got \(4, 2, 3, 3\)",
         ),
         ({"weight": torch.zeros(4, 3, 3, 3).bfloat16()}, "weight must be float32 on cpu, got torch.bfloat16"),
         ({"bias": torch.zeros(3)}, r"bias must be \(4,\), got \(3,\)"),

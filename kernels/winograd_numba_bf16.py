@@ -29,6 +29,7 @@ from . import winograd_reference as reference
 from ._numba_simd import LANES, bits, inline, jit, load, pointer, run, splat, store
 
 f32 = np.float32
+OUTPUTS, TAPS = 2, 3  # F(2x2, 3x3)
 NO_BIAS = torch.empty(0)
 IMAGES = (
     64  # of 13x13x384, 34 MiB of tiles in bf16; with fewer than 32 the products lose more than caches win
@@ -311,7 +312,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU."""
     if _is_for_reference(x, weight):
         return reference.winograd_conv2d(x, weight, bias)
-    transformed = reference.transform_weight(weight).to(x.dtype).transpose(1, 2)
+    transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype).transpose(1, 2)
     bias = bias.contiguous()
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
@@ -329,7 +330,7 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     """As `winograd_reference.winograd_conv2d_backward`, for fp32 and bf16 and an fp32 weight on the CPU."""
     if _is_for_reference(x, weight):
         return reference.winograd_conv2d_backward(grad, x, weight)
-    transformed = reference.transform_weight(weight).to(x.dtype)
+    transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape)
     grads = _pixels(grad)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
@@ -345,4 +346,4 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
         d_transformed += share.float()  # all at once: a sum of two dtypes, matrix by matrix, is slow
         d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
     d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
-    return d_x, reference.weight_gradient(d_transformed), d_bias
+    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), d_bias

@@ -1,0 +1,236 @@
+# mypy: disallow-untyped-defs=False
+"""Winograd's convolution on the CPU in fp32, whose rounding allows tiles of up to 8x8.
+
+A tile of 8x8 takes 5.8 times fewer products than a 5x5 convolution of 27x27 pixels, and one of 7x7 takes 3.4
+times fewer than a 3x3 convolution of 13x13. Its transforms multiply by up to 5.25, which loses four bits: in
+bf16 that would leave nothing, in fp32 the result is still a thousand times nearer to the truth than bf16 is.
+
+All three transforms are one kernel, `_transform`: a matrix from both sides, from where one lattice of tiles
+lies in memory to where another does. The matrix is a constant when the kernel is compiled: every product with
+0, 1 or -1 is none, and a block of 16 channels of a tile stays in registers and the first-level cache. Pixels
+that a tile has beyond the border are read from and written to a padded copy of a few images, so that there
+is no special case.
+
+`ROWS` tiles go through at a time, so that they are still in a cache when the next step wants them: the three
+steps touch ten times the memory of the pixels. The gradient of the input is the convolution of the
+result's with the weight turned round, so it takes no kernel of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import winograd_reference as reference
+from ._numba_simd import _FLOATS, LANES, _address, _call, _every, bits, jit, pointer, run
+
+ROWS = 400  # enough for the products to run at their best, few enough for the caches
+
+_Steps = tuple[int, int, int, int, int]
+"""From an image, a row of tiles and a tile to the next; within a tile, from a row and a column."""
+
+# --- one transform ----------------------------------------------------------------------------------------
+
+
+def _matrix(name: str, outputs: int, taps: int) -> list[list[float]]:
+    input, _, output = reference.matrices(outputs, taps)
+    matrix = {"input": input, "output": output, "gradient": output.T}[name]
+    return [[float(value) for value in row] for row in matrix]
+
+
+def _combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) -> Any:
+    """The sum of factor * value. What is only added comes first: then every product is part of an FMA."""
+    terms = sorted(zip(factors, values, strict=True), key=lambda term: (term[0] != 1, term[0] != -1))
+    total = None
+    for factor, value in terms:
+        if factor == 0:
+            continue
+        if total is None:
+            total = value if factor == 1 else builder.fmul(value, _every(ir.FloatType(), factor))
+        elif factor == 1:
+            total = builder.fadd(total, value)
+        elif factor == -1:
+            total = builder.fsub(total, value)
+        else:
+            scale = _every(ir.FloatType(), factor)
+            total = _call(builder, f"llvm.fmuladd.v{LANES}f32", value, scale, total)
+    return total
+
+
+@intrinsic
+def _tile(typing_context, name, outputs, taps, source, at, down, across, target, to, below, beside):
+    """16 channels of a tile: a transform from both sides, of elements at + i * down + j * across.
+
+    Args:
+        name, outputs, taps: say which transform, as constants.
+        source, at, down, across: an fp32 array, where in it the tile begins, and where its rows and columns.
+        target, to, below, beside: the same for the result.
+    """
+    for constant in (name, outputs, taps):
+        if not isinstance(constant, types.Literal):
+            raise numba.errors.RequireLiteralValue("the transform's name and sizes")
+    matrix = _matrix(name.literal_value, outputs.literal_value, taps.literal_value)
+    before, after = range(len(matrix[0])), range(len(matrix))
+
+    def codegen(context, builder, signature, args):
+        source, at, down, across, target, to, below, beside = args[3:]
+
+        def element(start, origin, row, i, column, j):
+            steps = [builder.mul(step, ir.Constant(step.type, n)) for step, n in ((row, i), (column, j))]
+            return _address(builder, start, builder.add(origin, builder.add(*steps)), _FLOATS)
+
+        columns = []
+        for j in before:
+            values = [builder.load(element(source, at, down, i, across, j), align=4) for i in before]
+            columns.append([_combination(builder, matrix[i], values) for i in after])
+        for i in after:
+            row = [column[i] for column in columns]
+            for j in after:
+                result = _combination(builder, matrix[j], row)
+                builder.store(result, element(target, to, below, i, beside, j), align=4)
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(name, outputs, taps, source, n, n, n, target, n, n, n), codegen
+
+
+@numba.njit(inline="always")  # before types are inferred: the constants stay constants
+def _tiles(name, outputs, taps, start, stop, source, target, sizes, a, b):
+    source, target = pointer(source), pointer(target)
+    for line in range(start, stop):
+        image, row = divmod(line, sizes[0])
+        for column in range(sizes[1]):
+            at = image * a[0] + row * a[1] + column * a[2]
+            to = image * b[0] + row * b[1] + column * b[2]
+            for c in range(0, sizes[2], LANES):
+                _tile(name, outputs, taps, source, at + c, a[3], a[4], target, to + c, b[3], b[4])
+
+
+@lru_cache
+def _transform(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
+    """The kernel of a transform, for one thread and for several.
+
+    Each works on some rows of tiles, counted through all images. `sizes` are the rows of tiles in an image,
+    the tiles in a row and the channels; `a` and `b` are the `_Steps` in source and target.
+    """
+
+    @jit()
+    def serial(start, stop, source, target, sizes, a, b):
+        _tiles(name, outputs, taps, start, stop, source, target, sizes, a, b)
+
+    @jit(parallel=True)
+    def parallel(tasks, count, source, target, sizes, a, b):
+        for task in numba.prange(tasks):
+            start, stop = task * count // tasks, (task + 1) * count // tasks
+            _tiles(name, outputs, taps, start, stop, source, target, sizes, a, b)
+
+    return serial, parallel
+
+
+# --- the operator -----------------------------------------------------------------------------------------
+
+
+class _Tiling:
+    """How images of a size are cut into tiles, and what is done with some images at a time.
+
+    Attributes:
+        outputs: m of F(m, r).
+        positions: of a tile, t^2.
+        images: how many at a time.
+    """
+
+    def __init__(self, x: Tensor, taps: int) -> None:
+        height, width = x.shape[2:]
+        self.outputs, self._taps = reference.outputs_per_tile(height, width, taps), taps
+        self._tile = self.outputs + taps - 1
+        self.positions = self._tile**2
+        self._down, self._across = -(-height // self.outputs), -(-width // self.outputs)
+        # Beyond the last row and column, to where the last tile's outputs end
+        self._below, self._right = -height % self.outputs, -width % self.outputs
+        self.images = max(1, ROWS // (self._down * self._across))
+
+    def input(self, pixels: Tensor) -> Tensor:
+        """V of the (images, H, W, C): (t^2, tiles, C)."""
+        return self._to_tiles("input", pixels, self._taps // 2)
+
+    def gradient(self, pixels: Tensor) -> Tensor:
+        """dM of the gradient (images, H, W, C): (t^2, tiles, C)."""
+        return self._to_tiles("gradient", pixels, 0)
+
+    def _to_tiles(self, name: str, pixels: Tensor, border: int) -> Tensor:
+        margins = border, border + self._right, border, border + self._below
+        padded = F.pad(pixels.float(), (0, 0, *margins))
+        images, _, _, channels = padded.shape
+        tiles = padded.new_empty((self.positions, images * self._down * self._across, channels))
+        self._run(name, images, padded, self._steps_in_pixels(padded), tiles, self._steps_in_tiles(tiles))
+        return tiles
+
+    def output(self, tiles: Tensor) -> Tensor:
+        """The outputs of M: (images, H, W, C)."""
+        images, channels = tiles.shape[1] // (self._down * self._across), tiles.shape[2]
+        pixels = tiles.new_empty((images, self._down * self.outputs, self._across * self.outputs, channels))
+        self._run("output", images, tiles, self._steps_in_tiles(tiles), pixels, self._steps_in_pixels(pixels))
+        return pixels[:, : pixels.shape[1] - self._below, : pixels.shape[2] - self._right]
+
+    def _run(self, name: str, images: int, a: Tensor, a_steps: _Steps, b: Tensor, b_steps: _Steps) -> None:
+        sizes = self._down, self._across, a.shape[-1]
+        kernels = _transform(name, self.outputs, self._taps)
+        run(*kernels, images * self._down, bits(a), bits(b), sizes, a_steps, b_steps)
+
+    def _steps_in_pixels(self, pixels: Tensor) -> _Steps:
+        image, row, column, _ = pixels.stride()
+        return image, self.outputs * row, self.outputs * column, row, column
+
+    def _steps_in_tiles(self, tiles: Tensor) -> _Steps:
+        position, tile, _ = tiles.stride()
+        return self._down * self._across * tile, self._across * tile, tile, self._tile * position, position
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _is_for_reference(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() == 0 or weight.shape[0] % LANES > 0 or weight.shape[1] % LANES > 0
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU."""
+    if _is_for_reference(x, weight):
+        return reference.winograd_conv2d(x, weight, bias)
+    tiling = _Tiling(x, weight.shape[2])
+    transformed = reference.transform_weight(weight, tiling.outputs).transpose(1, 2)
+    shape = len(x), len(weight), *x.shape[2:]
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    for some, some_out in _some_at_a_time(tiling, x, out):
+        products = torch.bmm(tiling.input(some), transformed)
+        torch.add(tiling.output(products), bias, out=some_out)
+    return out
+
+
+def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `winograd_reference.winograd_conv2d_backward`, for fp32 and bf16 and an fp32 weight on the CPU."""
+    if _is_for_reference(x, weight):
+        return reference.winograd_conv2d_backward(grad, x, weight)
+    tiling = _Tiling(x, weight.shape[2])
+    d_transformed = torch.zeros(tiling.positions, *weight.shape[:2])
+    for some, some_grads in _some_at_a_time(tiling, x, grad):
+        d_transformed.baddbmm_(tiling.gradient(some_grads).transpose(1, 2), tiling.input(some))
+    d_weight = reference.weight_gradient(d_transformed, tiling.outputs, weight.shape[2])
+    d_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+    turned = weight.flip(2, 3).transpose(0, 1)
+    return winograd_conv2d(grad, turned, torch.zeros(len(turned))), d_weight, d_bias
+
+
+def _some_at_a_time(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(_pixels(x).split(tiling.images) for x in tensors), strict=True)
