@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
@@ -64,13 +65,16 @@ def step_parts(step: Sequence[Measurement], path: Path) -> None:
     _save(figure, path)
 
 
-def roofline_points(step: Sequence[Measurement], kernels: Sequence[Measurement]) -> list[Point]:
+def roofline_points(
+    step: Sequence[Measurement], kernels: Sequence[Measurement], dtype: torch.dtype
+) -> list[Point]:
     """The whole step of both programs, fastalex's convolutions and matrix products, and its LRN kernels.
 
     The kernels were measured in another run: they stand at their share of that run's copy.
     """
     points = []
-    counts = {"reference": totals(reference_step()), "fastalex": totals(fast_step())}
+    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    counts = {"reference": totals(reference_step()), "fastalex": totals(fast_step(dtype))}
     for record in (m.record for m in step):
         program, part = record["program"], record["part"]
         if record["measurement"] == "training" and program in counts:
@@ -82,7 +86,7 @@ def roofline_points(step: Sequence[Measurement], kernels: Sequence[Measurement])
             points.append(Point(f"fastalex: {part}", flops / moved, rate, "s"))
     _, copy = limits(step)
     for record in (m.record for m in kernels):
-        ours = record["implementation"].startswith("fastalex, ") and record["dtype"] == "bf16"
+        ours = record["implementation"].startswith("fastalex, ") and record["dtype"] == name
         if ours and record["direction"] == "forward + backward":
             elements = math.prod(map(int, record["shape"].split("x")))
             intensity = LRN_OPERATIONS * elements / int(record["bytes"])
@@ -97,10 +101,12 @@ def limits(step: Sequence[Measurement]) -> tuple[float, float]:
     return best["matrix product"], best["copy"]
 
 
-def roofline(step: Sequence[Measurement], kernels: Sequence[Measurement], path: Path) -> None:
+def roofline(
+    step: Sequence[Measurement], kernels: Sequence[Measurement], dtype: torch.dtype, path: Path
+) -> None:
     """What bandwidth and arithmetic allow, and what is (Williams et al., "Roofline", 2009)."""
     product, copy = limits(step)
-    points = roofline_points(step, kernels)
+    points = roofline_points(step, kernels, dtype)
     ridge, end = product / copy, 3 * max(point.intensity for point in points)
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()

@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from benchmarks import memory, reference
-from benchmarks.hardware import DEVICE, Hardware, seconds
+from benchmarks.hardware import DEVICE, KIND, KINDS, Hardware, seconds
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
 from fastalex import crops
@@ -89,7 +89,7 @@ class Stock(Reference):
         self.model.train()
         for images, labels in islice(self.batches, steps):
             images = images.to(DEVICE, memory_format=torch.channels_last, non_blocking=True)
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=KINDS[KIND] == torch.bfloat16):
                 loss = F.cross_entropy(self.network(images), labels.to(DEVICE, non_blocking=True))
             loss.backward()
             self.optimizer.step()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import charts, sections
+from benchmarks.hardware import KINDS
 from benchmarks.report import RESULTS, Measurement, read_measurements
 from fastalex.errors import OutputError
 from fastalex.files import write_text
@@ -52,7 +53,7 @@ def page(results: Path) -> str:
         ("winograd", sections.winograd),
     ]
     written = []
-    for device in ("cpu", "cuda"):
+    for device in KINDS:
         for name, section in kinds:
             measurements = read(results, f"{name}_{device}.csv")
             if measurements:
@@ -61,17 +62,17 @@ def page(results: Path) -> str:
             if name == "step" and profile.exists():
                 written += sections.profile(profile.read_text())
     if not written:
-        raise ResultsError(f"no {results}/*_cpu.csv or *_cuda.csv; make bench writes them")
+        raise ResultsError(f"no {results}/*_cpu.csv, *_cpu_fp32.csv or *_cuda.csv; make bench writes them")
     return "\n".join([INTRODUCTION, *written]).rstrip() + "\n"
 
 
 def draw(results: Path) -> None:
     """The pictures, beside the files."""
-    for device in ("cpu", "cuda"):
+    for device, dtype in KINDS.items():
         step, kernels = read(results, f"step_{device}.csv"), read(results, f"lrn_{device}.csv")
         if step:
             charts.step_parts(step, results / f"step_parts_{device}.png")
-            charts.roofline(step, kernels, results / f"roofline_{device}.png")
+            charts.roofline(step, kernels, dtype, results / f"roofline_{device}.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,9 +41,9 @@ CARDS = (
 )
 
 
-def fast_step() -> list[Operation]:
+def fast_step(dtype: torch.dtype = torch.bfloat16) -> list[Operation]:
     """The operators of fastalex's step on a GPU, before any fusion."""
-    return count_step(lambda: create_model("alexnet"), batch_size=BATCH, clip_norm=CLIP_NORM)
+    return count_step(lambda: create_model("alexnet"), dtype=dtype, batch_size=BATCH, clip_norm=CLIP_NORM)
 
 
 def reference_step() -> list[Operation]:

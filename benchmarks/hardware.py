@@ -9,9 +9,13 @@ from functools import partial
 import torch
 
 from fastalex.config import RuntimeConfig
-from fastalex.runtime import choose
+from fastalex.runtime import choose, cpu_computes_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What kind of machine this is, which files of results are named for: a CPU that computes in fp32 at best runs
+# other kernels than one that multiplies bf16, and its figures stand beside the other's, not in their place.
+KIND = "cpu_fp32" if DEVICE == "cpu" and not cpu_computes_bf16() else DEVICE
+KINDS = {"cpu": torch.bfloat16, "cpu_fp32": torch.float32, "cuda": torch.bfloat16}  # what each computes in
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 COPY_BYTES = 256 << 20
 

@@ -88,7 +88,8 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 def machine(device: str) -> dict[str, str]:
     """The hardware and the versions that a figure depends on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    cpu = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"  # many processors share one name
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         "hardware": name,
         "threads": str(torch.get_num_threads()),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from benchmarks.hardware import KINDS
 from benchmarks.parts import CONVOLUTIONS, PARTS, PRODUCTS
 from benchmarks.report import Measurement
 
 RESULTS_FROM_PAGE = "../benchmarks/results"
+TITLES = {"cpu": "CPU with bf16", "cpu_fp32": "CPU without bf16", "cuda": "GPU"}
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -100,13 +104,14 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
         for program in programs
     ]
     parts.append(["all but convolutions and matrix products", *(f"{share:.1%}" for share in rest)])
+    arithmetic = "fp32" if KINDS[device] == torch.float32 else "bf16"
     turns, batch = of["training"][0].record["rounds"], of["training"][0].record["batch"]
     return [
-        f"## The training step ({device})",
+        f"## The training step ({TITLES[device]})",
         "",
         f"AlexNet at 224x224, batch {batch}, data pipeline included, {turns} turns each (`make bench-step`). "
         "*reference* is `benchmarks/reference.py`, plain eager PyTorch in fp32; *stock* is the same network "
-        "under torch.compile, bf16, channels-last, with fused SGD; *fastalex* is "
+        f"under torch.compile, {arithmetic}, channels-last, with fused SGD; *fastalex* is "
         "`python -m fastalex.train`. A ratio is the median of the ratios within the turns.",
         "",
         *table(heads, training),
@@ -134,7 +139,8 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
 
 
 def lrn(measurements: list[Measurement], device: str) -> list[str]:
-    """Forward and backward together, in bf16 where an implementation has it."""
+    """Forward and backward together, in bf16 where machine and implementation have it."""
+    name = "fp32" if KINDS[device] == torch.float32 else "bf16"
     both = [m for m in measurements if m.record["direction"] == "forward + backward"]
     rows = [
         [
@@ -145,7 +151,7 @@ def lrn(measurements: list[Measurement], device: str) -> list[str]:
             f"{float(m.record['fraction_of_copy']):.0%}",
         ]
         for m in both
-        if m.record["dtype"] == "bf16" or m.record["implementation"].startswith("eager")
+        if m.record["dtype"] == name or m.record["implementation"].startswith("eager")
     ]
     heads = [
         "",
@@ -156,7 +162,7 @@ def lrn(measurements: list[Measurement], device: str) -> list[str]:
         "of a copy's bandwidth",
     ]
     return [
-        f"## Local response normalisation ({device})",
+        f"## Local response normalisation ({TITLES[device]})",
         "",
         "`make bench-kernels`; all types and both passes: "
         f"[lrn_{device}.csv]({RESULTS_FROM_PAGE}/lrn_{device}.csv).",
@@ -176,7 +182,7 @@ def augment(measurements: list[Measurement], device: str) -> list[str]:
         for m in measurements
     ]
     heads = ["", "implementation", "images/s", "augment is times faster"]
-    return [f"## Making batches ({device})", "", "`make bench-kernels`", "", *table(heads, rows)]
+    return [f"## Making batches ({TITLES[device]})", "", "`make bench-kernels`", "", *table(heads, rows)]
 
 
 def loaders(measurements: list[Measurement], device: str) -> list[str]:
@@ -192,7 +198,7 @@ def loaders(measurements: list[Measurement], device: str) -> list[str]:
     ]
     heads = ["", "loader", "images/s", "range", "times torchvision", "peak memory, MB"]
     return [
-        f"## Loaders ({device})",
+        f"## Loaders ({TITLES[device]})",
         "",
         "`make bench-loaders`; [what they are](loaders.md)",
         "",
@@ -204,7 +210,7 @@ def folded(measurements: list[Measurement], device: str) -> list[str]:
     rows = [[*m.of, *spread(m), times(m.record["folded_is_times_faster"])] for m in measurements]
     heads = ["", "implementation", "pass", "ms", "range", "folded is times faster"]
     return [
-        f"## The folded first convolution ({device})",
+        f"## The folded first convolution ({TITLES[device]})",
         "",
         "The first convolution with the resize, crop and flip of the batch before it, "
         "`python -m pytest benchmarks/test_folded_conv.py --benchmark-enable -s`.",
@@ -226,7 +232,7 @@ def winograd(measurements: list[Measurement], device: str) -> list[str]:
     ]
     heads = ["", "implementation", "ms, forward + backward", "range", "winograd is times faster"]
     return [
-        f"## 3x3 convolutions by Winograd's algorithm ({device})",
+        f"## Convolutions by Winograd's algorithm ({TITLES[device]})",
         "",
         "`make bench-kernels`. Errors are the rms distance from float64, relative to the rms: of the result, "
         "of the gradient of the input and of that of the weight.",

@@ -4,8 +4,8 @@
 
 Before every timed round of `augment` its rivals take a turn, so that all of them see the same machine. Memory
 that is freed stays with the process, as in a training run (`fastalex.runtime.keep_pages`). A whole run writes
-`benchmarks/results/augment_cpu.csv`: milliseconds a batch, images a second, and how many times faster than
-each rival `augment` is.
+`benchmarks/results/augment_cpu.csv`, or `augment_cpu_fp32.csv` on a CPU without bf16: milliseconds a batch,
+images a second, and how many times faster than each rival `augment` is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data import ImageSet, Views, build_loader
@@ -65,7 +66,7 @@ def rows() -> Iterator[list[Any]]:
     for row in collected:
         print(f"\n{row.case}: {row.implementation}, {row.images_per_s:,.0f} images/s", end="")
     if len({row.case for row in collected}) == CASES:
-        write_csv(collected, RESULTS / "augment_cpu.csv", "cpu")
+        write_csv(collected, RESULTS / f"augment_{KIND}.csv", "cpu")
 
 
 def plan(images: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,10 @@
 
 A training batch of CIFAR-10: 128 crops of 224 from 32-pixel images resized to 256, 11x11 convolution with
 stride 4 and 96 channels, gradients of its weight and bias. `plain` is what the training step does: `augment`
-in bf16, then the convolution under autocast, channels-last, with an fp32 weight. `folded` is `folded_conv2d`.
-They take turns, and memory that is freed stays with the process, as in a training run. Writes
-`benchmarks/results/folded_conv_cpu.csv`: milliseconds a batch, and how many times faster `folded` is.
+in bf16, then the convolution under autocast, channels-last, with an fp32 weight; all in fp32 on a CPU without
+bf16. `folded` is `folded_conv2d`. They take turns, and memory that is freed stays with the process, as in a
+training run. Writes `benchmarks/results/folded_conv_cpu.csv`, or `folded_conv_cpu_fp32.csv` without bf16:
+milliseconds a batch, and how many times faster `folded` is.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.hardware import KIND, KINDS
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig
 from fastalex.kernels import augment, folded_conv2d
 from fastalex.runtime import keep_pages
 
 DATA = DataConfig(name="synthetic", resize=256, crop=224)
+DTYPE = KINDS[KIND]
 OPTIONS: dict[str, Any] = {
     "resize": DATA.resize,
     "crop": DATA.crop,
     "mean": DATA.mean,
     "std": DATA.std,
-    "dtype": torch.bfloat16,
+    "dtype": DTYPE,
 }
 BATCH = 128
 ROUNDS = 25
@@ -65,12 +68,12 @@ def test_training_batch(benchmark: Any) -> None:
     conv = torch.nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2).to(memory_format=torch.channels_last)
     assert conv.bias is not None
     parameters = conv.weight, conv.bias
-    grad = torch.randn((BATCH, 96, 55, 55), generator=generator).bfloat16()
+    grad = torch.randn((BATCH, 96, 55, 55), generator=generator).to(DTYPE)
     grad = grad.contiguous(memory_format=torch.channels_last)
 
     def plain() -> Tensor:
         crops = augment(images, offsets, flips, **plan)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", DTYPE, enabled=DTYPE is not torch.float32):
             return F.conv2d(crops, *parameters, stride=4, padding=2)
 
     def folded() -> Tensor:
@@ -102,4 +105,4 @@ def test_training_batch(benchmark: Any) -> None:
         case = "128 x (32 x 32 to 256, crop 224), 11 x 11, 96 channels"
         rows.append(Row(case, name, direction, median, low, high, len(times) - 1, factor))
         print(f"\n{direction}: {name}, {median:.1f} ms, folded is {factor:.2f} times faster", end="")
-    write_csv(rows, RESULTS / "folded_conv_cpu.csv", "cpu")
+    write_csv(rows, RESULTS / f"folded_conv_{KIND}.csv", "cpu")

@@ -6,7 +6,7 @@ Each loader lives in a process of its own, warmed up by an epoch, and they take 
 all of them see the same machine. What is timed is the loader alone: batches are dropped as they come. Memory
 is the proportional set size of the process and its workers (shared pages counted once, divided among those
 who share them), at its largest during its turns; PyTorch itself is in it. A table and a chart go to
-``benchmarks/results/loaders_cpu.*``.
+``benchmarks/results/loaders_cpu.*``, or ``loaders_cpu_fp32.*`` on a CPU without bf16.
 
 Two data sets: 1,024 images of CIFAR-10 (noise of that size where the data are not at hand), and generated
 JPEG photographs of 500 x 375. The resident loader takes no files: it is shown with the photographs decoded
@@ -32,6 +32,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.hardware import KIND
 from benchmarks.memory import family, proportional_bytes
 from benchmarks.report import RESULTS, machine, write_csv
 from fastalex.config import DataConfig, LoaderConfig
@@ -202,8 +203,7 @@ def photographs(folder: Path) -> Path:
 
 def write(rows: Sequence[Row]) -> None:
     """Prints the table and writes it as CSV, Markdown and a chart."""
-    device = "cpu"
-    about = machine(device)
+    about = machine("cpu")
     lines = [
         "| data | loader | images/s | 20th to 80th percentile | times torchvision | peak memory, MB |",
         "|---|---|---|---|---|---|",
@@ -220,9 +220,9 @@ def write(rows: Sequence[Row]) -> None:
     )
     text = "\n".join([*lines, "", note, ""])
     print(f"\n{text}")
-    write_text(RESULTS / f"loaders_{device}.md", text)
-    write_csv(rows, RESULTS / f"loaders_{device}.csv", device)
-    draw(rows, RESULTS / f"loaders_{device}.png", about)
+    write_text(RESULTS / f"loaders_{KIND}.md", text)
+    write_csv(rows, RESULTS / f"loaders_{KIND}.csv", "cpu")
+    draw(rows, RESULTS / f"loaders_{KIND}.png", about)
 
 
 def draw(rows: Sequence[Row], path: Path, about: dict[str, str]) -> None:

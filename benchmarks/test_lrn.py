@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, Row, draw, percentiles, table, write_csv
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
 from fastalex.runtime import set_malloc_thresholds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 128
 SHAPES = [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)]
 SIZE, ALPHA, BETA, K = OPTIONS = 5, 5e-4, 0.75, 2.0  # the paper's, in PyTorch's meaning of alpha
@@ -154,8 +154,8 @@ def rows() -> Iterator[list[Row]]:
     yield collected
     if len({(row.function, row.shape) for row in collected}) == len(FUNCTIONS) * len(SHAPES):
         print("\n" + table(collected))
-        write_csv(collected, RESULTS / f"lrn_{DEVICE}.csv", DEVICE)
-        draw(collected, RESULTS / f"lrn_{DEVICE}.png", DEVICE)
+        write_csv(collected, RESULTS / f"lrn_{KIND}.csv", DEVICE)
+        draw(collected, RESULTS / f"lrn_{KIND}.png", DEVICE)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -3,8 +3,8 @@
     python -m pytest benchmarks/test_step.py --benchmark-enable -s [--data-root ROOT] [--rounds N]
 
 - reference: `benchmarks/reference.py`, plain eager PyTorch in fp32, with its own DataLoader;
-- stock: the same network and data as a careful user of stock PyTorch runs them: torch.compile, bf16 autocast,
-  channels-last, fused SGD;
+- stock: the same network and data as a careful user of stock PyTorch runs them: torch.compile, bf16 autocast
+  where the machine computes in bf16, channels-last, fused SGD;
 - fastalex: what `python -m fastalex.train` runs, from its loader to its optimizer.
 
 Each is a process of its own (`contenders.py`), stopped while it is not its turn (`turns.py`), and warmed up
@@ -12,8 +12,9 @@ outside the clock. In every round the machine's matrix products and copies are t
 their own. A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix
 products, counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up
 (VmHWM), which includes PyTorch itself, and what its DataLoader's processes share with nobody. The time by
-part is torch.profiler's, from steps of their own. Writes results/step_cpu.csv, or step_cuda.csv on a GPU, and
-what `python -m fastalex.train profile=true` prints of the operators, profile_cpu.txt.
+part is torch.profiler's, from steps of their own. Writes results/step_cpu.csv, or step_cuda.csv on a GPU and
+step_cpu_fp32.csv on a CPU without bf16, and what `python -m fastalex.train profile=true` prints of the
+operators, profile_cpu.txt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import pytest
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.hardware import DEVICE
+from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.step import Bench
 from fastalex.files import write_text
@@ -47,7 +48,7 @@ def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
         times = f", {row.times_reference:.2f} times the reference" if row.times_reference else ""
         print(f"\n{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}{times}", end="")
     if {row.measurement for row in bench.rows} >= MEASUREMENTS:
-        write_csv(bench.rows, RESULTS / f"step_{DEVICE}.csv", DEVICE)
+        write_csv(bench.rows, RESULTS / f"step_{KIND}.csv", DEVICE)
 
 
 def test_training(bench: Bench, benchmark: Any) -> None:
@@ -66,4 +67,4 @@ def test_profile(root: Path, tmp_path: Path, benchmark: Any) -> None:
     program = [sys.executable, "-m", "fastalex.train", "profile=true"]
     program += [f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}"]
     benchmark.pedantic(subprocess.run, args=(program,), kwargs={"check": True}, rounds=1)
-    write_text(RESULTS / f"profile_{DEVICE}.txt", (tmp_path / "run" / "profile.txt").read_text())
+    write_text(RESULTS / f"profile_{KIND}.txt", (tmp_path / "run" / "profile.txt").read_text())

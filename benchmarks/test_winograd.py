@@ -1,13 +1,15 @@
-"""AlexNet's 3x3 convolutions by Winograd's algorithm against PyTorch's, interleaved, in one run.
+"""AlexNet's convolutions by Winograd's algorithm against PyTorch's, interleaved, in one run.
 
     python -m pytest benchmarks/test_winograd.py --benchmark-enable -s
 
-A training batch of 128 on 13x13 pixels, channels-last: bf16 activations, fp32 weight and bias, gradients of
-all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and bias to bf16, and
-their gradients; `winograd` is `winograd_conv2d`. They take turns, and memory that is freed stays with the
-process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`: milliseconds a batch, how many
-times faster `winograd` is, and for each layer the root mean square error of the result and of the gradients
-of input and weight, relative to float64's, for rectified noise and a weight initialised after He.
+A training batch of 128, channels-last: activations in bf16 where the machine computes in it, fp32 weight and
+bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and
+bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. In bf16 these are the 3x3 convolutions of
+224x224 pixels; in fp32 the 5x5 one as well, and those of 112x112 and 64x64. They take turns, and memory that
+is freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
+`winograd_cpu_fp32.csv` without bf16: milliseconds a batch, how many times faster `winograd` is, and for each
+layer the root mean square error of the result and of the gradients of input and weight, relative to
+float64's, for rectified noise and a weight initialised after He.
 """
 
 from __future__ import annotations
@@ -15,24 +17,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.hardware import KIND, KINDS
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.kernels import winograd_conv2d
 from fastalex.runtime import keep_pages
 
-LAYERS = {"conv3": (256, 384), "conv4": (384, 384), "conv5": (384, 256)}
+DTYPE = KINDS[KIND]
+IN_FP32 = DTYPE is torch.float32
 BATCH = 128
-SIZE = 13
 ROUNDS = 15
 CHECKED = 4  # images whose errors are looked at: float64 takes long
 
 Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """A convolution: channels, taps on each axis, pixels on each axis."""
+
+    channels: int
+    out_channels: int
+    taps: int
+    pixels: int
+
+
+LAYERS_3X3 = {"conv3": (256, 384), "conv4": (384, 384), "conv5": (384, 256)}
+LAYERS = {name: Layer(*channels, 3, 13) for name, channels in LAYERS_3X3.items()}
+if IN_FP32:
+    for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
+        at = "" if crop == 224 else f" at {crop}"
+        LAYERS[f"conv2{at}"] = Layer(96, 256, 5, second)
+        LAYERS |= {f"{name}{at}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
 
 
 @dataclass(frozen=True)
@@ -47,29 +68,31 @@ class Row:
     p80_ms: float
     rounds: int
     winograd_is_times_faster: float
-    error: float | None  # of the result
-    error_d_input: float | None
-    error_d_weight: float | None
+    error: float  # of the result
+    error_d_input: float
+    error_d_weight: float
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1)
+    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", DTYPE, enabled=not IN_FP32):
         return plain(x, weight, bias)
 
 
 CONVOLUTIONS: dict[str, Convolution] = {"conv2d": autocast, "winograd": winograd_conv2d}
 
 
-def layer(channels: int, out_channels: int) -> tuple[list[Tensor], Tensor]:
+def tensors(layer: Layer) -> tuple[list[Tensor], Tensor]:
     """Input, weight and bias, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((BATCH, channels, SIZE, SIZE), generator=generator).relu().bfloat16()
-    weight = torch.randn((out_channels, channels, 3, 3), generator=generator) * (2 / (9 * channels)) ** 0.5
-    grad = torch.randn((BATCH, out_channels, SIZE, SIZE), generator=generator).bfloat16()
+    channels, out_channels, taps, pixels = layer
+    x = torch.randn((BATCH, channels, pixels, pixels), generator=generator).relu().to(DTYPE)
+    weight = torch.randn((out_channels, channels, taps, taps), generator=generator)
+    weight *= (2 / (taps**2 * channels)) ** 0.5
+    grad = torch.randn((BATCH, out_channels, pixels, pixels), generator=generator).to(DTYPE)
     x, weight, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight, grad))
     return [each.requires_grad_() for each in (x, weight, torch.zeros(out_channels))], grad
 
@@ -92,20 +115,16 @@ def test_training_batch(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
     keep_pages()
-    layers = {name: layer(*channels) for name, channels in LAYERS.items()}
+    layers = {name: tensors(layer) for name, layer in LAYERS.items()}
     seconds: dict[tuple[str, str, str], list[float]] = {}
 
     def measure(name: str) -> None:
-        totals = [0.0, 0.0]
         for case, (inputs, grad) in layers.items():
             start = time.perf_counter()
             result = CONVOLUTIONS[name](*inputs)
             middle = time.perf_counter()
             torch.autograd.grad(result, inputs, grad)
-            passes = middle - start, time.perf_counter() - middle
-            note(case, name, *passes)
-            totals = [total + spent for total, spent in zip(totals, passes, strict=True)]
-        note("all three", name, *totals)
+            note(case, name, middle - start, time.perf_counter() - middle)
 
     def note(case: str, name: str, forward: float, backward: float) -> None:
         passes = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
@@ -121,10 +140,13 @@ def test_training_batch(benchmark: Any) -> None:
         times = times[1:]  # the first round compiles
         median, low, high = percentiles(times)
         factor = median / percentiles(seconds[case, direction, "winograd"][1:])[0]
-        described = f"{case}, {BATCH} x {LAYERS[case][0]} to {LAYERS[case][1]}" if case in LAYERS else case
-        of = error.get((case, name), [None] * 3)
+        layer = LAYERS[case]
+        described = f"{case}, {BATCH} x {layer.channels} to {layer.out_channels}"
+        if IN_FP32:
+            described += f", {layer.taps}x{layer.taps} on {layer.pixels}x{layer.pixels}"
+        of = error[case, name]
         rows.append(Row(described, name, direction, median, low, high, len(times), factor, *of))
         print(
             f"\n{described}, {direction}: {name}, {median:.1f} ms, winograd {factor:.2f} times faster", end=""
         )
-    write_csv(rows, RESULTS / "winograd_cpu.csv", "cpu")
+    write_csv(rows, RESULTS / f"winograd_{KIND}.csv", "cpu")

@@ -5,7 +5,7 @@
 fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, validation
 included. The reference's is extrapolated: the images that the study's recipe took to the same error, counted
 in a run of that recipe (``--study``), by the images/s of ``benchmarks/reference.py``
-(``benchmarks/results/step_cpu.csv``), validation left out. What has not been measured is said not to be.
+(``benchmarks/results/step_KIND.csv``), validation left out. What has not been measured is said not to be.
 Writes ``benchmarks/results/time_to_error.json``.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, read_measurements
 from fastalex.errors import ConfigError, FastalexError
 from fastalex.files import write_text
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--error", type=float, default=PUBLISHED[0], help="on validation images")
     parser.add_argument("--study", type=Path, default=Path("results/alexnet_seed_recipe"))
     parser.add_argument(
-        "--steps", type=Path, default=RESULTS / "step_cpu.csv", help="of benchmarks/test_step.py"
+        "--steps", type=Path, default=RESULTS / f"step_{KIND}.csv", help="of benchmarks/test_step.py"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "time_to_error.json")
     given = parser.parse_args(arguments)

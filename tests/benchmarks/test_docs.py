@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import docs
@@ -102,7 +103,7 @@ def test_command_writes_page_and_pictures(results: Path) -> None:
 
 def test_roofline_points(results: Path) -> None:
     step, lrn = (read_measurements((results / f"{name}_cpu.csv").read_text()) for name in ("step", "lrn"))
-    points = {point.label: point for point in roofline_points(step, lrn)}
+    points = {point.label: point for point in roofline_points(step, lrn, torch.bfloat16)}
     flops, moved = totals(fast_step())[CONVOLUTIONS]
     assert points["fastalex: convolutions"].intensity == pytest.approx(flops / moved)
     assert points["fastalex: convolutions"].gflop_per_s == pytest.approx(flops / 0.6 / 1e9)
