@@ -108,6 +108,7 @@ def roofline(
     product, copy = limits(step)
     points = roofline_points(step, kernels, dtype)
     ridge, end = product / copy, 3 * max(point.intensity for point in points)
+    highest = max(product, *(point.gflop_per_s for point in points))  # Winograd's lie above the limit
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([1, ridge, end], [copy, product, product], color="black")
@@ -115,7 +116,7 @@ def roofline(
         axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9)
     for point in points:
         axes.plot(point.intensity, point.gflop_per_s, point.marker, ms=8, ls="none", label=point.label)
-    axes.set(xscale="log", yscale="log", xlim=(0.3, end), ylim=(copy / 3, 2 * product))
+    axes.set(xscale="log", yscale="log", xlim=(0.3, end), ylim=(copy / 3, 2 * highest))
     axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
     axes.set_title("Two measured limits, a copy and a matrix product, and how close to them")
     axes.grid(alpha=0.3, which="both")

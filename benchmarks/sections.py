@@ -116,7 +116,8 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
         "",
         *table(heads, training),
         f"The machine in the same turns: {limits}. FLOPs are those of convolutions and matrix products, "
-        "counted by PyTorch, forward and backward.",
+        "counted by PyTorch, forward and backward, for plain convolutions: Winograd's algorithm computes the "
+        "same with fewer, so that its rate may exceed the matrix product's.",
         "",
         "By part, from torch.profiler, in ms and as shares of the step:",
         "",
