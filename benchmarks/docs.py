@@ -1,4 +1,7 @@
-"""Writes docs/benchmarks.md and its pictures from benchmarks/results/*.csv: `python -m benchmarks.docs`."""
+"""Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results/*.csv.
+
+python -m benchmarks.docs
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from benchmarks import charts, sections
 from benchmarks.hardware import KINDS
 from benchmarks.report import RESULTS, Measurement, read_measurements
 from fastalex.errors import OutputError
-from fastalex.files import write_text
+from fastalex.files import replace_between, write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- python -m benchmarks.docs writes this -->", "<!-- to here -->"
 
 INTRODUCTION = """# Benchmarks
 
@@ -75,19 +80,35 @@ def draw(results: Path) -> None:
             charts.roofline(step, kernels, dtype, results / f"roofline_{device}.png")
 
 
+def readme(text: str, results: Path) -> str:
+    """The README with the table of what was measured between its marks.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    steps = {device: read(results, f"step_{device}.csv") for device in KINDS}
+    measured = {device: step for device, step in steps.items() if step}
+    return replace_between(text, BEGIN, END, "\n".join(sections.summary(measured))) if measured else text
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Write docs/benchmarks.md and its pictures from the files in benchmarks/results."""
+    """Write docs/benchmarks.md, its pictures and the README's table from the files in benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=main.__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the file to write")
+    parser.add_argument("--readme", type=Path, default=README, help="the file to write a table into")
     args = parser.parse_args(arguments)
     try:
         text = page(args.results)
+        with_table = readme(args.readme.read_text(encoding="utf-8"), args.results)
         draw(args.results)
         write_text(args.page, text)
+        write_text(args.readme, with_table)
     except (ResultsError, OutputError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"wrote {args.page}")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {args.readme}: {error}\n")
+    print(f"wrote {args.page} and {args.readme}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
 from benchmarks.parts import PARTS
-from fastalex.files import write_text
+from fastalex.files import replace_between, write_text
 from fastalex.models import create_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
@@ -99,26 +99,13 @@ make bench-step ARGS="--data-root DATA"     # DATA: the folder of CIFAR-10; with
 """
 
 
-def replace_section(page: str, text: str) -> str:
-    """The page with the text between its two marks.
-
-    Raises:
-        ValueError: the page lacks them.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Compute how fast GPUs could train at their full rates, and write it to docs/gpu.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.expected", description=main.__doc__)
     parser.add_argument("--page", type=Path, default=PAGE, help="the file to rewrite a section of")
     page = parser.parse_args(arguments).page
     try:
-        write_text(page, replace_section(page.read_text(), section()))
+        write_text(page, replace_between(page.read_text(), BEGIN, END, section()))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {page}: {error}\n")
     print(section())

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from benchmarks.report import FAULTS_FILE, RESULTS, machine
 from benchmarks.sections import table
 from fastalex.errors import OutputError
-from fastalex.files import replacing, write_text
+from fastalex.files import replace_between, replacing, write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -209,10 +209,7 @@ def page(text: str, records: dict[str, dict[str, str]]) -> str:
         *table(["what is done", "what happens", "tries", "lost", "again"], rows),
         f"*{hardware}, {system}, Python {python}, PyTorch {torch}, {date}.*",
     ]
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = "\n".join(lines)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    return replace_between(text, BEGIN, END, "\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -139,6 +139,20 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
     ]
 
 
+def summary(steps: dict[str, list[Measurement]]) -> list[str]:
+    """The README's table: how much faster than plain PyTorch, for each kind of machine measured."""
+    heads = ["", "training, images/s", "times eager PyTorch", "times torch.compile", "ten-crop, times eager"]
+    rows, notes = [], []
+    for device, measurements in steps.items():
+        ours = {m.record["measurement"]: m for m in measurements if m.record["program"] == "fastalex"}
+        training, evaluation = ours["training"], ours["ten-crop evaluation"]
+        faster = [training.record["times_reference"], training.record["times_stock"]]
+        faster.append(evaluation.record["times_reference"])
+        rows.append([TITLES[device], number(str(training.median)), *map(times, faster)])
+        notes.append(f"{TITLES[device]}: {machine(measurements).strip('*.')}.")
+    return [*table(heads, rows), *(f"*{note}*  " for note in notes[:-1]), f"*{notes[-1]}*"]
+
+
 def lrn(measurements: list[Measurement], device: str) -> list[str]:
     """Forward and backward together, in bf16 where machine and implementation have it."""
     name = "fp32" if KINDS[device] == torch.float32 else "bf16"

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scipy.stats import t as student
 
 from fastalex import plots
 from fastalex.errors import OutputError
-from fastalex.files import write_text
+from fastalex.files import replace_between, write_text
 
 CONFIDENCE = 0.95
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
@@ -263,10 +264,9 @@ def write(results: Path, quick: bool, readme: Path | None) -> dict[str, Any]:
             plots.loss_curves(run.epochs, title, results / row.figure)
     if readme is not None and readme.is_file():
         text = readme.read_text(encoding="utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if begin and end:
-            write_text(readme, f"{before}{BEGIN}\n{summary_table(content)}\n{END}{after}")
+        with suppress(ValueError):  # it has no marks
+            text = replace_between(text, BEGIN, END, summary_table(content))
+            write_text(readme, text)
     return content
 
 

@@ -92,9 +92,15 @@ def test_page_shows_the_figures(results: Path) -> None:
 
 
 def test_command_writes_page_and_pictures(results: Path) -> None:
-    page = results / "benchmarks.md"
-    docs.main(["--results", str(results), "--page", str(page)])
+    page, readme = results / "benchmarks.md", results / "README.md"
+    readme.write_text(f"# Title\n{docs.BEGIN}\nold\n{docs.END}\nThe end.\n")
+    docs.main(["--results", str(results), "--page", str(page), "--readme", str(readme)])
     assert page.read_text() == docs.page(results)
+    lines = readme.read_text().splitlines()
+    assert lines[:2] == ["# Title", docs.BEGIN]
+    assert lines[-2:] == [docs.END, "The end."]
+    assert "| CPU with bf16 | 64 | 5.00 | 2.00 | 5.00 |" in lines
+    assert "old" not in lines
     for name in ("step_parts_cpu.png", "roofline_cpu.png"):
         assert name in page.read_text()
         with Image.open(results / name) as image:
@@ -115,6 +121,27 @@ def test_roofline_points(results: Path) -> None:
 
 def test_the_page_is_made_of_the_committed_files() -> None:
     assert docs.PAGE.read_text() == docs.page(RESULTS), "run python -m benchmarks.docs"
+    readme = docs.README.read_text()
+    assert docs.readme(readme, RESULTS) == readme, "run python -m benchmarks.docs"
+
+
+def test_a_kind_of_cpu_has_a_section_of_its_own(results: Path) -> None:
+    (results / "step_cpu_fp32.csv").write_text((results / "step_cpu.csv").read_text())
+    text = docs.page(results)
+    with_bf16, without = text.split("## The training step (CPU without bf16)")
+    assert "torch.compile, bf16," in with_bf16
+    assert "torch.compile, fp32," in without
+    assert "roofline_cpu_fp32.png" in without
+
+
+def test_a_readme_without_marks_is_left_alone(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, readme = results / "benchmarks.md", results / "README.md"
+    readme.write_text("# Title\n")
+    with pytest.raises(SystemExit):
+        docs.main(["--results", str(results), "--page", str(page), "--readme", str(readme)])
+    assert f"{readme}: has no lines" in capsys.readouterr().err
+    assert readme.read_text() == "# Title\n"
+    assert not page.exists()
 
 
 @pytest.mark.parametrize("text", [None, "x,y\n1,2\n"])
