@@ -1,7 +1,7 @@
 """Fused kernels for AlexNet: the layers that PyTorch runs in many passes over memory, in one.
 
 Each function has a reference in plain PyTorch (`*_reference.py`), a Numba implementation for the CPU
-(`*_numba.py`) and, but for the two convolutions, a Triton one for CUDA (`*_triton.py`) behind one PyTorch
+(`*_numba*.py`) and, but for the two convolutions, a Triton one for CUDA (`*_triton.py`) behind one PyTorch
 operator (`lrn.py`, `augment.py`, `folded_conv.py`, `winograd.py`).
 """
 
