@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from benchmarks.counts import totals
 from benchmarks.expected import fast_step, reference_step
+from benchmarks.hardware import ARITHMETIC
 from benchmarks.parts import CONVOLUTIONS, PARTS, PRODUCTS
 from benchmarks.report import Measurement
 from fastalex.files import replacing
@@ -73,7 +74,6 @@ def roofline_points(
     The kernels were measured in another run: they stand at their share of that run's copy.
     """
     points = []
-    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     counts = {"reference": totals(reference_step()), "fastalex": totals(fast_step(dtype))}
     for record in (m.record for m in step):
         program, part = record["program"], record["part"]
@@ -86,7 +86,7 @@ def roofline_points(
             points.append(Point(f"fastalex: {part}", flops / moved, rate, "s"))
     _, copy = limits(step)
     for record in (m.record for m in kernels):
-        ours = record["implementation"].startswith("fastalex, ") and record["dtype"] == name
+        ours = record["implementation"].startswith("fastalex, ") and record["dtype"] == ARITHMETIC[dtype]
         if ours and record["direction"] == "forward + backward":
             elements = math.prod(map(int, record["shape"].split("x")))
             intensity = LRN_OPERATIONS * elements / int(record["bytes"])

@@ -16,6 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # other kernels than one that multiplies bf16, and its figures stand beside the other's, not in their place.
 KIND = "cpu_fp32" if DEVICE == "cpu" and not cpu_computes_bf16() else DEVICE
 KINDS = {"cpu": torch.bfloat16, "cpu_fp32": torch.float32, "cuda": torch.bfloat16}  # what each computes in
+ARITHMETIC = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 COPY_BYTES = 256 << 20
 

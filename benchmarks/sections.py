@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from benchmarks.hardware import KINDS
+from benchmarks.hardware import ARITHMETIC, KINDS
 from benchmarks.parts import CONVOLUTIONS, PARTS, PRODUCTS
 from benchmarks.report import Measurement
 
@@ -104,7 +102,7 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
         for program in programs
     ]
     parts.append(["all but convolutions and matrix products", *(f"{share:.1%}" for share in rest)])
-    arithmetic = "fp32" if KINDS[device] == torch.float32 else "bf16"
+    arithmetic = ARITHMETIC[KINDS[device]]
     turns, batch = of["training"][0].record["rounds"], of["training"][0].record["batch"]
     return [
         f"## The training step ({TITLES[device]})",
@@ -155,7 +153,7 @@ def summary(steps: dict[str, list[Measurement]]) -> list[str]:
 
 def lrn(measurements: list[Measurement], device: str) -> list[str]:
     """Forward and backward together, in bf16 where machine and implementation have it."""
-    name = "fp32" if KINDS[device] == torch.float32 else "bf16"
+    name = ARITHMETIC[KINDS[device]]
     both = [m for m in measurements if m.record["direction"] == "forward + backward"]
     rows = [
         [

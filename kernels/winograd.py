@@ -62,10 +62,13 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.numel() == 0:
         return reference
     from . import winograd_numba_bf16, winograd_numba_fp32
+    from ._numba_simd import LANES
 
+    if weight.shape[0] % LANES or weight.shape[1] % LANES:
+        return reference
     small = x.dtype == torch.bfloat16 and weight.shape[2] == winograd_numba_bf16.TAPS
     return winograd_numba_bf16 if small else winograd_numba_fp32
 

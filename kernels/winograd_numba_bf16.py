@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""Winograd's convolution on the CPU: matrix products by PyTorch, transforms in one pass over memory each.
+"""Winograd's F(2x2, 3x3) on the CPU: matrix products by PyTorch, transforms in one pass over memory each.
 
 The products take nearly all of the time, and the transforms must not take what they save: each goes through a
 tile 16 channels at a time, does both its sides in registers, in fp32, and rounds once. Not more than `IMAGES`
@@ -299,24 +299,16 @@ class _Tiles:
         return self
 
 
-def _is_for_reference(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() == 0 or weight.shape[0] % LANES > 0 or weight.shape[1] % LANES > 0
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU."""
-    if _is_for_reference(x, weight):
-        return reference.winograd_conv2d(x, weight, bias)
+    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU.
+
+    `x` is not empty, and all channels are multiples of `LANES`.
+    """
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype).transpose(1, 2)
     bias = bias.contiguous()
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    chunks = (_pixels(each).split(IMAGES) for each in (x, out))
+    chunks = (reference.pixels(each).split(IMAGES) for each in (x, out))
     for some, some_out in zip(*chunks, strict=True):
         tiles = _Tiles(some).run(_input, _parallel_input)
         products = _Tiles(some_out)
@@ -327,14 +319,12 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, for fp32 and bf16 and an fp32 weight on the CPU."""
-    if _is_for_reference(x, weight):
-        return reference.winograd_conv2d_backward(grad, x, weight)
+    """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape)
-    grads = _pixels(grad)
+    grads = reference.pixels(grad)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
-    chunks = (each.split(IMAGES) for each in (_pixels(x), grads, _pixels(d_x)))
+    chunks = (each.split(IMAGES) for each in (reference.pixels(x), grads, reference.pixels(d_x)))
     for some, some_grads, some_d_x in zip(*chunks, strict=True):
         tiles = _Tiles(some).run(_input, _parallel_input)
         d_products = _Tiles(some_grads).run(_gradient, _parallel_gradient)

@@ -195,19 +195,11 @@ class _Tiling:
         return self._down * self._across * tile, self._across * tile, tile, self._tile * position, position
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _is_for_reference(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() == 0 or weight.shape[0] % LANES > 0 or weight.shape[1] % LANES > 0
-
-
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU."""
-    if _is_for_reference(x, weight):
-        return reference.winograd_conv2d(x, weight, bias)
+    """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU.
+
+    `x` is not empty, and all channels are multiples of `LANES`.
+    """
     tiling = _Tiling(x, weight.shape[2])
     transformed = reference.transform_weight(weight, tiling.outputs).transpose(1, 2)
     shape = len(x), len(weight), *x.shape[2:]
@@ -219,9 +211,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, for fp32 and bf16 and an fp32 weight on the CPU."""
-    if _is_for_reference(x, weight):
-        return reference.winograd_conv2d_backward(grad, x, weight)
+    """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
     tiling = _Tiling(x, weight.shape[2])
     d_transformed = torch.zeros(tiling.positions, *weight.shape[:2])
     for some, some_grads in _some_at_a_time(tiling, x, grad):
@@ -233,4 +223,4 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
 
 
 def _some_at_a_time(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(_pixels(x).split(tiling.images) for x in tensors), strict=True)
+    return zip(*(reference.pixels(x).split(tiling.images) for x in tensors), strict=True)

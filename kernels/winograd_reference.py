@@ -108,6 +108,11 @@ def weight_gradient(d_transformed: Tensor, outputs: int, taps: int) -> Tensor:
     return gradient.view(taps, taps, *d_transformed.shape[1:]).permute(2, 3, 0, 1)
 
 
+def pixels(x: Tensor) -> Tensor:
+    """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
 def _missing(size: int, outputs: int) -> int:
     """By how much the last tile's outputs go beyond `size`."""
     return -size % outputs

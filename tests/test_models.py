@@ -189,16 +189,22 @@ def test_bad_options_are_named(name: str, options: dict, message: str) -> None:
         create_model(name, **options)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_winograd_is_as_near_to_float64_as_bf16_is(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runtime switches it on on the CPU; in bf16 it serves every ungrouped 3x3 convolution."""
-    used = []
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The output channels of each convolution that Winograd's algorithm computes."""
+    channels = []
 
     def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        used.append(weight.shape[0])
+        channels.append(weight.shape[0])
         return winograd_conv2d(x, weight, bias)
 
     monkeypatch.setattr(alexnet, "winograd_conv2d", spy)
+    return channels
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_winograd_is_as_near_to_float64_as_bf16_is(groups: int, used: list[int]) -> None:
+    """The runtime switches it on on the CPU; in bf16 it serves every ungrouped 3x3 convolution."""
     torch.manual_seed(0)
     model = create_model("alexnet", groups=groups, init="he").eval()
     images = torch.randn(2, 3, 224, 224)
@@ -224,21 +230,12 @@ def test_winograd_is_as_near_to_float64_as_bf16_is(groups: int, monkeypatch: pyt
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("size", [224, 64])
-def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(
-    size: int, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: int, used: list[int]) -> None:
     """It serves every ungrouped convolution but the first, at any size.
 
     Of the gradients less can be said: where two pixels of a pool are all but equal, rounding decides which
     of them gets the gradient, and one such pair makes a difference of 0.001, without Winograd as well.
     """
-    used = []
-
-    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        used.append(weight.shape[0])
-        return winograd_conv2d(x, weight, bias)
-
-    monkeypatch.setattr(alexnet, "winograd_conv2d", spy)
     torch.manual_seed(0)
     model = create_model("alexnet", groups=groups, init="he").eval()
     images = torch.randn(2, 3, size, size)
