@@ -32,8 +32,9 @@ format: $(STAMP)
 # Measures all that docs/benchmarks.md and docs/scaling.md show on this machine, and writes the pages
 bench: bench-kernels bench-loaders bench-step bench-ranks
 
-# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, winograd_*
-KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py winograd.py)
+# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, winograd_*,
+# pooled_linear_*
+KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py winograd.py pooled_linear.py)
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs

@@ -56,6 +56,7 @@ def page(results: Path) -> str:
         ("loaders", sections.loaders),
         ("folded_conv", sections.folded),
         ("winograd", sections.winograd),
+        ("pooled_linear", sections.pooled),
     ]
     written = []
     for device in KINDS:

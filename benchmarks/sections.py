@@ -252,3 +252,25 @@ def winograd(measurements: list[Measurement], device: str) -> list[str]:
         "",
         *table([*heads, "error", "of d input", "of d weight"], rows),
     ]
+
+
+def pooled(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [
+        [
+            f"{m.record['crop']}x{m.record['crop']}, batch {m.record['batch']}",
+            m.record["implementation"],
+            *spread(m),
+            times(m.record["pooled_weight_is_times_faster"]),
+        ]
+        for m in measurements
+    ]
+    heads = ["", "implementation", "ms a step", "range", "pooled weight is times faster"]
+    return [
+        f"## The hidden layer behind a small image ({TITLES[device]})",
+        "",
+        "`make bench-kernels`; AlexNet's training step without the data. At these crops the last pool leaves "
+        "1x1, 2x2, 3x3 or 4x4 pixels for a layer made for 6x6: either they are pooled up, or the weight is "
+        "pooled, where that saves enough products (not at 4x4).",
+        "",
+        *table(heads, rows),
+    ]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastalex.crops import Crops
 from fastalex.errors import ConfigError
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool, winograd_conv2d
+from fastalex.models.pooled_linear import PooledLinear
 
 # Section 3.3 of the paper: n = 5, k = 2, alpha = 1e-4, beta = 0.75. The paper multiplies alpha by the sum of
 # the squares, PyTorch by their mean over the window, so PyTorch's alpha is n times the paper's.
@@ -128,7 +129,7 @@ class AlexNet(nn.Module):
         self.conv4 = WinogradConv2d(384, 384, kernel_size=3, padding=1, groups=groups)
         self.conv5 = WinogradConv2d(384, 256, kernel_size=3, padding=1, groups=groups)
         self.pool5 = nn.MaxPool2d(3 if overlapping_pool else 2, stride=2)
-        self.fc6 = nn.Linear(256 * 6 * 6, 4096)
+        self.fc6 = PooledLinear(256, 6, 4096)
         self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, num_classes)
         self.dropout = nn.Dropout(dropout)
@@ -152,10 +153,7 @@ class AlexNet(nn.Module):
         x = F.relu(self.conv4(x), inplace=True)
         x = F.relu(self.conv5(x), inplace=True)
         x = self.pool5(x)
-        if x.shape[-2:] != (6, 6):  # another crop than 224; at 6x6 the pool would be an identity
-            x = F.adaptive_avg_pool2d(x, 6)
-        # flatten() walks a channels-last tensor in NCHW order: the weights mean the same in both layouts.
-        x = self.dropout(F.relu(self.fc6(x.flatten(1))))
+        x = self.dropout(F.relu(self.fc6(x)))
         x = self.dropout(F.relu(self.fc7(x)))
         return self.fc8(x)
 
