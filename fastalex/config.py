@@ -163,6 +163,7 @@ class Stage:
     epochs: int = MISSING
     resize: int = MISSING
     crop: int = MISSING
+    lr: float | None = None  # one_cycle: the peak of a cycle that ends with this stage; null: it goes on
 
 
 @dataclass
@@ -369,6 +370,12 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
             raise ConfigError(
                 f"{where}.crop={stage.crop}: larger than its resize={stage.resize}, the image it is cut from"
             )
+        if stage.lr is None:
+            continue
+        if train.schedule is not Schedule.one_cycle:
+            raise ConfigError(f"{where}.lr={stage.lr}: is for train.schedule=one_cycle; leave it out")
+        if not 0 < stage.lr < math.inf:
+            raise ConfigError(f"{where}.lr={stage.lr}: must be above 0")
     before = sum(stage.epochs for stage in train.stages)
     if train.stages and before >= train.epochs:
         raise ConfigError(

@@ -32,9 +32,23 @@ def learning_rate(config: TrainConfig) -> float:
 
     Goyal et al., "Accurate, Large Minibatch SGD", 2017; the warm-up which that takes is the one cycle's.
     """
-    if config.lr_scaling is Scaling.none:
-        return config.lr
-    return config.lr * config.batch_size / LR_BATCH
+    return config.lr * _scale(config)
+
+
+def _scale(config: TrainConfig) -> float:
+    return 1.0 if config.lr_scaling is Scaling.none else config.batch_size / LR_BATCH
+
+
+def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
+    """The steps and the peak rate of each cycle; each stage with a rate ends one, and the run the last."""
+    per_epoch = steps // config.epochs
+    cycles, taken, epochs = [], 0, 0
+    for stage in config.stages:
+        epochs += stage.epochs
+        if stage.lr is not None:
+            cycles.append((per_epoch * epochs - taken, stage.lr * _scale(config)))
+            taken = per_epoch * epochs
+    return [*cycles, (steps - taken, learning_rate(config))]
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -74,30 +88,41 @@ class LearningRate:
     Args:
         optimizer: whose rate is set.
         config: names the schedule: ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first
-            ``warmup`` of the steps and falls linearly to zero (Smith and Topin, "Super-Convergence", 2018);
-            ``plateau`` divides by ten when the validation error has not improved for ``patience`` epochs
-            (Krizhevsky's rule, made automatic).
+            ``warmup`` of the steps and falls linearly to zero (Smith and Topin, "Super-Convergence", 2018),
+            and does so anew after a stage with a rate of its own (the warm restart of Loshchilov and Hutter,
+            "SGDR", 2017); ``plateau`` divides by ten when the validation error has not improved for
+            ``patience`` epochs (Krizhevsky's rule, made automatic).
         steps: of the whole run.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
         self._optimizer = optimizer
         self._initial = learning_rate(config)
+        self._warmup = config.warmup
+        self._cycles = _cycles(config, steps) if config.schedule is Schedule.one_cycle else []
         self._scheduler: OneCycleLR | ReduceLROnPlateau
-        if config.schedule is Schedule.one_cycle:
-            self._scheduler = OneCycleLR(
-                optimizer,
-                max_lr=self._initial,
-                # One more than are taken: PyTorch's schedule reaches zero at its last step.
-                total_steps=steps + 1,
-                pct_start=config.warmup,
-                anneal_strategy="linear",
-                cycle_momentum=False,
-            )
+        if self._cycles:
+            self._begin(0)
         else:
             self._scheduler = ReduceLROnPlateau(
                 optimizer, factor=PLATEAU_FACTOR, patience=config.patience, threshold=0.0, eps=0.0
             )
+
+    def _begin(self, cycle: int) -> None:
+        """Begin a cycle, at its lowest rate."""
+        # PyTorch's SequentialLR cannot do it: OneCycleLR keeps its bounds in the optimizer, the last one's in
+        # place of the others'.
+        steps, peak = self._cycles[cycle]
+        self._cycle = cycle
+        self._scheduler = OneCycleLR(
+            self._optimizer,
+            max_lr=peak,
+            # One more than are taken: PyTorch's schedule reaches zero at its last step.
+            total_steps=steps + 1,
+            pct_start=self._warmup,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
 
     @property
     def current(self) -> float:
@@ -110,17 +135,30 @@ class LearningRate:
         return isinstance(self._scheduler, ReduceLROnPlateau) and self.current < self._initial * PLATEAU_FLOOR
 
     def after_step(self) -> None:
-        if isinstance(self._scheduler, OneCycleLR):
-            self._scheduler.step()
+        if not isinstance(self._scheduler, OneCycleLR):
+            return
+        self._scheduler.step()
+        ended = self._scheduler.last_epoch == self._cycles[self._cycle][0]
+        if ended and self._cycle + 1 < len(self._cycles):
+            self._begin(self._cycle + 1)
 
     def after_validation(self, error: float) -> None:
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(error)
 
     def state_dict(self) -> dict:
-        return self._scheduler.state_dict()
+        state = self._scheduler.state_dict()
+        return state | {"cycle": self._cycle} if self._cycles else state
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a state; the optimizer's, with the rate, has to be loaded already."""
+        state = dict(state)
+        cycle = state.pop("cycle", 0)
+        if self._cycles and cycle != self._cycle:
+            groups = [dict(group) for group in self._optimizer.param_groups]
+            self._begin(cycle)
+            for group, loaded in zip(self._optimizer.param_groups, groups, strict=True):
+                group.update(loaded)
         self._scheduler.load_state_dict(state)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from fastalex.config import Schedule, TrainConfig
+from fastalex.config import Scaling, Schedule, Stage, TrainConfig
 from fastalex.optim import LearningRate, create_optimizer
 
 
@@ -36,6 +37,20 @@ def test_one_cycle_rises_then_falls_linearly() -> None:
     assert max(falling) == pytest.approx(min(falling), rel=1e-6)
     assert max(falling) < 0
     assert 0 < seen[-1] < 0.01  # the last step still moves
+
+
+def test_a_stage_with_a_rate_ends_a_cycle_of_its_own() -> None:
+    """Each cycle is that of a run of its own; a stage without a rate is part of the next."""
+    stages = [Stage(2, 16, 12, lr=0.5), Stage(1, 18, 14)]
+    config = TrainConfig(epochs=7, lr=0.1, batch_size=256, lr_scaling=Scaling.linear, stages=stages)
+    first, last = (replace(config, epochs=epochs, lr=lr, stages=[]) for epochs, lr in ((2, 0.5), (5, 0.1)))
+    assert rates(config, 70) == rates(first, 20) + rates(last, 50)
+    assert max(rates(first, 20)) == pytest.approx(2 * 0.5, rel=0.02)
+
+
+def test_stages_without_rates_share_one_cycle() -> None:
+    config = TrainConfig(epochs=7, lr=0.1, stages=[Stage(2, 16, 12), Stage(1, 18, 14)])
+    assert rates(config, 70) == rates(replace(config, stages=[]), 70)
 
 
 def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:

@@ -101,7 +101,7 @@ def test_comparisons_change_one_thing(rows: dict[str, Config]) -> None:
 
 def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> None:
     Path("README.md").write_text(f"{BEGIN}\nours\n{END}\n")
-    assert command("budget=quick", "rows=resnet18,alexnet")[0] == 0
+    assert command("budget=quick", "rows=resnet18,alexnet_paper_init")[0] == 0
     results = Path("results/quick")
     assert not (Path("results") / "reproduction.md").exists()
     assert Path("README.md").read_text() == f"{BEGIN}\nours\n{END}\n"
@@ -110,8 +110,11 @@ def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> Non
     assert "No figure here says anything about CIFAR-10" in text
     content = json.loads((results / "reproduction.json").read_text())
     assert content["budget"] == "quick"
-    assert {n for n, row in content["rows"].items() if row["status"] == "complete"} == {"resnet18", "alexnet"}
-    for name in ("resnet18", "alexnet"):
+    assert {n for n, row in content["rows"].items() if row["status"] == "complete"} == {
+        "resnet18",
+        "alexnet_paper_init",
+    }
+    for name in ("resnet18", "alexnet_paper_init"):
         summary = json.loads((results / name / "summary.json").read_text())
         record = content["rows"][name]["runs"][0]
         assert record["ten_crop_top1_error"] == summary["ten_crop"]["top1_error"]
@@ -119,20 +122,20 @@ def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> Non
         assert f"{summary['single_crop']['top1_error']:.4f} / " in text
         with Image.open(results / ROWS[name].figure) as image:
             assert image.width > 400
-    for name in set(ROWS) - {"resnet18", "alexnet"}:
+    for name in set(ROWS) - {"resnet18", "alexnet_paper_init"}:
         (line,) = (line for line in text.splitlines() if f"(`{name}`)" in line)
         assert "not run" in line
 
     # One is complete and left alone; the other was stopped before its end and is run again.
     kept = (results / "resnet18" / "summary.json").stat().st_mtime_ns
-    (results / "alexnet" / "summary.json").unlink()
-    status, out, _ = command("budget=quick", "rows=resnet18,alexnet")
+    (results / "alexnet_paper_init" / "summary.json").unlink()
+    status, out, _ = command("budget=quick", "rows=resnet18,alexnet_paper_init")
     assert status == 0
     assert "resnet18, seed 0: complete" in out
-    assert "alexnet, seed 0: interrupted" in out
+    assert "alexnet_paper_init, seed 0: interrupted" in out
     assert (results / "resnet18" / "summary.json").stat().st_mtime_ns == kept
-    again = json.loads((results / "reproduction.json").read_text())["rows"]["alexnet"]["runs"][0]
-    before = content["rows"]["alexnet"]["runs"][0]
+    again = json.loads((results / "reproduction.json").read_text())["rows"]["alexnet_paper_init"]["runs"][0]
+    before = content["rows"]["alexnet_paper_init"]["runs"][0]
     assert again["ten_crop_top1_error"] == before["ten_crop_top1_error"]
 
 
@@ -145,10 +148,10 @@ def test_a_row_is_also_a_training_command(command: Any) -> None:
 
 @pytest.mark.parametrize("dry_run", ["--dry-run", "dry_run=true"])
 def test_dry_run_estimates_and_writes_nothing(command: Any, tmp_path: Path, dry_run: str) -> None:
-    status, out, _ = command("budget=quick", "rows=alexnet,resnet18", dry_run)
+    status, out, _ = command("budget=quick", "rows=alexnet_paper_init,resnet18", dry_run)
     assert status == 0
     lines = out.splitlines()
-    hours = [float(line.split()[5]) for line in lines if line.startswith(("alexnet", "resnet18"))]
+    hours = [float(line.split()[5]) for line in lines if line.startswith(("alexnet_paper_init", "resnet18"))]
     assert len(hours) == 2
     assert "together" in out
     assert not list(tmp_path.iterdir())
@@ -178,13 +181,13 @@ def test_bad_input_is_one_line(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_settings_is_neither_skipped_nor_lost(command: Any) -> None:
-    folder = Path("results/quick/alexnet")
-    made_up_run(folder.parent, "alexnet", 0, 0.1)
+    folder = Path("results/quick/alexnet_paper_init")
+    made_up_run(folder.parent, "alexnet_paper_init", 0, 0.1)
     before = sorted(folder.iterdir())
-    status, _, err = command("budget=quick", "rows=alexnet")
+    status, _, err = command("budget=quick", "rows=alexnet_paper_init")
     assert status == 2
     (line,) = err.splitlines()
-    assert "data.crop=96, and the row alexnet has 32" in line
+    assert "data.crop=96, and the row alexnet_paper_init has 32" in line
     assert sorted(folder.iterdir()) == before
 
 
@@ -197,10 +200,10 @@ def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pyte
             raise DivergedError("the loss became nan at step 3 with learning rate 0.1; lower train.lr")
 
     monkeypatch.setattr(reproduce, "train", diverges)
-    status, _, err = command("budget=quick", "rows=alexnet,resnet18")
+    status, _, err = command("budget=quick", "rows=alexnet_paper_init,resnet18")
     assert status == 1
-    assert ran == ["alexnet", "resnet18"]
-    assert "alexnet, seed 0: the loss became nan at step 3" in err.splitlines()[-1]
+    assert ran == ["alexnet_paper_init", "resnet18"]
+    assert "alexnet_paper_init, seed 0: the loss became nan at step 3" in err.splitlines()[-1]
     assert "not run" in Path("results/quick/reproduction.md").read_text()
 
 

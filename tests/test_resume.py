@@ -62,6 +62,9 @@ RECIPES = {
         epochs=4, batch_size=230, ema_decay=0.9, accumulate=2, clip_norm=1.0, label_smoothing=0.1
     ),
     "stages": TrainConfig(epochs=3, batch_size=230, stages=[Stage(2, 16, 12)]),
+    "stages with rates": TrainConfig(
+        epochs=3, batch_size=230, lr=0.05, stages=[Stage(1, 16, 12, lr=0.1), Stage(1, 18, 14)]
+    ),
 }
 
 

@@ -269,6 +269,14 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
             ["train.stages=[{epochs: 1, resize: 30, crop: 32}]"],
             r"train.stages\[0\].crop=32: larger than its resize=30",
         ),
+        (
+            ["train.stages=[{epochs: 1, resize: 36, crop: 32, lr: 0}]"],
+            r"train.stages\[0\].lr=0.0: must be above 0",
+        ),
+        (
+            ["train.stages=[{epochs: 1, resize: 36, crop: 32, lr: 0.1}]", "recipe=seed"],
+            r"train.stages\[0\].lr=0.1: is for train.schedule=one_cycle",
+        ),
         (["data.resize=0"], r"data.resize=0: must be at least 1"),
         (["train.lr=-1"], r"train.lr=-1.0: must lie between"),
         (["train.momentum=1"], r"train.momentum=1: must be at least 0 and below 1"),
