@@ -85,12 +85,21 @@ def changed(one: Config, other: Config) -> dict[str, Any]:
     }
 
 
+def test_pooling_makes_no_difference_in_size(rows: dict[str, Config]) -> None:
+    """Max pooling leaves floor((n - k) / 2) + 1 pixels, three times."""
+    size = (rows[BASE].data.crop + 2 * 2 - 11) // 4 + 1
+    for _ in range(3):
+        assert (size - 3) // 2 == (size - 2) // 2
+        size = (size - 3) // 2 + 1
+
+
 def test_comparisons_change_one_thing(rows: dict[str, Config]) -> None:
     base = rows[BASE]
     assert changed(base, rows["ablation_no_lrn"]) == {"model.norm": "none"}
     assert changed(base, rows["ablation_non_overlapping_pool"]) == {"model.overlapping_pool": False}
     assert changed(base, rows["ablation_no_dropout"]) == {"model.dropout": 0.0}
     assert all(len(row.seeds) >= 2 for name, row in ROWS.items() if name == BASE or row.base)
+    assert changed(rows["alexnet_112"], rows["alexnet_bn"]) == {"model.norm": "batch"}
     failing, mended = rows["alexnet_paper_init"], rows["alexnet_paper_init_mended"]
     assert failing.train.epochs >= 3
     assert changed(failing, mended) == {"data.std": [1 / 255] * 3, "train.lr": 0.001}
