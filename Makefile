@@ -16,9 +16,10 @@ train: $(STAMP)
 reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 
-# make test ARGS="-k lrn" runs a part.
+# make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Two work side by side, since most tests wait
+# for another process; threads that wait for work would take the other's cores.
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
