@@ -18,6 +18,7 @@ result's with the weight turned round, so it takes no kernel of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -28,7 +29,6 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import winograd_reference as reference
 from ._numba_simd import _FLOATS, LANES, _address, _call, _every, bits, jit, pointer, run
@@ -142,10 +142,13 @@ def _transform(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
 class _Tiling:
     """How images of a size are cut into tiles, and what is done with some images at a time.
 
+    What its methods return is scratch memory, and lasts until the next call of the same one: to claim it anew
+    for some images at a time would leave malloc's heap in pieces, and find no page of it in a cache.
+
     Attributes:
         outputs: m of F(m, r).
         positions: of a tile, t^2.
-        images: how many at a time.
+        images: how many at a time, at most and first.
     """
 
     def __init__(self, x: Tensor, taps: int) -> None:
@@ -157,6 +160,7 @@ class _Tiling:
         # Beyond the last row and column, to where the last tile's outputs end
         self._below, self._right = -height % self.outputs, -width % self.outputs
         self.images = max(1, ROWS // (self._down * self._across))
+        self._scratch: dict[str, Tensor] = {}
 
     def input(self, pixels: Tensor) -> Tensor:
         """V of the (images, H, W, C): (t^2, tiles, C)."""
@@ -166,20 +170,34 @@ class _Tiling:
         """dM of the gradient (images, H, W, C): (t^2, tiles, C)."""
         return self._to_tiles("gradient", pixels, 0)
 
-    def _to_tiles(self, name: str, pixels: Tensor, border: int) -> Tensor:
-        margins = border, border + self._right, border, border + self._below
-        padded = F.pad(pixels.float(), (0, 0, *margins))
-        images, _, _, channels = padded.shape
-        tiles = padded.new_empty((self.positions, images * self._down * self._across, channels))
-        self._run(name, images, padded, self._steps_in_pixels(padded), tiles, self._steps_in_tiles(tiles))
-        return tiles
+    def products(self, tiles: Tensor, transformed: Tensor) -> Tensor:
+        """M of V and U (t^2, C, out channels): (t^2, tiles, out channels)."""
+        out = self._room("products", *tiles.shape[:2], transformed.shape[2])
+        return torch.bmm(tiles, transformed, out=out)
 
     def output(self, tiles: Tensor) -> Tensor:
         """The outputs of M: (images, H, W, C)."""
         images, channels = tiles.shape[1] // (self._down * self._across), tiles.shape[2]
-        pixels = tiles.new_empty((images, self._down * self.outputs, self._across * self.outputs, channels))
+        size = self._down * self.outputs, self._across * self.outputs
+        pixels = self._room("output", images, *size, channels)
         self._run("output", images, tiles, self._steps_in_tiles(tiles), pixels, self._steps_in_pixels(pixels))
-        return pixels[:, : pixels.shape[1] - self._below, : pixels.shape[2] - self._right]
+        return pixels[:, : size[0] - self._below, : size[1] - self._right]
+
+    def _to_tiles(self, name: str, pixels: Tensor, border: int) -> Tensor:
+        images, height, width, channels = pixels.shape
+        size = height + 2 * border + self._below, width + 2 * border + self._right
+        padded = self._room(f"padded {name}", images, *size, channels)
+        padded[:, border : border + height, border : border + width] = pixels
+        tiles = self._room(name, self.positions, images * self._down * self._across, channels)
+        self._run(name, images, padded, self._steps_in_pixels(padded), tiles, self._steps_in_tiles(tiles))
+        return tiles
+
+    def _room(self, name: str, *shape: int) -> Tensor:
+        """Zeros, or what the last images left there: of pixels, for fewer images, the same places."""
+        size = math.prod(shape)
+        if name not in self._scratch:
+            self._scratch[name] = torch.zeros(size)
+        return self._scratch[name][:size].view(shape)
 
     def _run(self, name: str, images: int, a: Tensor, a_steps: _Steps, b: Tensor, b_steps: _Steps) -> None:
         sizes = self._down, self._across, a.shape[-1]
@@ -205,21 +223,24 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     for some, some_out in _some_at_a_time(tiling, x, out):
-        products = torch.bmm(tiling.input(some), transformed)
+        products = tiling.products(tiling.input(some), transformed)
         torch.add(tiling.output(products), bias, out=some_out)
     return out
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
-    tiling = _Tiling(x, weight.shape[2])
-    d_transformed = torch.zeros(tiling.positions, *weight.shape[:2])
+    turned = weight.flip(2, 3).transpose(0, 1)
+    d_x = winograd_conv2d(grad, turned, torch.zeros(len(turned)))
+    return d_x, _weight_gradient(grad, x, weight.shape), grad.sum((0, 2, 3), dtype=torch.float32)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+    tiling = _Tiling(x, shape[2])
+    d_transformed = torch.zeros(tiling.positions, *shape[:2])
     for some, some_grads in _some_at_a_time(tiling, x, grad):
         d_transformed.baddbmm_(tiling.gradient(some_grads).transpose(1, 2), tiling.input(some))
-    d_weight = reference.weight_gradient(d_transformed, tiling.outputs, weight.shape[2])
-    d_bias = grad.sum((0, 2, 3), dtype=torch.float32)
-    turned = weight.flip(2, 3).transpose(0, 1)
-    return winograd_conv2d(grad, turned, torch.zeros(len(turned))), d_weight, d_bias
+    return reference.weight_gradient(d_transformed, tiling.outputs, shape[2])
 
 
 def _some_at_a_time(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
