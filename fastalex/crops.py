@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastalex.config import DataConfig, LoaderConfig
-from fastalex.kernels import augment, folded_conv2d
+from fastalex.kernels import augment, folded_conv2d, folded_conv2d_relu_lrn_max_pool
 
 if TYPE_CHECKING:
     from fastalex.data import ImageSet
@@ -70,34 +70,25 @@ class Crops:
 
     def make(self) -> Tensor:
         """The batch, (B, 3, crop, crop), channels-last."""
-        return augment(
-            self.images,
-            self.offsets,
-            self.flips,
-            indices=self.indices,
-            resize=self.resize,
-            crop=self.crop,
-            mean=self.mean,
-            std=self.std,
-            dtype=self.dtype,
-        )
+        return augment(**vars(self))
 
     def convolve(self, convolution: nn.Conv2d) -> Tensor:
         """What the convolution makes of the batch, to rounding, without making it."""
-        assert convolution.bias is not None
-        assert not isinstance(convolution.padding, str)
-        return folded_conv2d(
-            self.images,
-            self.offsets,
-            self.flips,
-            convolution.weight,
-            convolution.bias,
-            indices=self.indices,
-            resize=self.resize,
-            crop=self.crop,
-            mean=self.mean,
-            std=self.std,
-            stride=convolution.stride[0],
-            padding=convolution.padding[0],
-            dtype=self.dtype,
-        )
+        return folded_conv2d(**self._folded(convolution))
+
+    def convolve_and_pool(
+        self, convolution: nn.Conv2d, size: int, alpha: float, beta: float, k: float
+    ) -> Tensor:
+        """``relu_lrn_max_pool`` of what the convolution makes of the batch, without making that either."""
+        numbers = {"size": size, "alpha": alpha, "beta": beta, "k": k}
+        return folded_conv2d_relu_lrn_max_pool(**self._folded(convolution), **numbers)
+
+    def _folded(self, convolution: nn.Conv2d) -> dict[str, Any]:
+        """The arguments of a folded convolution."""
+        return {
+            **vars(self),
+            "weight": convolution.weight,
+            "bias": convolution.bias,
+            "stride": convolution.stride[0],
+            "padding": convolution.padding[0],
+        }

@@ -60,13 +60,33 @@ def folded_conv2d(
             is no whole multiple of the images; a weight or bias of a wrong shape, dtype or device; a kernel
             larger than the padded crop.
     """
-    name = "folded_conv2d"
+    numbers = resize, crop, list(mean), list(std), stride, padding, dtype
+    indices = _check(images, offsets, flips, weight, bias, *numbers, indices, "folded_conv2d")
+    return _folded_conv(images, indices, offsets, flips, weight, bias, *numbers)
+
+
+def _check(
+    images: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    indices: Tensor | None,
+    name: str,
+) -> Tensor:
+    """Check all but what is in the tensors; return the indices."""
     _check_images(images, resize, crop, mean, std, dtype, name)
     indices = _resolve_indices(images, indices, name)
     _check_plan(images, indices, offsets, flips, name)
     _check_convolution(images, weight, bias, resize, crop, stride, padding, name)
-    numbers = resize, crop, list(mean), list(std), stride, padding, dtype
-    return _folded_conv(images, indices, offsets, flips, weight, bias, *numbers)
+    return indices
 
 
 def _check_convolution(
@@ -134,7 +154,8 @@ def _folded_conv(
     plan = images, indices, offsets, flips, weight.shape[2:]
     with torch.autocast(images.device.type, enabled=False):  # it reaches into operators
         batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
-        return _implementation(images).folded_conv2d(batch, weight, bias, dtype)
+        kernels = reference.fold(weight, batch.rows, batch.columns)
+        return _implementation(images).folded_conv2d(batch, kernels, bias, dtype)
 
 
 @_folded_conv.register_fake
@@ -176,7 +197,8 @@ def _folded_conv_backward(
     plan = images, indices, offsets, flips, weight.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
         batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
-        d_weight, d_bias = _implementation(images).folded_conv2d_backward(grad, batch, weight)
+        d_kernels, d_bias = _implementation(images).folded_conv2d_backward(grad, batch)
+        d_weight = reference.unfold(d_kernels, batch.rows, batch.columns)
     return d_weight.contiguous(), d_bias
 
 

@@ -250,13 +250,12 @@ def _arguments(batch: Crops) -> tuple[Any, ...]:
     return bits(batch.source), tops, lefts, _tables(batch.rows), _tables(batch.columns)
 
 
-def folded_conv2d(batch: Crops, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `folded_conv_reference.folded_conv2d`, for an fp32 weight on the CPU."""
-    channels = len(weight)
+def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `folded_conv_reference.folded_conv2d`, for fp32 kernels on the CPU."""
+    channels = kernels.shape[-1]
     if channels % CHANNELS:
-        return reference.folded_conv2d(batch, weight, bias, dtype)
-    kernels = reference.fold(weight, batch.rows, batch.columns)
-    out = reference.empty_output(batch, weight, dtype)
+        return reference.folded_conv2d(batch, kernels, bias, dtype)
+    out = reference.empty_output(batch, kernels, dtype)
     run(
         _forward, _parallel_forward, len(batch.tops),
         *_arguments(batch), channels, bits(kernels), bits(bias.contiguous()), bits(out.permute(0, 2, 3, 1)),
@@ -264,18 +263,18 @@ def folded_conv2d(batch: Crops, weight: Tensor, bias: Tensor, dtype: torch.dtype
     return out
 
 
-def folded_conv2d_backward(grad: Tensor, batch: Crops, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As `folded_conv_reference.folded_conv2d_backward`, for an fp32 weight on the CPU."""
-    channels = len(weight)
+def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
+    """As `folded_conv_reference.folded_conv2d_backward`, for an fp32 source on the CPU."""
+    channels = grad.shape[1]
     if channels % CHANNELS:
-        return reference.folded_conv2d_backward(grad, batch, weight)
+        return reference.folded_conv2d_backward(grad, batch)
     source, tops, lefts, rows, columns = _arguments(batch)
     pairs = _shared_out(batch, rows, columns)
-    d_kernels = torch.zeros((len(rows[3]), rows[4], len(columns[3]), columns[4], 3, channels))
+    d_kernels = reference.zero_kernels(batch, channels)
     d_bias = torch.zeros((len(pairs), channels))
     run(
         _backward, _parallel_backward, len(pairs),
         pairs, source, tops, lefts, rows, columns, channels,
         bits(grad.permute(0, 2, 3, 1).contiguous()), bits(d_kernels), bits(d_bias),
     )  # fmt: skip
-    return reference.unfold(d_kernels, batch.rows, batch.columns), d_bias.sum(0)
+    return d_kernels, d_bias.sum(0)

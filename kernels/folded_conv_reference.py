@@ -19,7 +19,7 @@ and a crop uses two of the eight interior phases an axis, by turns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -91,6 +91,11 @@ class Crops:
     lefts: Tensor
     rows: Axis
     columns: Axis
+
+    def split(self, size: int) -> list[Crops]:
+        """Parts of so many crops, the last of what is left."""
+        parts = zip(*(x.split(size) for x in (self.source, self.tops, self.lefts)), strict=True)
+        return [replace(self, source=s, tops=t, lefts=x) for s, t, x in parts]
 
 
 def crops(
@@ -164,31 +169,41 @@ def _windows(batch: Crops) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tenso
         yield p, q, places, source[n, row_start[n, y] + s[:, None], column_start[n, x] + t]
 
 
-def folded_conv2d(batch: Crops, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The operator's definition: (B, out channels, H, W), channels-last; arithmetic in weight's dtype."""
-    kernels = fold(weight, batch.rows, batch.columns)
-    out = empty_output(batch, weight, dtype)
+def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operator's definition, of a weight that `fold` folded: (B, out channels, H, W), channels-last.
+
+    The arithmetic is in the kernels' dtype.
+    """
+    out = empty_output(batch, kernels, dtype)
     pixels = out.permute(0, 2, 3, 1)
     for p, q, places, window in _windows(batch):
         pixels[places] = (torch.einsum("mstc,stco->mo", window, kernels[p, :, q]) + bias).to(dtype)
     return out
 
 
-def folded_conv2d_backward(grad: Tensor, batch: Crops, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias, in weight's dtype, from that of the result."""
-    d_kernels = torch.zeros_like(fold(weight, batch.rows, batch.columns))
-    pixels = grad.permute(0, 2, 3, 1).to(weight.dtype)
+def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
+    """The gradients of kernels, for `unfold`, and bias, in the source's dtype, from that of the result."""
+    d_kernels = zero_kernels(batch, grad.shape[1])
+    pixels = grad.permute(0, 2, 3, 1).to(d_kernels.dtype)
     for p, q, places, window in _windows(batch):
         d_kernels[p, :, q] = torch.einsum("mstc,mo->stco", window, pixels[places])
-    return unfold(d_kernels, batch.rows, batch.columns), pixels.sum((0, 1, 2))
+    return d_kernels, pixels.sum((0, 1, 2))
 
 
-def empty_output(batch: Crops, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def zero_kernels(batch: Crops, channels: int) -> Tensor:
+    """Room for the sum of the kernels' gradients: the shape of `fold`, in the source's dtype."""
+    (row_phases, _, row_taps), (column_phases, _, column_taps) = (
+        each.mixing.shape for each in (batch.rows, batch.columns)
+    )
+    return batch.source.new_zeros((row_phases, row_taps, column_phases, column_taps, 3, channels))
+
+
+def empty_output(batch: Crops, kernels: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for the result."""
     height, width = batch.rows.phase.shape[1], batch.columns.phase.shape[1]
     return torch.empty(
-        (len(batch.tops), len(weight), height, width),
+        (len(batch.tops), kernels.shape[-1], height, width),
         dtype=dtype,
-        device=weight.device,
+        device=kernels.device,
         memory_format=torch.channels_last,
     )

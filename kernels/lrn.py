@@ -72,9 +72,7 @@ def relu_lrn_max_pool(
     Raises:
         ValueError: wrong rank, dtype or window, or an image smaller than the pooling window.
     """
-    _check(x, size, (4,), "relu_lrn_max_pool")
-    if x.shape[2] < 3 or x.shape[3] < 3:
-        raise ValueError(f"relu_lrn_max_pool: height and width must be at least 3, got {tuple(x.shape)}")
+    _check_pooling(x, size, "relu_lrn_max_pool")
     return _lrn_max_pool(x, size, alpha, beta, k)[0]
 
 
@@ -86,6 +84,12 @@ def _check(x: Tensor, size: int, ranks: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name}: expected a dtype among float32, bfloat16, float16, float64, got {x.dtype}")
     if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{name}: size must be a whole number of channels, at least 1, got {size!r}")
+
+
+def _check_pooling(x: Tensor, size: int, name: str) -> None:
+    _check(x, size, (4,), name)
+    if x.shape[2] < 3 or x.shape[3] < 3:
+        raise ValueError(f"{name}: height and width must be at least 3, got {tuple(x.shape)}")
 
 
 def _check_gradient(grad: Tensor, expected: Tensor, x: Tensor) -> None:

@@ -41,10 +41,15 @@ class NormPool(nn.Module):
         self.pool_size = 3 if overlapping_pool else 2
         self.batch_norm = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether one kernel does all of it."""
+        return self.norm == "lrn" and self.pool_size == 3
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_fused:
+            return relu_lrn_max_pool(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         if self.norm == "lrn":
-            if self.pool_size == 3:
-                return relu_lrn_max_pool(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
             x = relu_lrn(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         else:
             x = F.relu(self.batch_norm(x))
@@ -145,9 +150,15 @@ class AlexNet(nn.Module):
         """Says that batches may come unmade, and how far the first convolution moves over them."""
         return self.conv1.stride[0]
 
+    def _first_block(self, images: Tensor | Crops) -> Tensor:
+        if isinstance(images, Tensor):
+            return self.norm_pool1(self.conv1(images))
+        if self.norm_pool1.is_fused:
+            return images.convolve_and_pool(self.conv1, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
+        return self.norm_pool1(images.convolve(self.conv1))
+
     def forward(self, images: Tensor | Crops) -> Tensor:
-        x = self.conv1(images) if isinstance(images, Tensor) else images.convolve(self.conv1)
-        x = self.norm_pool1(x)
+        x = self._first_block(images)
         x = self.norm_pool2(self.conv2(x))
         x = F.relu(self.conv3(x), inplace=True)
         x = F.relu(self.conv4(x), inplace=True)

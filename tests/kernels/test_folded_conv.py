@@ -89,10 +89,11 @@ def test_reference_is_exact_for_every_offset_and_flip(shape: tuple[int, ...]) ->
     batch = reference.crops(
         **arguments, kernel_size=(kernel, kernel), stride=stride, padding=padding, dtype=torch.float64
     )
-    assert_near(reference.folded_conv2d(batch, weight, bias, torch.float64), expected, 1e-13)
-    found = reference.folded_conv2d_backward(grad, batch, weight)
-    assert_near(found[0], d_weight, 1e-13)
-    assert_near(found[1], d_bias, 1e-13)
+    kernels = reference.fold(weight, batch.rows, batch.columns)
+    assert_near(reference.folded_conv2d(batch, kernels, bias, torch.float64), expected, 1e-13)
+    d_kernels, found = reference.folded_conv2d_backward(grad, batch)
+    assert_near(reference.unfold(d_kernels, batch.rows, batch.columns), d_weight, 1e-13)
+    assert_near(found, d_bias, 1e-13)
 
 
 def test_fp32_for_every_phase_and_flip() -> None:
@@ -114,11 +115,12 @@ def test_fp32_for_every_phase_and_flip() -> None:
 
     batch = reference.crops(**arguments, kernel_size=(11, 11), stride=4, padding=2, dtype=torch.float64)
     with torch.no_grad():
-        exact = weight.double(), bias.double()
-        assert_near(found.detach(), reference.folded_conv2d(batch, *exact, torch.float64), 2e-6)
-        expected = reference.folded_conv2d_backward(grad.double(), batch, exact[0])
-    assert_near(d_weight, expected[0], 1e-5)
-    assert_near(d_bias, expected[1], 1e-5)
+        kernels = reference.fold(weight.double(), batch.rows, batch.columns)
+        expected = reference.folded_conv2d(batch, kernels, bias.double(), torch.float64)
+        assert_near(found.detach(), expected, 2e-6)
+        d_kernels, expected_d_bias = reference.folded_conv2d_backward(grad.double(), batch)
+    assert_near(d_weight, reference.unfold(d_kernels, batch.rows, batch.columns), 1e-5)
+    assert_near(d_bias, expected_d_bias, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,121 @@
+"""The first block as one operator against the operators it is made of, and PyTorch's in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from fastalex.kernels import folded_conv2d, folded_conv2d_relu_lrn_max_pool, relu_lrn_max_pool
+from fastalex.kernels.folded_block import IMAGES, _block
+from tests.kernels.augment_cases import MEAN, STD, in_float64, sample
+
+LRN: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+CONVOLUTION = {"stride": 4, "padding": 2}
+
+
+def case(count: int) -> dict[str, Any]:
+    """Images of 8 enlarged to 64, crops of 56: 13x13 outputs of the convolution, 6x6 pooled ones."""
+    generator = torch.Generator().manual_seed(count)
+    return {
+        **sample(8, 8, 64, 56, count),
+        "weight": (torch.randn(96, 3, 11, 11, generator=generator) / 11).requires_grad_(),
+        "bias": torch.randn(96, generator=generator).requires_grad_(),
+    }
+
+
+def gradients(result: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.dtype)
+    return torch.autograd.grad(result, (arguments["weight"], arguments["bias"]), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, IMAGES, 2 * IMAGES + 3])
+def test_is_what_it_is_made_of(count: int, dtype: torch.dtype) -> None:
+    arguments = case(count)
+    found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=dtype)
+    expected = relu_lrn_max_pool(folded_conv2d(**arguments, **CONVOLUTION, dtype=dtype), **LRN)
+    assert found.shape == (count, 96, 6, 6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(gradients(found, arguments), gradients(expected, arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_agrees_with_float64() -> None:
+    arguments = case(IMAGES + 1)
+    found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
+    exact = {name: arguments[name].detach().double().requires_grad_() for name in ("weight", "bias")}
+    crops = in_float64(**{name: each for name, each in arguments.items() if name not in exact})
+    convolved = F.conv2d(crops, **exact, **CONVOLUTION)
+    expected = F.max_pool2d(F.local_response_norm(F.relu(convolved), **LRN), 3, stride=2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(found, arguments), gradients(expected, exact), strict=True):
+        # Between two nearly equal numbers of a window, rounding may send the gradient to the other.
+        assert (ours.double() - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_keeps_less_than_its_result_and_a_quarter() -> None:
+    arguments = case(2 * IMAGES)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
+    given = {each.data_ptr() for each in arguments.values() if isinstance(each, Tensor)}
+    added = [each for each in kept if each.data_ptr() not in given]
+    assert sum(each.nbytes for each in added) * 4 <= found.nbytes
+
+
+def test_several_threads_and_one_agree() -> None:
+    arguments = case(IMAGES + 1)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
+            results.append((found, *gradients(found, arguments)))
+    finally:
+        torch.set_num_threads(before)
+    for one, several in zip(*results, strict=True):
+        torch.testing.assert_close(one, several, rtol=0, atol=1e-5 * one.abs().max().item())
+
+
+def test_empty_batch() -> None:
+    arguments = case(4)
+    arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices")})
+    found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.bfloat16)
+    assert found.shape == (0, 96, 6, 6)
+    assert not any(each.any() for each in gradients(found, arguments))
+
+
+def test_operator() -> None:
+    arguments = case(2)
+    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "weight", "bias")]
+    opcheck(_block, (*tensors, 64, 56, MEAN, STD, 4, 2, torch.float32, 5, 5e-4, 0.75, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resize": 60}, "resize must be a whole multiple of the images' height and width, got 60 for 8 x 8"),
+        ({"flips": torch.zeros(3, dtype=torch.bool)}, r"flips must be torch.bool \(4,\) on cpu"),
+        ({"stride": 40}, r"height and width must be at least 3, got \(4, 96, 2, 2\)"),
+        ({"size": 0}, "size must be a whole number of channels, at least 1, got 0"),
+    ],
+)
+def test_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    arguments = {**case(4), **CONVOLUTION, **LRN, "dtype": torch.float32, **change}
+    with pytest.raises(ValueError, match=f"folded_conv2d_relu_lrn_max_pool: {message}"):
+        folded_conv2d_relu_lrn_max_pool(**arguments)
+
+
+def test_second_derivatives_are_refused() -> None:
+    arguments = case(2)
+    found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
+    (first,) = torch.autograd.grad(found.square().sum(), arguments["weight"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        first.sum().backward()
