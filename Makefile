@@ -17,9 +17,10 @@ reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 
 # make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Two work side by side, since most tests wait
-# for another process; threads that wait for work would take the other's cores.
+# for another process; threads that wait for work would take the other's cores. In the order of their names: the
+# slow files have few tests, and would come last.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -33,9 +34,10 @@ format: $(STAMP)
 # Measures all that docs/benchmarks.md and docs/scaling.md show on this machine, and writes the pages
 bench: bench-kernels bench-loaders bench-step bench-ranks
 
-# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, winograd_*,
-# pooled_linear_*
-KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py winograd.py pooled_linear.py)
+# Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, folded_block_*,
+# winograd_*, pooled_linear_*
+KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py folded_block.py winograd.py \
+	pooled_linear.py)
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs

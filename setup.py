@@ -7,7 +7,7 @@ DEV = [
     "mypy>=1.14",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff>=0.9",
     "timm>=1.0",
 ]

@@ -55,6 +55,7 @@ def page(results: Path) -> str:
         ("augment", sections.augment),
         ("loaders", sections.loaders),
         ("folded_conv", sections.folded),
+        ("folded_block", sections.block),
         ("winograd", sections.winograd),
         ("pooled_linear", sections.pooled),
     ]

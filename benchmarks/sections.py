@@ -232,6 +232,23 @@ def folded(measurements: list[Measurement], device: str) -> list[str]:
     ]
 
 
+def block(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [
+        [*m.of, *spread(m), times(m.record["times_two_operators"]), number(m.record["kept_mb"])]
+        for m in measurements
+    ]
+    heads = ["implementation", "pass", "ms", "range", "times two operators", "kept for the gradient, MB"]
+    return [
+        f"## The first block as one operator ({TITLES[device]})",
+        "",
+        "The folded first convolution, ReLU, LRN and pooling: the convolution's output kept for the "
+        "gradient, or computed again, "
+        "`python -m pytest benchmarks/test_folded_block.py --benchmark-enable -s`.",
+        "",
+        *table(heads, rows),
+    ]
+
+
 def winograd(measurements: list[Measurement], device: str) -> list[str]:
     shown = [m for m in measurements if m.record["direction"] == "forward + backward"]
     rows = [

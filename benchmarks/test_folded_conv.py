@@ -55,29 +55,42 @@ class Row:
     folded_is_times_faster: float
 
 
+def training_batch() -> dict[str, Any]:
+    """Arguments of `folded_conv2d`; weight and bias need gradients."""
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2).to(memory_format=torch.channels_last)
+    limit = DATA.resize - DATA.crop
+    return {
+        "images": torch.randint(256, (512, 32, 32, 3), generator=generator, dtype=torch.uint8),
+        "offsets": torch.randint(limit + 1, (BATCH, 2), generator=generator, dtype=torch.int32),
+        "flips": torch.randint(2, (BATCH,), generator=generator).bool(),
+        "indices": torch.randint(512, (BATCH,), generator=generator),
+        "weight": conv.weight,
+        "bias": conv.bias,
+        "stride": 4,
+        "padding": 2,
+        **OPTIONS,
+    }
+
+
 @pytest.mark.benchmark(group="folded_conv")
 def test_training_batch(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
     keep_pages()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (512, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    offsets = torch.randint(DATA.resize - DATA.crop + 1, (BATCH, 2), generator=generator, dtype=torch.int32)
-    flips = torch.randint(2, (BATCH,), generator=generator).bool()
-    plan = {"indices": torch.randint(len(images), (BATCH,), generator=generator), **OPTIONS}
-    conv = torch.nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2).to(memory_format=torch.channels_last)
-    assert conv.bias is not None
-    parameters = conv.weight, conv.bias
-    grad = torch.randn((BATCH, 96, 55, 55), generator=generator).to(DTYPE)
+    arguments = training_batch()
+    images, offsets, flips, indices = (arguments[name] for name in ("images", "offsets", "flips", "indices"))
+    parameters = arguments["weight"], arguments["bias"]
+    grad = torch.randn((BATCH, 96, 55, 55), generator=torch.Generator().manual_seed(1)).to(DTYPE)
     grad = grad.contiguous(memory_format=torch.channels_last)
 
     def plain() -> Tensor:
-        crops = augment(images, offsets, flips, **plan)
+        crops = augment(images, offsets, flips, indices=indices, **OPTIONS)
         with torch.autocast("cpu", DTYPE, enabled=DTYPE is not torch.float32):
             return F.conv2d(crops, *parameters, stride=4, padding=2)
 
     def folded() -> Tensor:
-        return folded_conv2d(images, offsets, flips, *parameters, stride=4, padding=2, **plan)
+        return folded_conv2d(**arguments)
 
     forwards: dict[str, Callable[[], Tensor]] = {"plain": plain, "folded": folded}
     seconds: dict[tuple[str, str], list[float]] = {}
