@@ -12,7 +12,6 @@ batch, how many times as long as two operators, and megabytes kept from the forw
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hardware import KIND
+from benchmarks.passes import seconds_by_pass
 from benchmarks.report import RESULTS, percentiles, write_csv
 from benchmarks.test_folded_conv import BATCH, training_batch
 from fastalex.kernels import folded_conv2d, folded_conv2d_relu_lrn_max_pool, relu_lrn_max_pool
@@ -79,16 +79,7 @@ def test_first_block(benchmark: Any) -> None:
     seconds: dict[tuple[str, str], list[float]] = {}
 
     def measure(name: str) -> None:
-        start = time.perf_counter()
-        result = forwards[name]()
-        middle = time.perf_counter()
-        torch.autograd.grad(result, parameters, grad)
-        end = time.perf_counter()
-        for direction, spent in (
-            ("forward", middle - start),
-            ("backward", end - middle),
-            ("forward + backward", end - start),
-        ):
+        for direction, spent in seconds_by_pass(forwards[name], parameters, grad).items():
             seconds.setdefault((direction, name), []).append(spent)
 
     benchmark.pedantic(

@@ -12,7 +12,6 @@ milliseconds a batch, and how many times faster `folded` is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.hardware import KIND, KINDS
+from benchmarks.passes import seconds_by_pass
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig
 from fastalex.kernels import augment, folded_conv2d
@@ -96,16 +96,7 @@ def test_training_batch(benchmark: Any) -> None:
     seconds: dict[tuple[str, str], list[float]] = {}
 
     def measure(name: str) -> None:
-        start = time.perf_counter()
-        result = forwards[name]()
-        middle = time.perf_counter()
-        torch.autograd.grad(result, parameters, grad)
-        end = time.perf_counter()
-        for direction, spent in (
-            ("forward", middle - start),
-            ("backward", end - middle),
-            ("forward + backward", end - start),
-        ):
+        for direction, spent in seconds_by_pass(forwards[name], parameters, grad).items():
             seconds.setdefault((direction, name), []).append(spent)
 
     benchmark.pedantic(

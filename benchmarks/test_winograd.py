@@ -14,9 +14,9 @@ float64's, for rectified noise and a weight initialised after He.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.hardware import KIND, KINDS
+from benchmarks.passes import seconds_by_pass
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.kernels import winograd_conv2d
 from fastalex.runtime import keep_pages
@@ -120,16 +121,9 @@ def test_training_batch(benchmark: Any) -> None:
 
     def measure(name: str) -> None:
         for case, (inputs, grad) in layers.items():
-            start = time.perf_counter()
-            result = CONVOLUTIONS[name](*inputs)
-            middle = time.perf_counter()
-            torch.autograd.grad(result, inputs, grad)
-            note(case, name, middle - start, time.perf_counter() - middle)
-
-    def note(case: str, name: str, forward: float, backward: float) -> None:
-        passes = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
-        for direction, spent in passes.items():
-            seconds.setdefault((case, direction, name), []).append(spent)
+            spent_in = seconds_by_pass(partial(CONVOLUTIONS[name], *inputs), inputs, grad)
+            for direction, spent in spent_in.items():
+                seconds.setdefault((case, direction, name), []).append(spent)
 
     benchmark.pedantic(
         measure, args=("winograd",), setup=lambda: measure("conv2d"), rounds=ROUNDS, warmup_rounds=1

@@ -310,12 +310,17 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     chunks = (reference.pixels(each).split(IMAGES) for each in (x, out))
     for some, some_out in zip(*chunks, strict=True):
-        tiles = _Tiles(some).run(_input, _parallel_input)
-        products = _Tiles(some_out)
-        for v, u, m in zip(tiles.positions, transformed, products.positions, strict=True):
-            torch.mm(v, u, out=m)
-        products.run(_output, _parallel_output, bias)
+        _convolve(some, some_out, transformed, bias)
     return out
+
+
+def _convolve(pixels: Tensor, out: Tensor, transformed: Tensor, bias: Tensor) -> None:
+    """Some images: a function, so that their tiles are gone when those of the next are made."""
+    tiles = _Tiles(pixels).run(_input, _parallel_input)
+    products = _Tiles(out)
+    for v, u, m in zip(tiles.positions, transformed, products.positions, strict=True):
+        torch.mm(v, u, out=m)
+    products.run(_output, _parallel_output, bias)
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,14 +331,20 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
     chunks = (each.split(IMAGES) for each in (reference.pixels(x), grads, reference.pixels(d_x)))
     for some, some_grads, some_d_x in zip(*chunks, strict=True):
-        tiles = _Tiles(some).run(_input, _parallel_input)
-        d_products = _Tiles(some_grads).run(_gradient, _parallel_gradient)
-        d_tiles = _Tiles(some_d_x)
-        share = torch.empty_like(transformed)
-        for p, d_product in enumerate(d_products.positions):
-            torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
-            torch.mm(d_product.t(), tiles.positions[p], out=share[p])
-        d_transformed += share.float()  # all at once: a sum of two dtypes, matrix by matrix, is slow
-        d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
+        # All at once: a sum of two dtypes, matrix by matrix, is slow.
+        d_transformed += _backward(some, some_grads, some_d_x, transformed).float()
     d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
     return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), d_bias
+
+
+def _backward(pixels: Tensor, grads: Tensor, d_pixels: Tensor, transformed: Tensor) -> Tensor:
+    """Some images: computes the gradient of their pixels and returns their share of dU."""
+    tiles = _Tiles(pixels).run(_input, _parallel_input)
+    d_products = _Tiles(grads).run(_gradient, _parallel_gradient)
+    d_tiles = _Tiles(d_pixels)
+    share = torch.empty_like(transformed)
+    for p, d_product in enumerate(d_products.positions):
+        torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
+        torch.mm(d_product.t(), tiles.positions[p], out=share[p])
+    d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
+    return share
