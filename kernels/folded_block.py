@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import folded_conv_reference as reference
-from .folded_conv import _check, _check_ranges, _implementation
+from .folded_conv import _check, _check_ranges, _convolved, _implementation
 from .lrn import _check_pooling, _lrn_max_pool, _lrn_max_pool_backward, _pooled
 
 IMAGES = 32  # 37 MB of fp32 for AlexNet at 224x224; with fewer, what each part takes beside its images shows
@@ -59,21 +59,6 @@ def folded_conv2d_relu_lrn_max_pool(
     indices = _check(images, offsets, flips, weight, bias, *numbers, indices, name)
     _check_pooling(_convolved(indices, weight, crop, stride, padding, dtype, "meta"), size, name)
     return _block(images, indices, offsets, flips, weight, bias, *numbers, size, alpha, beta, k)[0]
-
-
-def _convolved(
-    indices: Tensor,
-    weight: Tensor,
-    crop: int,
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Tensor:
-    """Room for the convolution's output."""
-    height, width = ((crop + 2 * padding - taps) // stride + 1 for taps in weight.shape[2:])
-    shape = indices.shape[0], weight.shape[0], height, width
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
 def _room(

@@ -126,6 +126,21 @@ def _check_convolution(
         )
 
 
+def _convolved(
+    indices: Tensor,
+    weight: Tensor,
+    crop: int,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Room for the result."""
+    height, width = ((crop + 2 * padding - taps) // stride + 1 for taps in weight.shape[2:])
+    shape = indices.shape[0], weight.shape[0], height, width
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
 def _implementation(images: Tensor) -> ModuleType:
     if images.device.type != "cpu":
         return reference
@@ -174,9 +189,7 @@ def _(
     padding: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    height, width = ((crop + 2 * padding - size) // stride + 1 for size in weight.shape[2:])
-    shape = indices.shape[0], weight.shape[0], height, width
-    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
+    return _convolved(indices, weight, crop, stride, padding, dtype, weight.device)
 
 
 @custom_op("fastalex::folded_conv_backward", mutates_args=())
