@@ -1,12 +1,12 @@
-"""AlexNet's convolutions by Winograd's algorithm against PyTorch's, interleaved, in one run.
+"""AlexNet's and ResNet-18's convolutions by Winograd's algorithm against PyTorch's, by turns in one run.
 
     python -m pytest benchmarks/test_winograd.py --benchmark-enable -s
 
 A training batch of 128, channels-last: activations in bf16 where the machine computes in it, fp32 weight and
 bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and
 bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. In bf16 these are the 3x3 convolutions of
-224x224 pixels; in fp32 the 5x5 one as well, and those of 112x112 and 64x64. They take turns, and memory that
-is freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
+224x224 pixels; in fp32 AlexNet's 5x5 one as well, and those of 112x112 and 64x64. They take turns, and memory
+that is freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
 `winograd_cpu_fp32.csv` without bf16: milliseconds a batch, how many times faster `winograd` is, and for each
 layer the root mean square error of the result and of the gradients of input and weight, relative to
 float64's, for rectified noise and a weight initialised after He.
@@ -50,6 +50,15 @@ class Layer(NamedTuple):
 
 LAYERS_3X3 = {"conv3": (256, 384), "conv4": (384, 384), "conv5": (384, 256)}
 LAYERS = {name: Layer(*channels, 3, 13) for name, channels in LAYERS_3X3.items()}
+RESNET_18 = {
+    224: (56, 28, 14, 7),
+    112: (28, 14, 7, 4),
+    64: (16, 8, 4, 2),
+}  # pixels of its four groups of layers
+for crop in RESNET_18 if IN_FP32 else (224,):
+    at = "" if crop == 224 else f" at {crop}"
+    for n, pixels in enumerate(RESNET_18[crop]):
+        LAYERS[f"ResNet-18 layer{n + 1}{at}"] = Layer(64 * 2**n, 64 * 2**n, 3, pixels)
 if IN_FP32:
     for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
         at = "" if crop == 224 else f" at {crop}"

@@ -15,7 +15,7 @@ from torch import nn
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.distributed import ALONE, World
 from fastalex.errors import ConfigError
-from fastalex.models.alexnet import WinogradConv2d
+from fastalex.models.winograd import WinogradConv2d
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 

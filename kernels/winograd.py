@@ -25,7 +25,7 @@ from . import winograd_reference as reference
 TAPS = 3, 5
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.conv2d(x, weight, bias, padding=r // 2)` for an r x r weight, in the dtype of x.
 
     Differentiable in all three.
@@ -34,7 +34,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: fp32 or bf16 (N, in channels, H, W); fast if it is channels-last and all channels are multiples
             of 16.
         weight: fp32 (out channels, in channels, r, r), r being 3 or 5.
-        bias: fp32 (out channels,).
+        bias: fp32 (out channels,), or None for zeros.
 
     Returns:
         (N, out channels, H, W), channels-last.
@@ -51,6 +51,8 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.dim() != 4 or weight.shape[1:] not in shapes or len(weight) == 0:
         expected = " or ".join(f"(out channels, {', '.join(map(str, shape))})" for shape in shapes)
         raise ValueError(f"{name}: weight must be {expected}, got {tuple(weight.shape)}")
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias must be ({len(weight)},), got {tuple(bias.shape)}")
     for argument, value in (("weight", weight), ("bias", bias)):

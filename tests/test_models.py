@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +15,8 @@ from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
 from fastalex.kernels import winograd_conv2d
-from fastalex.models import MODELS, AlexNet, alexnet, check_crop, count_parameters, create_model
+from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model, winograd
+from fastalex.models.winograd import WinogradConv2d, allow_winograd
 from fastalex.runtime import choose
 
 BIAS_ONE = {"conv2", "conv4", "conv5", "fc6", "fc7"}
@@ -194,11 +197,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The output channels of each convolution that Winograd's algorithm computes."""
     channels = []
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         channels.append(weight.shape[0])
         return winograd_conv2d(x, weight, bias)
 
-    monkeypatch.setattr(alexnet, "winograd_conv2d", spy)
+    monkeypatch.setattr(winograd, "winograd_conv2d", spy)
     return channels
 
 
@@ -212,9 +215,9 @@ def test_winograd_is_as_near_to_float64_as_bf16_is(groups: int, used: list[int])
     exact.load_state_dict(model.state_dict())
     expected = exact(images.double())
     errors = []
-    for winograd in (False, True):
-        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, winograd=winograd))
-        assert ("Winograd" in str(runtime)) is winograd
+    for allowed in (False, True):
+        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, winograd=allowed))
+        assert ("Winograd" in str(runtime)) is allowed
         runtime.place(model)
         with torch.no_grad(), runtime.autocast():
             logits = model(images.bfloat16().contiguous(memory_format=torch.channels_last))
@@ -244,8 +247,8 @@ def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: in
     expected = exact(images.double())
     expected.square().sum().backward()
     errors = []
-    for winograd in (False, True):
-        choose(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=winograd)).place(model)
+    for allowed in (False, True):
+        choose(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
         logits = model(images.contiguous(memory_format=torch.channels_last))
         errors.append(((logits.double() - expected).norm() / expected.norm()).item())
     plain, fast = errors
@@ -256,3 +259,60 @@ def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: in
         assert truth.grad is not None
         assert (found.grad.double() - truth.grad).norm() < 2**-8 * truth.grad.norm(), name
     assert used == ([256, 384, 384, 256] if groups == 1 else [384])
+
+
+def test_winograd_serves_resnet18_and_leaves_its_weights_alone(used: list[int]) -> None:
+    """All of its 3x3 convolutions of stride 1: four behind the stem, and three at each further size."""
+    torch.manual_seed(0)
+    model = create_model("resnet18").eval()
+    torch.manual_seed(0)
+    exact = torchvision.models.resnet18(num_classes=10).double().eval()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours.double(), theirs), name
+    images = torch.randn(2, 3, 64, 64)
+    expected = exact(images.double())
+    expected.square().sum().backward()
+    errors = []
+    for allowed in (False, True):
+        choose(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
+        model.zero_grad()
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        logits.square().sum().backward()
+        errors.append(((logits.double() - expected).norm() / expected.norm()).item())
+        assert used == (4 * [64] + 3 * [128] + 3 * [256] + 3 * [512] if allowed else [])
+    plain, fast = errors
+    assert fast < 3 * plain + 1e-6
+    for (name, found), truth in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert found.grad is not None
+        assert truth.grad is not None
+        assert (found.grad.double() - truth.grad).norm() < 2**-6 * truth.grad.norm(), name
+
+
+CHANGES = {"stride": 2, "kernel_size": 5, "padding": 2, "dilation": 2, "groups": 2, "padding_mode": "reflect"}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) -> None:
+    plain: dict = {"kernel_size": 3, "padding": 1, "bias": False}
+    other = plain | {changed: CHANGES[changed]}
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(16, 16, **plain), nn.Conv2d(16, 16, **other))
+    exact = copy.deepcopy(network).double()
+    choose(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(allow_winograd(network))
+    x = torch.randn(2, 16, 9, 9)
+    torch.testing.assert_close(network(x).double(), exact(x.double()), rtol=1e-5, atol=1e-5)
+    assert used == [16]
+
+
+@pytest.mark.parametrize(
+    ("channels", "pixels", "serves"), [(256, 10, True), (256, 9, False), (64, 28, False)]
+)
+def test_winograd_in_bf16_serves_what_was_measured_to_gain(
+    channels: int, pixels: int, serves: bool, used: list[int]
+) -> None:
+    layer = WinogradConv2d(channels, 16, 3, padding=1, bias=False)
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    runtime.place(layer)
+    with torch.no_grad(), runtime.autocast():
+        layer(torch.zeros(1, channels, pixels, pixels, dtype=torch.bfloat16))
+    assert used == ([16] if serves else [])

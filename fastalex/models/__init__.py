@@ -10,6 +10,7 @@ from torch import nn
 
 from fastalex.errors import ConfigError
 from fastalex.models.alexnet import MIN_CROP, AlexNet
+from fastalex.models.winograd import allow_winograd
 
 __all__ = ["MODELS", "AlexNet", "check_crop", "count_parameters", "create_model"]
 
@@ -37,11 +38,12 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: a network needs at least one class")
     try:
-        return MODELS[name](num_classes=num_classes, **options)
+        model = MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise ConfigError(f"model.name={name}: no such option ({error})") from error
+    return allow_winograd(model)
 
 
 def check_crop(name: str, crop: int) -> None:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fastalex.crops import Crops
 from fastalex.errors import ConfigError
-from fastalex.kernels import relu_lrn, relu_lrn_max_pool, winograd_conv2d
+from fastalex.kernels import relu_lrn, relu_lrn_max_pool
 from fastalex.models.pooled_linear import PooledLinear
+from fastalex.models.winograd import WinogradConv2d
 
 # Section 3.3 of the paper: n = 5, k = 2, alpha = 1e-4, beta = 0.75. The paper multiplies alpha by the sum of
 # the squares, PyTorch by their mean over the window, so PyTorch's alpha is n times the paper's.
@@ -57,32 +58,6 @@ class NormPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"norm={self.norm}, pool_size={self.pool_size}"
-
-
-# Of a 3x3 convolution's input in bf16. Winograd's algorithm is 1.4 times faster at 13x13 pixels, as
-# benchmarks/test_winograd.py has it, and slower at 3x3, where transforming the weight takes longest.
-WINOGRAD_PIXELS_BF16 = 100
-
-
-class WinogradConv2d(nn.Conv2d):
-    """A 3x3 or 5x5 convolution that may be computed by Winograd's algorithm: ``fastalex.kernels.winograd``.
-
-    Attributes:
-        winograd: whether it is, on the CPU where that is faster. The runtime sets it.
-    """
-
-    winograd = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.winograd and x.is_cpu and self.groups == 1 and self._is_faster(x):
-            assert self.bias is not None
-            return winograd_conv2d(x, self.weight, self.bias)
-        return super().forward(x)
-
-    def _is_faster(self, x: Tensor) -> bool:
-        if x.dtype == torch.bfloat16:
-            return self.kernel_size == (3, 3) and x.shape[-2] * x.shape[-1] >= WINOGRAD_PIXELS_BF16
-        return x.dtype == torch.float32
 
 
 class AlexNet(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -173,6 +174,23 @@ def test_memory_format_does_not_matter() -> None:
         winograd_conv2d, *(channels_last(each) for each in (x, weight)), bias, channels_last(grad)
     )
     torch.testing.assert_close(strange, usual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("taps", TAPS)
+def test_without_bias(taps: int) -> None:
+    x, weight, _, grad = case(2, 16, 32, 5, 6, taps)
+
+    def gradients(convolution: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> list[Tensor]:
+        leaves = [each.detach().clone().requires_grad_() for each in inputs]
+        out = convolution(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    found = gradients(partial(winograd_conv2d, bias=None), x, weight)
+    expected = gradients(
+        lambda x, weight: F.conv2d(x, weight, padding=taps // 2), x.double(), weight.double()
+    )
+    for result, truth in zip(found, expected, strict=True):
+        assert_near(result, truth, 1e-5)
 
 
 def test_the_result_may_be_changed_in_place() -> None:
