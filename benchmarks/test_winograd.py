@@ -49,21 +49,21 @@ class Layer(NamedTuple):
 
 
 LAYERS_3X3 = {"conv3": (256, 384), "conv4": (384, 384), "conv5": (384, 256)}
+RESNET_18 = {224: (56, 28, 14, 7), 112: (28, 14, 7, 4), 64: (16, 8, 4, 2)}  # pixels of layer1 to layer4
+
+
+def at(crop: int) -> str:
+    return "" if crop == 224 else f" at {crop}"
+
+
 LAYERS = {name: Layer(*channels, 3, 13) for name, channels in LAYERS_3X3.items()}
-RESNET_18 = {
-    224: (56, 28, 14, 7),
-    112: (28, 14, 7, 4),
-    64: (16, 8, 4, 2),
-}  # pixels of its four groups of layers
-for crop in RESNET_18 if IN_FP32 else (224,):
-    at = "" if crop == 224 else f" at {crop}"
-    for n, pixels in enumerate(RESNET_18[crop]):
-        LAYERS[f"ResNet-18 layer{n + 1}{at}"] = Layer(64 * 2**n, 64 * 2**n, 3, pixels)
 if IN_FP32:
     for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
-        at = "" if crop == 224 else f" at {crop}"
-        LAYERS[f"conv2{at}"] = Layer(96, 256, 5, second)
-        LAYERS |= {f"{name}{at}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
+        LAYERS[f"conv2{at(crop)}"] = Layer(96, 256, 5, second)
+        LAYERS |= {f"{name}{at(crop)}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
+for crop in RESNET_18 if IN_FP32 else (224,):
+    for n, pixels in enumerate(RESNET_18[crop]):
+        LAYERS[f"ResNet-18 layer{n + 1}{at(crop)}"] = Layer(64 * 2**n, 64 * 2**n, 3, pixels)
 
 
 @dataclass(frozen=True)

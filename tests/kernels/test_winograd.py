@@ -17,7 +17,7 @@ from fastalex.kernels.winograd import TAPS, _winograd
 
 SIZES = [(13, 13), (5, 7), (6, 4), (2, 3), (1, 1), (1, 8)]
 TILES = [(outputs, taps) for taps in TAPS for outputs in range(2, reference.LARGEST_TILE - taps + 2)]
-Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+Convolution = Callable[..., Tensor]
 
 
 def case(
@@ -43,9 +43,10 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def results(convolution: Convolution, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-    """The convolution and its gradients with respect to all three."""
-    inputs = [each.detach().clone().requires_grad_() for each in (x, weight, bias)]
+def results(convolution: Convolution, *arguments: Tensor) -> list[Tensor]:
+    """The convolution of all arguments but the last, which is its gradient, and the gradients of those."""
+    *given, grad = arguments
+    inputs = [each.detach().clone().requires_grad_() for each in given]
     out = convolution(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
@@ -179,16 +180,9 @@ def test_memory_format_does_not_matter() -> None:
 @pytest.mark.parametrize("taps", TAPS)
 def test_without_bias(taps: int) -> None:
     x, weight, _, grad = case(2, 16, 32, 5, 6, taps)
-
-    def gradients(convolution: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> list[Tensor]:
-        leaves = [each.detach().clone().requires_grad_() for each in inputs]
-        out = convolution(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-    found = gradients(partial(winograd_conv2d, bias=None), x, weight)
-    expected = gradients(
-        lambda x, weight: F.conv2d(x, weight, padding=taps // 2), x.double(), weight.double()
-    )
+    found = results(partial(winograd_conv2d, bias=None), x, weight, grad)
+    usual = partial(F.conv2d, padding=taps // 2)
+    expected = results(usual, x.double(), weight.double(), grad.double())
     for result, truth in zip(found, expected, strict=True):
         assert_near(result, truth, 1e-5)
 
