@@ -8,7 +8,9 @@ crops cross to the device, a quarter of the bytes, and are normalised there.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,8 @@ class TorchvisionLoader(PlannedLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan()
         self._rows.batches = [plan.batch(i, self.batch_size) for i in range(self.start_batch, len(self))]
-        batches = iter(self._batches)
+        with _sigchld_handler_kept():
+            batches = iter(self._batches)
         while True:
             try:
                 batch = next(batches)
@@ -131,6 +134,24 @@ class _ViewsOfImages(Dataset[_Item]):
         else:
             views = F.ten_crop(image, [crop, crop])
         return torch.stack([view.permute(1, 2, 0) for view in views]), int(self.images.labels[index])
+
+
+@contextmanager
+def _sigchld_handler_kept() -> Iterator[None]:
+    """Context after which SIGCHLD is handled as before it.
+
+    torch's DataLoader installs a handler that raises a dead worker's error in whichever line the main thread
+    has reached: in the middle of a training step, or of reporting the worker before. Without it the next
+    batch that is waited for raises the error, within seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where torch installs none
+        return
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

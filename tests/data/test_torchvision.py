@@ -217,12 +217,17 @@ def test_a_file_damaged_since_it_was_checked(
 # Processes
 
 
-def test_a_killed_worker_is_no_hang() -> None:
+@pytest.mark.parametrize("when", ["before a batch is asked for", "meanwhile"])
+def test_a_killed_worker_is_no_hang_and_no_error_elsewhere(when: str) -> None:
     loader = build(noise(4000), workers=2)
     batches = iter(loader)
     next(batches)
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    if when == "before a batch is asked for":
+        for worker in workers:
+            worker.join()  # as a training step would go on: no error is raised here
     with pytest.raises(DataError, match=r"loader.workers=2: a worker process died") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
