@@ -58,8 +58,8 @@ def recipe(**options: Any) -> TrainConfig:
 
 DDP, HYBRID = DistributedConfig(Strategy.ddp), DistributedConfig(Strategy.hybrid)
 CASES = {
-    "ddp": Case(recipe(), {}, 20, DDP),
-    "hybrid": Case(recipe(), {}, 20, HYBRID),
+    "ddp": Case(recipe(), {}, 10, DDP),
+    "hybrid": Case(recipe(), {}, 10, HYBRID),
     "two towers, ddp": Case(recipe(), {"groups": 2}, 3, DDP),
     "two towers, hybrid": Case(recipe(), {"groups": 2}, 3, HYBRID),
     "batch normalisation, ddp": Case(recipe(), {"norm": "batch"}, 5, DDP),

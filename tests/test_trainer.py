@@ -281,7 +281,7 @@ def test_bf16_keeps_fp32_weights_and_learns() -> None:
     runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
     torch.manual_seed(0)
     model = runtime.place(create_model("alexnet", init="he"))
-    loader = batches()
+    loader = batches(count=2)
     loader.batches = [(images.bfloat16(), labels) for images, labels in loader.batches]
     trainer = Trainer(model, TrainConfig(epochs=5, lr=0.01), loader, loader, runtime)
     first, *_, last = [trainer.run_epoch() for _ in range(5)]
