@@ -42,21 +42,16 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
         loss.plot(x_validated, [epoch.validation_loss for epoch in validated], label="validation", **style)
         error.plot(x_validated, validation, label="validation top-1", **style)
         best = int(validation.argmin())
-        high = validation[best] > error.get_ylim()[1] / 2  # the label would then stand above the panel
-        error.annotate(
-            f"best {validation[best]:.2%}",
-            (x_validated[best], validation[best]),
-            xytext=(0, -45 if high else 45),
-            textcoords="offset points",
-            ha="right" if 2 * best >= len(validated) else "left",
-            arrowprops={"arrowstyle": "-", "color": "gray"},
-        )
-    loss.set(title="Cross-entropy", ylabel="nats", ylim=(0, None))
+        # A ring and a line of the legend: a label beside the point would lie on the curves of some runs.
+        ring = {"color": "black", "marker": "o", "mfc": "none", "ms": 7, "ls": ""}
+        error.plot(x_validated[best], validation[best], label=f"best {validation[best]:.2%}", **ring)
+    loss.set(title="Cross-entropy", ylabel="nats")
     error.yaxis.set_major_formatter(PercentFormatter(1))
-    error.set(title="Error", ylim=(0, None))
+    error.set(title="Error")
     rate.plot(x, [epoch.learning_rate for epoch in epochs], color="tab:green", marker=marker, ms=3)
-    rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
+    rate.set(title="Learning rate at the end of the epoch")
     for panel in (loss, error, rate):
+        panel.set_ylim(0, 1.05 * panel.dataLim.y1 or None)  # a constant, too, is drawn below the border
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
