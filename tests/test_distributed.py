@@ -42,7 +42,7 @@ TRAIN = [
     "model=mobilenet_v3_small",
     "data.resize=36",
     "data.crop=32",
-    "train.epochs=2",
+    "train.epochs=4",
     "runtime.precision=fp32",
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -204,7 +204,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_complete(
     assert launcher.returncode == 0, printed
     assert "going on with the run" in printed
     epochs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
     expected, _ = read_weights(undisturbed / "model.safetensors")
     weights, _ = read_weights(run_dir / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
