@@ -28,7 +28,7 @@ class Row:
     """A line of the tables.
 
     Attributes:
-        title: what it is.
+        title: what it is; of an ablation, what it changes.
         published: the study's top-1 and top-5 error, ten-crop, where it has this row.
         figure: the study's loss figure to draw anew.
         seeds: of the generator, a run each.
@@ -130,7 +130,7 @@ def collect(results: Path, quick: bool) -> dict[str, Any]:
     for name, row in ROWS.items():
         runs = [run for seed in row.seeds if (run := load_run(results, name, seed))]
         rows[name] = {
-            "title": row.title,
+            "title": f"{ROWS[row.base].title}, {row.title}" if row.base else row.title,
             "command": f"python -m fastalex.train --config-name=row/{name}",
             "published": dict(zip(("top1_error", "top5_error"), row.published, strict=True))
             if row.published
