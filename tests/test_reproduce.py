@@ -315,6 +315,7 @@ def test_rows_of_several_seeds_and_what_is_visible(tmp_path: Path) -> None:
     text = reproduction.markdown(content)
     assert "0.2020 ± 0.0028" in text
     assert "| without dropout | +0.0390 |" in text
+    assert "| AlexNet at a smaller crop, without dropout (`ablation_no_dropout`) |" in text
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
