@@ -7,6 +7,7 @@ tests share it, and the tests hand it functions of their module by name.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pickle
@@ -59,12 +60,24 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
     interpreter.close()
 
 
+def _patch_language_once() -> None:
+    """Leave Triton's language patched: for each call of a device function, `tl.sum` too, it is patched anew.
+
+    That looks through all that the language has, and was half of the time of the tests of LRN.
+    """
+    from triton.runtime import interpreter
+
+    interpreter._LangPatchScope.restore = lambda scope: None
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+
+
 def _serve(path: str) -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a check prints goes to the terminal, not among the replies
     import torch
 
     torch.set_num_threads(1)
+    _patch_language_once()
     from fastalex.kernels._traffic import nearest_even
 
     spec = importlib.util.spec_from_file_location("interpreted_tests", path)
