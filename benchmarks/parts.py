@@ -22,6 +22,8 @@ _RANGES = {
     INPUT: re.compile(r"^input$|^enumerate\(DataLoader\)"),
     OPTIMIZER: re.compile(r"^optimizer$|^Optimizer\.|multi_tensor|sgd", re.IGNORECASE),
 }
+# The optimizer multiplies out gradients that come as factors: elsewhere that is a layer's backward pass.
+_OPTIMIZERS_PRODUCT = re.compile(r"^aten::(add)?mm$")
 # Operators and kernels, tried in this order on the innermost name first.
 _OPERATORS = {
     OTHER: re.compile(r"^aten::_?to(_copy)?$|dropout|entropy|nll|softmax", re.IGNORECASE),
@@ -41,7 +43,7 @@ def part_of(names: Sequence[str]) -> str:
     """
     for part, pattern in _RANGES.items():
         if any(pattern.search(name) for name in names):
-            return part
+            return PRODUCTS if part == OPTIMIZER and _OPTIMIZERS_PRODUCT.search(names[0]) else part
     for name in names:
         for part, pattern in _OPERATORS.items():
             if pattern.search(name):

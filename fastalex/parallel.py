@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalex.config import Compression, DistributedConfig, Strategy
 from fastalex.distributed import World
 from fastalex.errors import ConfigError
+from fastalex.models.factored_linear import FactoredLinear
 
 
 def divide(
@@ -124,7 +125,10 @@ def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
 
 
 def clip_gradients(model: nn.Module, limit: float) -> None:
-    """Scale the gradient down to a Euclidean norm of ``limit``, divided parts of it included; collective."""
+    """Scale the gradient down to a Euclidean norm of ``limit``; collective.
+
+    That is of all the parameters' ``grad``, of which some may be divided, and of the layers' ``factors``.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     divided = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
@@ -132,9 +136,15 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
     if divided:
         rest = cast(DTensor, nn.utils.get_total_norm(divided))
         norm = torch.hypot(norm, rest.full_tensor())
+    layers = (module for module in model.modules() if isinstance(module, FactoredLinear))
+    factored = [gradient for layer in layers if (gradient := layer.gradient)]
+    for factors in factored:
+        norm = torch.hypot(norm, factors.squared_norm().sqrt().to(norm.dtype))
     whole += [gradient.to_local() for gradient in divided]
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
     torch._foreach_mul_(whole, scale)
+    for factors in factored:
+        factors.scale = scale
 
 
 def _everyone() -> dist.ProcessGroup:

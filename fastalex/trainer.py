@@ -26,7 +26,8 @@ from fastalex.distributed import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
-from fastalex.optim import LearningRate, WeightAverage, create_optimizer
+from fastalex.models.factored_linear import FactoredLinear, keeping_factors
+from fastalex.optim import FactoredSGD, LearningRate, WeightAverage, create_optimizer
 from fastalex.runtime import Runtime
 
 # Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
@@ -184,6 +185,7 @@ class Trainer:
         self._undivided = runtime.compiled(model)
         self.network = self._undivided if self._divided is None else runtime.compiled(self._divided)
         self.optimizer = create_optimizer(model, config)
+        self._factored = self._layers_to_factor()
         self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
@@ -421,15 +423,17 @@ class Trainer:
         """Take one optimizer step; return the loss and the logits, detached, still on the device."""
         chunks: Sequence[Tensor | Crops] = images.chunk(self.config.accumulate)
         parts = []
-        for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
-            with nullcontext() if number == len(chunks) else self._without_exchange():
-                parts.append(self._backward(*part))
+        with keeping_factors(self._factored):
+            for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
+                with nullcontext() if number == len(chunks) else self._without_exchange():
+                    parts.append(self._backward(*part))
+            with record_function("optimizer"):
+                if self.config.clip_norm:
+                    self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
+                    parallel.clip_gradients(self.model, self.config.clip_norm)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
         with record_function("optimizer"):
-            if self.config.clip_norm:
-                self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
-                parallel.clip_gradients(self.model, self.config.clip_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
             self.optimizer.zero_grad()
             self.learning_rate.after_step()
             self.step += 1
@@ -437,6 +441,13 @@ class Trainer:
                 self.average.after_step(self.step)
         losses, logits = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _layers_to_factor(self) -> list[FactoredLinear]:
+        """Layers whose weights' gradients are never made: compilers and other processes need them."""
+        plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._divided is None
+        if not plain or not isinstance(self.optimizer, FactoredSGD):
+            return []
+        return [module for module in self.model.modules() if isinstance(module, FactoredLinear)]
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         """Context whose gradients stay in this process until a later backward pass."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastalex.crops import Crops
 from fastalex.errors import ConfigError
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
+from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import WinogradConv2d
 
@@ -110,7 +111,7 @@ class AlexNet(nn.Module):
         self.conv5 = WinogradConv2d(384, 256, kernel_size=3, padding=1, groups=groups)
         self.pool5 = nn.MaxPool2d(3 if overlapping_pool else 2, stride=2)
         self.fc6 = PooledLinear(256, 6, 4096)
-        self.fc7 = nn.Linear(4096, 4096)
+        self.fc7 = FactoredLinear(4096, 4096)
         self.fc8 = nn.Linear(4096, num_classes)
         self.dropout = nn.Dropout(dropout)
         INITIALISERS[init](self)

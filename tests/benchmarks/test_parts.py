@@ -36,6 +36,7 @@ from benchmarks.parts import (
         (["aten::mul", "aten::dropout"], OTHER),
         (["aten::add_", "Optimizer.step#SGD.step"], OPTIMIZER),
         (["aten::mul_", "optimizer"], OPTIMIZER),
+        (["aten::mm", "aten::matmul", "Optimizer.step#FactoredSGD.step", "optimizer"], PRODUCTS),
         (["fastalex::augment", "input"], INPUT),
         (["sm90_xmma_fprop_implicit_gemm_bf16"], CONVOLUTIONS),
         (["_relu_lrn_pool_kernel"], LRN),

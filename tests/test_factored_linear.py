@@ -1,0 +1,171 @@
+"""Gradients kept as factors against those that autograd makes, their steps and norms against PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastalex import parallel
+from fastalex.config import Optimizer, Precision, RuntimeConfig, TrainConfig
+from fastalex.models.factored_linear import FactoredLinear, keeping_factors
+from fastalex.models.pooled_linear import PooledLinear
+from fastalex.optim import ROWS, create_optimizer
+from fastalex.runtime import choose
+from fastalex.trainer import Trainer
+
+BATCH, CHANNELS, SIZE = 6, 5, 6
+UNITS = ROWS + 7  # two blocks of rows, the second a broken one
+IMAGES = [(1, 1), (2, 2), (1, 3), (6, 6), (9, 11)]  # the weight is pooled for the first three
+
+
+class Network(nn.Module):
+    """Two such layers behind each other, and one that is plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = PooledLinear(CHANNELS, SIZE, UNITS)
+        self.second = FactoredLinear(UNITS, UNITS)
+        self.last = nn.Linear(UNITS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    @property
+    def factored(self) -> list[FactoredLinear]:
+        return [self.first, self.second]
+
+
+def networks() -> tuple[Network, Network]:
+    """The same twice, in float64."""
+    torch.manual_seed(0)
+    network = Network().double()
+    return network, copy.deepcopy(network)
+
+
+def images(image: tuple[int, int] = (2, 2)) -> Tensor:
+    return torch.randn(BATCH, CHANNELS, *image, dtype=torch.float64)
+
+
+def backward(network: Network, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    network(x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_factors_make_the_gradient_and_its_norm(image: tuple[int, int], passes: int) -> None:
+    network, plain = networks()
+    with keeping_factors(network.factored):
+        for x in images(image).chunk(passes):
+            torch.testing.assert_close(backward(network, x), backward(plain, x))
+        for ours, theirs in zip(network.factored, plain.factored, strict=True):
+            expected = theirs.weight.grad
+            assert ours.weight.grad is None
+            assert ours.gradient is not None
+            assert expected is not None
+            torch.testing.assert_close(ours.gradient.rows(3, UNITS), expected[3:])
+            torch.testing.assert_close(ours.gradient.squared_norm(), expected.square().sum())
+    for name, parameter in plain.named_parameters():
+        if name not in ("first.weight", "second.weight"):
+            torch.testing.assert_close(network.get_parameter(name).grad, parameter.grad)
+    assert [layer.gradient for layer in network.factored] == [None, None]
+
+
+def test_the_norm_where_images_cancel() -> None:
+    """The same image twice, with opposite gradients: in fp32 what is left of the norm is the rounding."""
+    torch.manual_seed(0)
+    layer = FactoredLinear(1000, 50)
+    x, gradient = torch.randn(1, 1000), torch.randn(1, 50)
+    with keeping_factors([layer]):
+        layer(torch.cat([x, x])).backward(torch.cat([gradient, -gradient]))
+        assert layer.gradient is not None
+        assert 0 <= layer.gradient.squared_norm() < 1e-9 * (x.norm() * gradient.norm()) ** 2
+
+
+def test_outside_the_context_the_gradient_is_the_weights_own() -> None:
+    network, plain = networks()
+    x = images()
+    with pytest.raises(ZeroDivisionError), keeping_factors(network.factored):
+        raise ZeroDivisionError
+    backward(network, x)
+    backward(plain, x)
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("image", [(2, 2), (6, 6)], ids=str)
+def test_under_autocast(image: tuple[int, int]) -> None:
+    """The outputs are the same bits; the gradients are as near, and in fp32, as PyTorch's are."""
+    network, plain = (network.float() for network in networks())
+    x = images(image).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x).float()
+    expected.square().sum().backward()
+    with keeping_factors(network.factored):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(x).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        found.square().sum().backward()
+        for ours, theirs in zip(network.factored, plain.factored, strict=True):
+            assert theirs.weight.grad is not None
+            assert ours.gradient is not None
+            rows = ours.gradient.rows(0, UNITS)
+            assert rows.dtype == torch.float32
+            assert (rows - theirs.weight.grad).norm() < 2**-8 * theirs.weight.grad.norm()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("image", [(2, 2), (6, 6)], ids=str)
+def test_steps_are_those_of_sgd(momentum: float, clip_norm: float, image: tuple[int, int]) -> None:
+    network, plain = networks()
+    optimizer = create_optimizer(network, TrainConfig(lr=0.01, momentum=momentum, weight_decay=0.1))
+    expected = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=momentum, weight_decay=0.1)
+    for _ in range(3):
+        x = images(image)
+        backward(plain, x)
+        with keeping_factors(network.factored):
+            backward(network, x)
+            if clip_norm:
+                assert nn.utils.clip_grad_norm_(plain.parameters(), clip_norm) > clip_norm
+                parallel.clip_gradients(network, clip_norm)
+            optimizer.step()
+        expected.step()
+        for each in (optimizer, expected):
+            each.zero_grad()
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class OneBatch:
+    num_samples = BATCH
+
+    def __len__(self) -> int:
+        return 1
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        pass
+
+    def __iter__(self):
+        yield images().float(), torch.zeros(BATCH, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("config", "made"), [(TrainConfig(), False), (TrainConfig(optimizer=Optimizer.lars), True)]
+)
+def test_the_trainer_makes_no_such_gradient(config: TrainConfig, made: bool) -> None:
+    """Except for an optimizer that wants to see it."""
+    network = Network()
+    seen: list[Tensor] = []
+    network.second.weight.register_post_accumulate_grad_hook(seen.append)
+    before = network.second.weight.detach().clone()
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    Trainer(network, config, OneBatch(), None, runtime).run_epoch()
+    assert bool(seen) == made
+    assert not torch.equal(network.second.weight, before)
