@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastalex.config import Optimizer, Scaling, Schedule, TrainConfig
 from fastalex.errors import MissingDependencyError
-from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.factored_linear import FactoredLinear, factored_layers
 
 # Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
 AVERAGE_EVERY = 8
@@ -80,13 +80,18 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         ]
         lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
         return lars
-    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     divided = [p for p in parameters if isinstance(p, DTensor)]
     groups = [{"params": whole, "fused": True}]
     if divided:
         groups.append({"params": divided, "fused": False, "foreach": True})
-    return FactoredSGD(groups, layers, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    return FactoredSGD(
+        groups,
+        factored_layers(model),
+        lr=rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
 
 class FactoredSGD(torch.optim.SGD):

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalex.config import Compression, DistributedConfig, Strategy
 from fastalex.distributed import World
 from fastalex.errors import ConfigError
-from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.factored_linear import factored_layers
 
 
 def divide(
@@ -136,8 +136,7 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
     if divided:
         rest = cast(DTensor, nn.utils.get_total_norm(divided))
         norm = torch.hypot(norm, rest.full_tensor())
-    layers = (module for module in model.modules() if isinstance(module, FactoredLinear))
-    factored = [gradient for layer in layers if (gradient := layer.gradient)]
+    factored = [gradient for layer in factored_layers(model) if (gradient := layer.gradient)]
     for factors in factored:
         norm = torch.hypot(norm, factors.squared_norm().sqrt().to(norm.dtype))
     whole += [gradient.to_local() for gradient in divided]

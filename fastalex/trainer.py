@@ -26,7 +26,7 @@ from fastalex.distributed import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
 from fastalex.metrics import Errors, errors, predict
-from fastalex.models.factored_linear import FactoredLinear, keeping_factors
+from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
 from fastalex.optim import FactoredSGD, LearningRate, WeightAverage, create_optimizer
 from fastalex.runtime import Runtime
 
@@ -433,12 +433,11 @@ class Trainer:
                     parallel.clip_gradients(self.model, self.config.clip_norm)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-        with record_function("optimizer"):
-            self.optimizer.zero_grad()
-            self.learning_rate.after_step()
-            self.step += 1
-            if self.average:
-                self.average.after_step(self.step)
+                self.optimizer.zero_grad()
+                self.learning_rate.after_step()
+                self.step += 1
+                if self.average:
+                    self.average.after_step(self.step)
         losses, logits = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.cat(logits)
 
@@ -447,7 +446,7 @@ class Trainer:
         plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._divided is None
         if not plain or not isinstance(self.optimizer, FactoredSGD):
             return []
-        return [module for module in self.model.modules() if isinstance(module, FactoredLinear)]
+        return factored_layers(self.model)
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         """Context whose gradients stay in this process until a later backward pass."""

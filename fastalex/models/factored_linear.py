@@ -8,7 +8,7 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,10 +120,14 @@ class _LinearKeepingFactors(torch.autograd.Function):
         return of_input, None, gradient.sum(0), None, None
 
 
+def factored_layers(model: nn.Module) -> list[FactoredLinear]:
+    """Return the model's layers that can keep factors."""
+    return [module for module in model.modules() if isinstance(module, FactoredLinear)]
+
+
 @contextmanager
-def keeping_factors(layers: Iterable[FactoredLinear]) -> Iterator[None]:
+def keeping_factors(layers: Sequence[FactoredLinear]) -> Iterator[None]:
     """Context in which the layers' weights get no ``grad``, but the layers factors, forgotten at its end."""
-    layers = list(layers)
     for layer in layers:
         layer.factors = []
     try:
