@@ -58,6 +58,7 @@ def page(results: Path) -> str:
         ("folded_block", sections.block),
         ("winograd", sections.winograd),
         ("pooled_linear", sections.pooled),
+        ("factored_sgd", sections.factored),
     ]
     written = []
     for device in KINDS:

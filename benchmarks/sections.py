@@ -291,3 +291,24 @@ def pooled(measurements: list[Measurement], device: str) -> list[str]:
         "",
         *table(heads, rows),
     ]
+
+
+def factored(measurements: list[Measurement], device: str) -> list[str]:
+    rows = [
+        [
+            f"batch {m.record['batch']}",
+            m.record["gradient"],
+            *spread(m),
+            times(m.record["times_whole"]),
+        ]
+        for m in measurements
+    ]
+    return [
+        f"## The update of the hidden layers ({TITLES[device]})",
+        "",
+        "`make bench-kernels`; fc6 and fc7 alone: the product of gradient and input, clipping and the "
+        "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
+        "(`ROWS` of `fastalex/optim.py`); the norm of factors takes products of all images with each other.",
+        "",
+        *table(["", "gradient", "ms", "range", "times the whole one's"], rows),
+    ]
