@@ -51,8 +51,9 @@ class Row:
 def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    layers = nn.ModuleList([FactoredLinear(256 * 6 * 6, 4096), FactoredLinear(4096, 4096)])
-    optimizer = create_optimizer(layers, TrainConfig())
+    layers = [FactoredLinear(256 * 6 * 6, 4096), FactoredLinear(4096, 4096)]
+    model = nn.Sequential(*layers)
+    optimizer = create_optimizer(model, TrainConfig())
     dtype = choose(RuntimeConfig(device="cpu")).dtype
     generator = torch.Generator().manual_seed(0)
 
@@ -73,11 +74,12 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
                 layer.weight.grad = gradient.rows(0, layer.out_features)
             else:
                 layer.factors = [gradient]
-        clip_gradients(layers, CLIP_NORM)
+        clip_gradients(model, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         for layer, gradient in zip(layers, factors[batch], strict=True):
-            layer.factors = gradient.scale = None
+            layer.factors = None
+            gradient.scale = None
 
     seconds: dict[tuple[int, int | None], list[float]] = {}
 
