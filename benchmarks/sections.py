@@ -294,15 +294,8 @@ def pooled(measurements: list[Measurement], device: str) -> list[str]:
 
 
 def factored(measurements: list[Measurement], device: str) -> list[str]:
-    rows = [
-        [
-            f"batch {m.record['batch']}",
-            m.record["gradient"],
-            *spread(m),
-            times(m.record["times_whole"]),
-        ]
-        for m in measurements
-    ]
+    rows = [[*m.of, *spread(m), times(m.record["times_whole"])] for m in measurements]
+    heads = ["batch", "gradient", "ms", "range", "times the whole one's"]
     return [
         f"## The update of the hidden layers ({TITLES[device]})",
         "",
@@ -310,5 +303,5 @@ def factored(measurements: list[Measurement], device: str) -> list[str]:
         "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
         "(`ROWS` of `fastalex/optim.py`); the norm of factors takes products of all images with each other.",
         "",
-        *table(["", "gradient", "ms", "range", "times the whole one's"], rows),
+        *table(heads, rows),
     ]

@@ -73,6 +73,7 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             if rows is None:
                 layer.weight.grad = gradient.rows(0, layer.out_features)
             else:
+                monkeypatch.setattr(fastalex.optim, "ROWS", rows)
                 layer.factors = [gradient]
         clip_gradients(model, CLIP_NORM)
         optimizer.step()
@@ -86,7 +87,6 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure() -> None:
         for batch in BATCHES:
             for rows in (None, *BLOCKS):
-                monkeypatch.setattr(fastalex.optim, "ROWS", rows)
                 start = time.perf_counter()
                 update(batch, rows)
                 seconds.setdefault((batch, rows), []).append(time.perf_counter() - start)
