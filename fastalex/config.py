@@ -182,6 +182,7 @@ class TrainConfig:
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: epochs without improvement before the rate is divided by ten
     label_smoothing: float = 0.0  # the share of each label that is spread over all classes
+    cutmix: float = 0.0  # the share of the batches in which each image has a rectangle of another
     ema_decay: float = 0.0  # of the average of the weights, a step; the average is then what counts; 0: none
     accumulate: int = 1  # the parts that a batch is computed in, one after another, to take less memory
     stages: list[Stage] = field(default_factory=list)  # in order; the epochs after them are at data.crop
@@ -344,6 +345,8 @@ def validate(config: Config) -> None:
     ):
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
+    if not 0 <= train.cutmix <= 1:
+        raise ConfigError(f"train.cutmix={train.cutmix:g}: a share of the batches, so from 0 to 1")
     if config.distributed.strategy is Strategy.hybrid:
         if train.ema_decay:
             raise ConfigError(

@@ -20,7 +20,16 @@ from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint, plain, read_weights, save_weights
 from fastalex.cli import asked_for, command
 from fastalex.config import Config, Strategy, model_options, validate
-from fastalex.data import DataSplits, Loader, StagedLoader, Views, build_loader, load_splits, resolve_loader
+from fastalex.data import (
+    CutMixLoader,
+    DataSplits,
+    Loader,
+    StagedLoader,
+    Views,
+    build_loader,
+    load_splits,
+    resolve_loader,
+)
 from fastalex.data.sampling import mix
 from fastalex.distributed import World
 from fastalex.errors import (
@@ -134,7 +143,7 @@ def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Traine
     trainer = Trainer(
         model,
         config.train,
-        _staged_loader(model, config, splits, runtime, Views.random, world),
+        _training_loader(model, config, splits, runtime, world),
         _staged_loader(model, config, splits, runtime, Views.center, world) if splits.has_errors else None,
         runtime,
         log_every=config.log_every,
@@ -460,6 +469,14 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> No
     trainer.load_state_dict(checkpoint.training, checkpoint.average)
 
 
+def _training_loader(
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, world: World
+) -> Loader:
+    loader = _staged_loader(model, config, splits, runtime, Views.random, world)
+    share = config.train.cutmix
+    return CutMixLoader(loader, len(splits.classes), share) if share else loader
+
+
 def _staged_loader(
     model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
@@ -478,7 +495,9 @@ def _staged_loader(
 def _loader(
     model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
-    images = splits.train if views is Views.random else splits.validation
+    training = views is Views.random
+    images = splits.train if training else splits.validation
+    mixed = training and config.train.cutmix > 0  # which takes batches that are made
     return build_loader(
         images,
         config.data,
@@ -491,7 +510,7 @@ def _loader(
         device=runtime.device,
         dtype=runtime.dtype,
         channels_last=runtime.channels_last,
-        fold=crops.pays(model, images, config.data, config.loader, runtime.device),
+        fold=not mixed and crops.pays(model, images, config.data, config.loader, runtime.device),
     )
 
 

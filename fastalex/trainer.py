@@ -42,7 +42,8 @@ class Epoch:
         epoch: counted from 1.
         step: optimizer steps taken since the run began.
         train_loss: mean over the epoch's batches, in nats, label smoothing included.
-        train_top1_error: share of the training samples, as augmented, that were wrong when they were seen.
+        train_top1_error: share of the training samples, as augmented, that were wrong when they were seen; of
+            one in two classes, the right one is that of its larger part.
         validation_loss: in nats, centre crop, of the averaged weights where there are any; None without a
             validation loader, as are the next two.
         validation_top1_error: centre crop.
@@ -138,7 +139,8 @@ class Trainer:
     Args:
         model: on the runtime's device.
         config: the recipe.
-        train_loader: yields the training batches of an epoch.
+        train_loader: yields the training batches of an epoch; labels may be int64 (B,), or probabilities
+            (B, classes).
         validation_loader: yields the validation images, centre crop; None for data on which an error would
             mean nothing.
         runtime: the device and the arithmetic.
@@ -273,7 +275,8 @@ class Trainer:
             progress.batches += 1
             progress.samples += labels.shape[0]
             progress.loss += loss
-            progress.wrong += (logits.argmax(dim=1) != labels).sum()
+            classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
+            progress.wrong += (logits.argmax(dim=1) != classes).sum()
             self._window.add(loss, self.step, progress.rate)
             if progress.batches <= warm_at:
                 self.runtime.synchronize()
@@ -333,7 +336,7 @@ class Trainer:
             "step": self.step,
             "progress": progress,
             "spent": asdict(self.spent),
-            # Of dropout, in each process; loaders draw from generators that the seed and the epoch decide.
+            # Of dropout and CutMix, in each process; what else loaders draw, the seed and the epoch decide.
             "generators": self.world.gather(
                 {
                     "cpu": torch.get_rng_state(),

@@ -30,7 +30,7 @@ from fastalex.config import (
     Stage,
     TrainConfig,
 )
-from fastalex.data import StagedLoader, Views, build_loader, load_splits
+from fastalex.data import CutMixLoader, Loader, StagedLoader, Views, build_loader, load_splits
 from fastalex.errors import CheckpointError, OutputError
 from fastalex.runtime import choose
 from fastalex.saving import CheckpointWriter, OutputPolicy, load_newest
@@ -61,6 +61,7 @@ RECIPES = {
     "average, accumulation, clipping, smoothing": TrainConfig(
         epochs=4, batch_size=230, ema_decay=0.9, accumulate=2, clip_norm=1.0, label_smoothing=0.1
     ),
+    "CutMix": TrainConfig(epochs=3, batch_size=230, lr=0.1, cutmix=0.5),
     "stages": TrainConfig(epochs=3, batch_size=230, stages=[Stage(2, 16, 12)]),
     "stages with rates": TrainConfig(
         epochs=3, batch_size=230, lr=0.05, stages=[Stage(1, 16, 12, lr=0.1), Stage(1, 18, 14)]
@@ -96,8 +97,10 @@ def a_trainer(config: TrainConfig, **options: Any) -> Trainer:
     validation = build_loader(
         splits.validation, DATA, LoaderConfig("resident"), views=Views.center, batch_size=100
     )
-    staged = StagedLoader(loaders, [stage.epochs for stage in config.stages])
-    return Trainer(runtime.place(model), config, staged, validation, runtime, **options)
+    training: Loader = StagedLoader(loaders, [stage.epochs for stage in config.stages])
+    if config.cutmix:
+        training = CutMixLoader(training, len(splits.classes), config.cutmix)
+    return Trainer(runtime.place(model), config, training, validation, runtime, **options)
 
 
 def finish(trainer: Trainer, epochs: list[Epoch] | None = None) -> list[Epoch]:

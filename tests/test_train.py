@@ -135,12 +135,19 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: C
     assert other["ten_crop"]["loss"] != first["ten_crop"]["loss"]
 
 
+def test_images_that_alexnet_would_take_unmade_are_made_for_cutmix(command: Command) -> None:
+    fold = ["model=alexnet", "data.resize=64", "data.crop=63", "train.epochs=1"]
+    status, _, err = command(train.main, *QUICK, *fold, "train.cutmix=1", "hydra.run.dir=mixed")
+    assert (status, err.count("fastalex: error")) == (0, 0)
+
+
 def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(command: Command) -> None:
     status, out, _ = command(
         train.main,
         *QUICK,
         "train.ema_decay=0.9",
         "train.label_smoothing=0.1",
+        "train.cutmix=0.5",
         "train.accumulate=2",
         "train.stages=[{epochs: 1, resize: 36, crop: 32}]",
         "data.resize=54",
@@ -258,6 +265,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["train.batch_size=-1"], r"train.batch_size=-1: must be at least 1"),
         (["train.accumulate=5"], r"train.accumulate=5: does not divide train.batch_size=128"),
         (["train.label_smoothing=1"], r"train.label_smoothing=1: must be at least 0 and below 1"),
+        (["train.cutmix=1.5"], r"train.cutmix=1.5: a share of the batches, so from 0 to 1"),
         (["train.ema_decay=1"], r"train.ema_decay=1: must be at least 0 and below 1"),
         (
             ["train.stages=[{epochs: 2, resize: 36, crop: 32}]"],

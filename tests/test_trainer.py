@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -209,6 +210,20 @@ def test_label_smoothing_spreads_its_share_over_all_classes(smoothing: float) ->
         network.float(), TrainConfig(lr=1e-5, label_smoothing=smoothing), loader, None, fp32()
     ).run_epoch()
     assert epoch.train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mixed_batch_counts_for_both_classes_and_is_right_in_the_larger() -> None:
+    loader = batches(count=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
+    images, labels = loader.batches[0]
+    shares = 0.7 * F.one_hot(labels, 10) + 0.3 * F.one_hot((labels + 1) % 10, 10)
+    loader.batches = [(images, shares)]
+    exact = copy.deepcopy(network).double()(images.double())
+    likelihood = exact.log_softmax(1)
+    own, other = (likelihood.gather(1, column[:, None]) for column in (labels, (labels + 1) % 10))
+    epoch = Trainer(network, TrainConfig(lr=1e-5, accumulate=2), loader, None, fp32()).run_epoch()
+    assert epoch.train_loss == pytest.approx(-(0.7 * own + 0.3 * other).mean().item(), rel=1e-5)
+    assert epoch.train_top1_error == (exact.argmax(1) != labels).double().mean().item()
 
 
 def test_the_averaged_weights_are_the_ones_that_count() -> None:

@@ -8,12 +8,14 @@ from importlib import import_module
 import torch
 
 from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data.cutmix import CutMixLoader
 from fastalex.data.datasets import DataSplits, ImageSet, load_splits
 from fastalex.data.loader import Loader, Views
 from fastalex.data.staged import StagedLoader
 from fastalex.errors import ConfigError
 
 __all__ = [
+    "CutMixLoader",
     "DataSplits",
     "ImageSet",
     "Loader",

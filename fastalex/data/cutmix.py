@@ -1,0 +1,39 @@
+"""CutMix: in a share of the batches each image has a rectangle of another in it, and the label of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torchvision.transforms.v2 import CutMix, RandomApply
+
+from fastalex.data.loader import Loader
+
+
+class CutMixLoader:
+    """Yields another loader's batches, some of them mixed by torchvision's ``CutMix`` (Yun et al., 2019).
+
+    The rectangle is the same in all images of a batch; its share of them is uniform over 0..1 before it is
+    cut off at the border. Labels of a mixed batch are float32 (B, classes): the share of each in the image.
+    The draws are from torch's global generator of the CPU, as dropout's are there.
+
+    Args:
+        loader: of training batches, not folded ones.
+        classes: of the data set.
+        share: the probability that a batch is mixed.
+    """
+
+    def __init__(self, loader: Loader, classes: int, share: float) -> None:
+        self._loader = loader
+        self._mix = RandomApply([CutMix(num_classes=classes)], p=share)
+        self.num_samples = loader.num_samples
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self._loader.set_epoch(epoch, start_batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._loader:
+            yield self._mix(images, labels)

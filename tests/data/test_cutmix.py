@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.data import CutMixLoader, Views, build_loader, load_splits
+
+CLASSES = 10
+DATA = DataConfig("digits", resize=20, crop=16, flip=Flip.alternate)
+
+
+def loader(batch_size: int = 64):
+    images = load_splits(DATA, 0).train
+    return build_loader(images, DATA, LoaderConfig("resident"), views=Views.random, batch_size=batch_size)
+
+
+def mixed(share: float, batch_size: int = 64) -> CutMixLoader:
+    torch.manual_seed(0)
+    return CutMixLoader(loader(batch_size), CLASSES, share)
+
+
+def test_each_image_has_a_rectangle_of_another_and_labels_are_shares_of_the_area() -> None:
+    colours = torch.arange(1, CLASSES + 1, dtype=torch.float32)
+    flat = colours.view(-1, 1, 1, 1).expand(CLASSES, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+
+    class Flat:
+        num_samples = CLASSES
+
+        def __len__(self) -> int:
+            return 50
+
+        def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+            pass
+
+        def __iter__(self):
+            return iter([(flat, torch.arange(CLASSES))] * 50)
+
+    torch.manual_seed(0)
+    areas = []
+    for images, labels in CutMixLoader(Flat(), CLASSES, 1.0):
+        seen = F.one_hot(images[:, 0].long() - 1, CLASSES).double().mean(dim=(1, 2))
+        torch.testing.assert_close(labels.double(), seen, rtol=0, atol=1e-6)
+        for own, image in enumerate(images):
+            pasted = image != colours[own]
+            assert len(image[pasted].unique()) <= 1
+            sides = [int(pasted.any(dim=axis).sum()) for axis in ((0, 1), (0, 2))]
+            assert pasted.sum() == 3 * sides[0] * sides[1]
+        areas.append(1 - seen.diagonal().mean())
+    assert torch.stack(areas).std() > 0.05  # of rectangles of all sizes
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.25, 0.15, 0.35), (0.75, 0.65, 0.85)])
+def test_the_share_of_the_batches_is_mixed(share: float, low: float, high: float) -> None:
+    epoch = mixed(share, batch_size=5)
+    batches = list(epoch)
+    assert len(batches) == len(epoch) > 200
+    found = [labels.dim() == 2 for _, labels in batches]
+    assert low < sum(found) / len(found) < high
+    whole = loader(batch_size=5)
+    for (images, labels), (others, classes) in zip(batches, whole, strict=True):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        if labels.dim() == 1:
+            assert torch.equal(images, others)
+            assert torch.equal(labels, classes)
+
+
+def test_it_yields_the_epoch_that_was_chosen() -> None:
+    epoch, plain = mixed(1.0), loader()
+    assert epoch.num_samples == plain.num_samples
+    for each in (epoch, plain):
+        each.set_epoch(3, start_batch=2)
+    assert len(list(epoch)) == len(plain) - 2
+    images, _ = next(iter(epoch))
+    others, _ = next(iter(plain))
+    corners = (images == others).all(dim=1)[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.any(dim=1).all()
