@@ -115,18 +115,13 @@ class Checkpoint:
         Raises:
             CheckpointError: if it has keys or values that this version does not know.
         """
-        named = self.config.get("model", {}).get("name")
-        model = AlexNetConfig() if named == "alexnet" else ModelConfig()
-        known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
         try:
-            config = OmegaConf.to_object(OmegaConf.merge(known, self.config))
+            return from_plain(self.config)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
                 f"the checkpoint's configuration is from another version: {reason}"
             ) from error
-        assert isinstance(config, Config)
-        return config
 
     def restore_model(self) -> nn.Module:
         """Return the network with the checkpoint's weights, or their average, on the CPU.
@@ -166,6 +161,20 @@ def plain(config: Config) -> dict[str, Any]:
     content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def from_plain(content: dict[str, Any]) -> Config:
+    """Return what :func:`plain` was given; keys that are newer than the content have their defaults.
+
+    Raises:
+        OmegaConfBaseException: a key or a value that this version does not know.
+    """
+    named = content.get("model", {}).get("name")
+    model = AlexNetConfig() if named == "alexnet" else ModelConfig()
+    known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
+    config = OmegaConf.to_object(OmegaConf.merge(known, content))
+    assert isinstance(config, Config)
+    return config
 
 
 def save_weights(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import hydra
 import torch
+from omegaconf.errors import OmegaConfBaseException
 
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import plain
+from fastalex.checkpoint import from_plain, plain
 from fastalex.cli import command, to_dataclass
 from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig, model_options
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
@@ -74,16 +75,22 @@ def _status(config: Config, folder: Path, name: str, results: Path) -> str:
     """Say how far a run is; refuse one whose network, data or recipe are no longer the row's."""
     if not (folder / "config.yaml").is_file():
         return NOT_RUN
-    theirs = load_config(folder)
+    remedy = "move the folder away, or name another with folder="
+    try:
+        theirs = plain(from_plain(load_config(folder)))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{folder}: holds a run of another version of fastalex ({reason}); {remedy}"
+        ) from error
     ours = plain(config)
     for section in ("model", "data", "train"):
-        for key in ours[section]:
-            if key in ("root", "download") or key not in theirs[section]:
-                continue
-            if theirs[section][key] != ours[section][key]:
+        for key, wanted in ours[section].items():
+            found = theirs[section].get(key)
+            if key not in ("root", "download") and found != wanted:
                 raise ConfigError(
-                    f"{folder}: holds a run of {section}.{key}={theirs[section][key]}, and the row "
-                    f"{name} has {ours[section][key]}; move the folder away, or name another with folder="
+                    f"{folder}: holds a run of {section}.{key}={found}, and the row {name} has {wanted}; "
+                    f"{remedy}"
                 )
     return COMPLETE if load_run(results, name, config.seed) else INTERRUPTED
 

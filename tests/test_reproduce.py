@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import hydra
 import pytest
 from hydra import initialize_config_module
+from omegaconf import OmegaConf
 from PIL import Image
 
 from fastalex import config as schema
@@ -200,6 +202,33 @@ def test_a_run_of_other_settings_is_neither_skipped_nor_lost(command: Any) -> No
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("cutmix", None),
+        ("clip_norm", "train.clip_norm=0.0, and the row alexnet_112 has 5.0"),
+        ("invented", "holds a run of another version of fastalex (Key 'invented' not in 'TrainConfig')"),
+    ],
+)
+def test_a_run_from_before_a_key_had_its_default(
+    command: Any, rows: dict[str, Config], key: str, message: str | None
+) -> None:
+    made_up_run(Path("results"), "alexnet_112", 0, 0.1)
+    written = plain(rows["alexnet_112"])
+    if key in written["train"]:
+        del written["train"][key]
+    else:
+        written["train"][key] = 1
+    OmegaConf.save(written, "results/alexnet_112/config.yaml")
+    status, out, err = command("rows=alexnet_112", "dry_run=true")
+    if message is None:
+        assert status == 0
+        assert re.search(r"alexnet_112.* complete", out)
+    else:
+        assert status == 2
+        assert message in err
+
+
 def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
@@ -253,7 +282,9 @@ def made_up_run(
     write_text(folder / "metrics.jsonl", "\n".join(lines))
     write_text(
         folder / "config.yaml",
-        f"model: {{}}\ndata: {{crop: 96}}\ntrain: {{epochs: 3, batch_size: 128}}\nseed: {seed}\n",
+        "model: {name: mobilenet_v3_small}\nloader: {name: auto}\n"
+        "data: {name: digits, resize: 36, crop: 96}\n"
+        f"train: {{epochs: 3, batch_size: 128}}\nseed: {seed}\n",
     )
     return summary
 
