@@ -495,9 +495,7 @@ def _staged_loader(
 def _loader(
     model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
-    training = views is Views.random
-    images = splits.train if training else splits.validation
-    mixed = training and config.train.cutmix > 0  # which takes batches that are made
+    images = splits.train if views is Views.random else splits.validation
     return build_loader(
         images,
         config.data,
@@ -510,7 +508,7 @@ def _loader(
         device=runtime.device,
         dtype=runtime.dtype,
         channels_last=runtime.channels_last,
-        fold=not mixed and crops.pays(model, images, config.data, config.loader, runtime.device),
+        fold=crops.pays(model, images, config.data, config.loader, runtime.device),
     )
 
 

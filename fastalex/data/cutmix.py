@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
-from torchvision.transforms.v2 import CutMix, RandomApply
+from torchvision.transforms.v2 import CutMix
 
+from fastalex.crops import Crops
 from fastalex.data.loader import Loader
 
 
@@ -18,14 +20,15 @@ class CutMixLoader:
     The draws are from torch's global generator of the CPU, as dropout's are there.
 
     Args:
-        loader: of training batches, not folded ones.
+        loader: of training batches; one that is to be mixed is made, if it was not.
         classes: of the data set.
         share: the probability that a batch is mixed.
     """
 
     def __init__(self, loader: Loader, classes: int, share: float) -> None:
         self._loader = loader
-        self._mix = RandomApply([CutMix(num_classes=classes)], p=share)
+        self._mix = CutMix(num_classes=classes)
+        self._share = share
         self.num_samples = loader.num_samples
 
     def __len__(self) -> int:
@@ -34,6 +37,9 @@ class CutMixLoader:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._loader.set_epoch(epoch, start_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
         for images, labels in self._loader:
-            yield self._mix(images, labels)
+            if torch.rand(()) < self._share:
+                yield self._mix(images.make() if isinstance(images, Crops) else images, labels)
+            else:
+                yield images, labels

@@ -5,15 +5,22 @@ import torch
 from torch.nn import functional as F
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.crops import Crops
 from fastalex.data import CutMixLoader, Views, build_loader, load_splits
 
 CLASSES = 10
 DATA = DataConfig("digits", resize=20, crop=16, flip=Flip.alternate)
 
 
-def loader(batch_size: int = 64):
-    images = load_splits(DATA, 0).train
-    return build_loader(images, DATA, LoaderConfig("resident"), views=Views.random, batch_size=batch_size)
+def loader(batch_size: int = 64, fold: bool = False):
+    return build_loader(
+        load_splits(DATA, 0).train,
+        DATA,
+        LoaderConfig("resident"),
+        views=Views.random,
+        batch_size=batch_size,
+        fold=fold,
+    )
 
 
 def mixed(share: float, batch_size: int = 64) -> CutMixLoader:
@@ -76,3 +83,13 @@ def test_it_yields_the_epoch_that_was_chosen() -> None:
     others, _ = next(iter(plain))
     corners = (images == others).all(dim=1)[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.any(dim=1).all()
+
+
+def test_only_batches_that_are_mixed_are_made() -> None:
+    torch.manual_seed(0)
+    folded = list(CutMixLoader(loader(fold=True), CLASSES, 0.5))
+    for (images, labels), (others, classes) in zip(folded, mixed(0.5), strict=True):
+        assert isinstance(images, Crops) == (labels.dim() == 1)
+        torch.testing.assert_close(images.make() if isinstance(images, Crops) else images, others)
+        assert torch.equal(labels, classes)
+    assert len({labels.dim() for _, labels in folded}) == 2
