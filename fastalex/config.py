@@ -164,6 +164,7 @@ class Stage:
     resize: int = MISSING
     crop: int = MISSING
     lr: float | None = None  # one_cycle: the peak of a cycle that ends with this stage; null: it goes on
+    cutmix: float | None = None  # in this stage; null: as in the epochs after the stages
 
 
 @dataclass
@@ -345,8 +346,7 @@ def validate(config: Config) -> None:
     ):
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
-    if not 0 <= train.cutmix <= 1:
-        raise ConfigError(f"train.cutmix={train.cutmix:g}: a share of the batches, so from 0 to 1")
+    _validate_cutmix("train", train.cutmix)
     if config.distributed.strategy is Strategy.hybrid:
         if train.ema_decay:
             raise ConfigError(
@@ -373,6 +373,8 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
             raise ConfigError(
                 f"{where}.crop={stage.crop}: larger than its resize={stage.resize}, the image it is cut from"
             )
+        if stage.cutmix is not None:
+            _validate_cutmix(where, stage.cutmix)
         if stage.lr is None:
             continue
         if train.schedule is not Schedule.one_cycle:
@@ -385,6 +387,11 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
             f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
             f"data.crop={data.crop}; raise train.epochs or shorten a stage"
         )
+
+
+def _validate_cutmix(where: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ConfigError(f"{where}.cutmix={share:g}: a share of the batches, so from 0 to 1")
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastalex import crops, distributed
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint, plain, read_weights, save_weights
 from fastalex.cli import asked_for, command
-from fastalex.config import Config, Strategy, model_options, validate
+from fastalex.config import Config, Stage, Strategy, model_options, validate
 from fastalex.data import (
     CutMixLoader,
     DataSplits,
@@ -143,7 +143,7 @@ def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Traine
     trainer = Trainer(
         model,
         config.train,
-        _training_loader(model, config, splits, runtime, world),
+        _staged_loader(model, config, splits, runtime, Views.random, world),
         _staged_loader(model, config, splits, runtime, Views.center, world) if splits.has_errors else None,
         runtime,
         log_every=config.log_every,
@@ -469,14 +469,6 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> No
     trainer.load_state_dict(checkpoint.training, checkpoint.average)
 
 
-def _training_loader(
-    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, world: World
-) -> Loader:
-    loader = _staged_loader(model, config, splits, runtime, Views.random, world)
-    share = config.train.cutmix
-    return CutMixLoader(loader, len(splits.classes), share) if share else loader
-
-
 def _staged_loader(
     model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
@@ -486,17 +478,23 @@ def _staged_loader(
     its own resolution.
     """
     stages = config.train.stages
-    data = [replace(config.data, resize=stage.resize, crop=stage.crop) for stage in stages]
-    loaders = [_loader(model, replace(config, data=each), splits, runtime, views, world) for each in data]
+    loaders = [_loader(model, _during(stage, config), splits, runtime, views, world) for stage in stages]
     last = _loader(model, config, splits, runtime, views, world)
     return StagedLoader([*loaders, last], [stage.epochs for stage in stages]) if stages else last
+
+
+def _during(stage: Stage, config: Config) -> Config:
+    """The configuration with what a stage has of its own."""
+    data = replace(config.data, resize=stage.resize, crop=stage.crop)
+    cutmix = config.train.cutmix if stage.cutmix is None else stage.cutmix
+    return replace(config, data=data, train=replace(config.train, cutmix=cutmix))
 
 
 def _loader(
     model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
 ) -> Loader:
     images = splits.train if views is Views.random else splits.validation
-    return build_loader(
+    loader = build_loader(
         images,
         config.data,
         config.loader,
@@ -510,6 +508,8 @@ def _loader(
         channels_last=runtime.channels_last,
         fold=crops.pays(model, images, config.data, config.loader, runtime.device),
     )
+    share = config.train.cutmix if views is Views.random else 0.0
+    return CutMixLoader(loader, len(splits.classes), share) if share else loader
 
 
 def _describe(config: Config, splits: DataSplits) -> str:

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastalex import evaluate, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
+from fastalex.data import CutMixLoader
+from fastalex.data.resident import ResidentLoader
 from fastalex.tracking import RunFolder
 
 # A network that takes two seconds, on images that come with scikit-learn.
@@ -139,6 +141,25 @@ def test_alexnet_takes_batches_that_are_mixed_and_ones_that_are_not_made(command
     fold = ["model=alexnet", "data.resize=64", "data.crop=63", "train.epochs=1"]
     status, _, err = command(train.main, *QUICK, *fold, "train.cutmix=0.5", "hydra.run.dir=mixed")
     assert (status, err.count("fastalex: error")) == (0, 0)
+
+
+def test_a_stage_may_have_a_share_of_its_own(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, float]] = []
+
+    class Spy(CutMixLoader):
+        def __init__(self, loader: ResidentLoader, classes: int, share: float) -> None:
+            made.append((loader.data.resize, share))
+            super().__init__(loader, classes, share)
+
+    monkeypatch.setattr(train, "CutMixLoader", Spy)
+    stages = [
+        "{epochs: 1, resize: 33, crop: 32, cutmix: 0}",
+        "{epochs: 1, resize: 34, crop: 32}",
+        "{epochs: 1, resize: 35, crop: 32, cutmix: 1}",
+    ]
+    stopped = ["train.epochs=4", f"train.stages=[{', '.join(stages)}]", "profile=true"]
+    assert command(train.main, *QUICK, *stopped, "train.cutmix=0.25")[0] == 0
+    assert made == [(34, 0.25), (35, 1.0), (36, 0.25)]
 
 
 def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(command: Command) -> None:
@@ -266,6 +287,10 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["train.accumulate=5"], r"train.accumulate=5: does not divide train.batch_size=128"),
         (["train.label_smoothing=1"], r"train.label_smoothing=1: must be at least 0 and below 1"),
         (["train.cutmix=1.5"], r"train.cutmix=1.5: a share of the batches, so from 0 to 1"),
+        (
+            ["train.stages=[{epochs: 1, resize: 36, crop: 32, cutmix: -1}]"],
+            r"train.stages\[0\].cutmix=-1: a share of the batches",
+        ),
         (["train.ema_decay=1"], r"train.ema_decay=1: must be at least 0 and below 1"),
         (
             ["train.stages=[{epochs: 2, resize: 36, crop: 32}]"],
