@@ -117,10 +117,9 @@ class Checkpoint:
         """
         try:
             return from_plain(self.config)
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
+        except ConfigError as error:
             raise CheckpointError(
-                f"the checkpoint's configuration is from another version: {reason}"
+                f"the checkpoint's configuration is from another version: {error}"
             ) from error
 
     def restore_model(self) -> nn.Module:
@@ -167,12 +166,15 @@ def from_plain(content: dict[str, Any]) -> Config:
     """Return what :func:`plain` was given; keys that are newer than the content have their defaults.
 
     Raises:
-        OmegaConfBaseException: a key or a value that this version does not know.
+        ConfigError: a key or a value that this version does not know.
     """
     named = content.get("model", {}).get("name")
     model = AlexNetConfig() if named == "alexnet" else ModelConfig()
     known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
-    config = OmegaConf.to_object(OmegaConf.merge(known, content))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(known, content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
     return config
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf.errors import OmegaConfBaseException
 
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import from_plain, plain
@@ -78,10 +77,9 @@ def _status(config: Config, folder: Path, name: str, results: Path) -> str:
     remedy = "move the folder away, or name another with folder="
     try:
         theirs = plain(from_plain(load_config(folder)))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+    except ConfigError as error:
         raise ConfigError(
-            f"{folder}: holds a run of another version of fastalex ({reason}); {remedy}"
+            f"{folder}: holds a run of another version of fastalex ({error}); {remedy}"
         ) from error
     ours = plain(config)
     for section in ("model", "data", "train"):

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import CutMix
 
 from fastalex.crops import Crops
 from fastalex.data.loader import Loader
@@ -26,6 +25,8 @@ class CutMixLoader:
     """
 
     def __init__(self, loader: Loader, classes: int, share: float) -> None:
+        from torchvision.transforms.v2 import CutMix  # a second, which reading data need not take
+
         self._loader = loader
         self._mix = CutMix(num_classes=classes)
         self._share = share

@@ -36,9 +36,10 @@ class Loader(Protocol):
     """An iterable over the batches of one epoch: pairs of images and labels, on the device.
 
     Images are (B * V, 3, crop, crop), resized to resize x resize as torchvision's bilinear ``antialias=True``
-    does, cropped, flipped and then (x / 255 - mean) / std; labels are int64 (B,). V is 1, but with
-    ``Views.ten_crop`` 10, in the order of torchvision's TenCrop, or its first 5 if data.flip is ``none``: a
-    network that never saw a mirror image must not be asked about one. The views of one image are adjacent.
+    does, cropped, flipped and then (x / 255 - mean) / std; labels are int64 (B,), or as CutMixLoader says. V
+    is 1, but with ``Views.ten_crop`` 10, in the order of torchvision's TenCrop, or its first 5 if data.flip
+    is ``none``: a network that never saw a mirror image must not be asked about one. The views of one image
+    are adjacent.
 
     A loader that was built with ``fold=True`` yields each batch of images unmade, as Crops.
     """

@@ -1,21 +1,22 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
 from fastalex.crops import Crops
-from fastalex.data import CutMixLoader, Views, build_loader, load_splits
+from fastalex.data import CutMixLoader, ImageSet, Views, build_loader, load_splits
 
 CLASSES = 10
 DATA = DataConfig("digits", resize=20, crop=16, flip=Flip.alternate)
 
 
-def loader(batch_size: int = 64, fold: bool = False):
+def loader(batch_size: int = 64, fold: bool = False, images: ImageSet | None = None, data: DataConfig = DATA):
     return build_loader(
-        load_splits(DATA, 0).train,
-        DATA,
+        images or load_splits(DATA, 0).train,
+        data,
         LoaderConfig("resident"),
         views=Views.random,
         batch_size=batch_size,
@@ -29,32 +30,25 @@ def mixed(share: float, batch_size: int = 64) -> CutMixLoader:
 
 
 def test_each_image_has_a_rectangle_of_another_and_labels_are_shares_of_the_area() -> None:
-    colours = torch.arange(1, CLASSES + 1, dtype=torch.float32)
-    flat = colours.view(-1, 1, 1, 1).expand(CLASSES, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-
-    class Flat:
-        num_samples = CLASSES
-
-        def __len__(self) -> int:
-            return 50
-
-        def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-            pass
-
-        def __iter__(self):
-            return iter([(flat, torch.arange(CLASSES))] * 50)
-
+    classes = np.arange(CLASSES)
+    pixels = np.broadcast_to(classes[:, None, None, None], (CLASSES, 16, 16, 3)).astype(np.uint8)
+    levels = DataConfig("flat", resize=16, crop=16, flip=Flip.none, mean=[0.0] * 3, std=[1 / 255] * 3)
+    plain = loader(CLASSES, images=ImageSet(classes, pixels), data=levels)
+    cut = CutMixLoader(plain, CLASSES, 1.0)
     torch.manual_seed(0)
     areas = []
-    for images, labels in CutMixLoader(Flat(), CLASSES, 1.0):
-        seen = F.one_hot(images[:, 0].long() - 1, CLASSES).double().mean(dim=(1, 2))
+    for epoch in range(50):
+        cut.set_epoch(epoch)
+        ((images, labels),), ((_, own),) = cut, plain
+        colours = images.round().long()
+        seen = F.one_hot(colours[:, 0], CLASSES).double().mean(dim=(1, 2))
         torch.testing.assert_close(labels.double(), seen, rtol=0, atol=1e-6)
-        for own, image in enumerate(images):
-            pasted = image != colours[own]
+        for colour, image in zip(own, colours, strict=True):
+            pasted = image != colour
             assert len(image[pasted].unique()) <= 1
             sides = [int(pasted.any(dim=axis).sum()) for axis in ((0, 1), (0, 2))]
             assert pasted.sum() == 3 * sides[0] * sides[1]
-        areas.append(1 - seen.diagonal().mean())
+        areas.append(1 - seen[range(CLASSES), own].mean())
     assert torch.stack(areas).std() > 0.05  # of rectangles of all sizes
 
 
