@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastalex import config as schema
 from fastalex.distributed import is_main
-from fastalex.errors import ConfigError, FastalexError, ReportedError
+from fastalex.errors import ConfigError, FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def command(
     def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            failures: list[tuple[FastalexError, bool]] = []
+            failures: list[tuple[FastalexError | StoppedError, bool]] = []
             started = False
 
             def task(composed: DictConfig) -> None:
@@ -50,7 +50,7 @@ def command(
                     function(config, run_dir)
                 except ReportedError as error:
                     sys.exit(error.exit_status)
-                except FastalexError as error:
+                except (FastalexError, StoppedError) as error:
                     # Handed around Hydra, which would print a line of its own about it.
                     failures.append((error, joint))
                 finally:

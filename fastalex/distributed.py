@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalex.errors import FastalexError, LostProcessError, ReportedError
+from fastalex.errors import FastalexError, LostProcessError, ReportedError, StoppedError
 
 T = TypeVar("T")
 
@@ -57,15 +57,16 @@ class World:
 
         Raises:
             FastalexError: the function's in the first process; ReportedError in the others.
+            StoppedError: in the first process, as it was stopped in the function.
         """
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
-        error: FastalexError | None = None
+        error: FastalexError | StoppedError | None = None
         if self.main:
             try:
                 outcome[0] = function()
-            except FastalexError as caught:
+            except (FastalexError, StoppedError) as caught:
                 error = caught
                 outcome[1] = caught.exit_status
         dist.broadcast_object_list(outcome, src=0)

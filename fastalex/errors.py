@@ -54,8 +54,11 @@ class ReportedError(FastalexError):
         self.exit_status = exit_status
 
 
-class StoppedError(FastalexError):
+class StoppedError(BaseException):
     """The run was told to stop by a signal, and has saved what it had.
+
+    Not an Exception, as KeyboardInterrupt is none: whoever takes every error of a library for a damaged file
+    must not take this for one.
 
     Args:
         message: says how to go on.

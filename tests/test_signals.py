@@ -1,0 +1,72 @@
+"""A signal stops whatever is under way, and is not taken for an error of what it interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from PIL import Image, ImageFile
+
+from fastalex.checkpoint import Checkpoint
+from fastalex.config import DataConfig
+from fastalex.data import load_splits
+from fastalex.data.decode import decode_image
+from fastalex.errors import StoppedError
+from fastalex.signals import SIGNALS, StopSignals
+
+
+def interrupted_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals) -> None:
+    """A signal arrives whenever the library's function is called."""
+
+    def with_signal(*args: object, **kwargs: object) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(owner, name, with_signal)
+
+
+def read_checkpoint(folder: Path) -> object:
+    path = folder / "checkpoint.pt"
+    torch.save({}, path)
+    return Checkpoint.load(path)
+
+
+def read_image(folder: Path) -> object:
+    path = folder / "image.png"
+    Image.new("RGB", (4, 4)).save(path)
+    return decode_image(path)
+
+
+def download(folder: Path) -> object:
+    return load_splits(DataConfig("cifar10", root=str(folder / "data")), 0)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("owner", "name", "read"),
+    [
+        (zipfile.ZipFile, "testzip", read_checkpoint),
+        (ImageFile.ImageFile, "load", read_image),
+        (torchvision.datasets.CIFAR10, "download", download),
+    ],
+    ids=["checkpoint", "image", "download"],
+)
+def test_a_signal_is_not_taken_for_a_damaged_file(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    owner: Any,
+    name: str,
+    read: Callable[[Path], object],
+    number: signal.Signals,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    interrupted_in(monkeypatch, owner, name, number)
+    with StopSignals(), pytest.raises(StoppedError, match=f"stopped by {number.name}") as caught:
+        read(tmp_path)
+    assert caught.value.exit_status == 128 + number
