@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -106,28 +106,40 @@ def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
 
 
 def asked_for() -> dict[str, Any]:
-    """Return what the overrides of this command ask for, by dotted keys.
+    """Return what this command asks for, by dotted keys.
 
-    Of a choice in a group (``model=alexnet_bn``) that is its name, and what it changes of the default.
+    That is what its overrides name; of ``model=`` the whole network, of ``recipe=`` what the recipe sets, of
+    another group its choice; and of ``--config-name`` the network, and what it changes of the default.
     """
     job = HydraConfig.get()
     overrides = [override.lstrip("+~") for override in job.overrides.task]
-    given = flat(OmegaConf.to_container(hydra.compose(job.job.config_name, overrides), enum_to_str=True))
-    default = flat(OmegaConf.to_container(hydra.compose(job.job.config_name), enum_to_str=True))
+    given = _composed(job.job.config_name, overrides)
     asked = {}
+    if job.job.config_name != "config":
+        asked = {"model.name": given["model.name"]} | _changes(given, _composed("config", []))
     for override in overrides:
         key = override.partition("=")[0]
         if key in given:
             asked[key] = given[key]
-            continue
-        section = "train" if key == "recipe" else key
-        asked |= {
-            name: value
-            for name, value in given.items()
-            if name.startswith(f"{section}.")
-            and (name == f"{key}.name" or (key in ("model", "recipe") and value != default.get(name)))
-        }
+        elif key == "recipe":
+            others = [other for other in overrides if other != override]
+            asked |= _changes(given, _composed(job.job.config_name, [*others, "~recipe"]))
+        else:
+            whole = key == "model"
+            asked |= {
+                name: value
+                for name, value in given.items()
+                if name == f"{key}.name" or (whole and name.startswith("model."))
+            }
     return asked
+
+
+def _composed(name: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    return flat(OmegaConf.to_container(hydra.compose(name, list(overrides)), enum_to_str=True))
+
+
+def _changes(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value != default.get(key)}
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -181,7 +181,7 @@ class TrainConfig:
     clip_norm: float = 0.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: any
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
-    patience: int = 3  # plateau: epochs without improvement before the rate is divided by ten
+    patience: int = 3  # plateau: epochs without improvement that pass; after the next, the rate is divided
     label_smoothing: float = 0.0  # the share of each label that is spread over all classes
     cutmix: float = 0.0  # the share of the batches in which each image has a rectangle of another
     ema_decay: float = 0.0  # of the average of the weights, a step; the average is then what counts; 0: none
@@ -207,7 +207,8 @@ class DistributedConfig:
 
     strategy: Strategy = Strategy.ddp
     compression: Compression = Compression.none  # of gradients; not of the hybrid's activations
-    timeout: float = 600.0  # seconds that a process waits for the others before it gives up
+    # seconds that a process waits for the others before it gives up; to be given again where a run goes on
+    timeout: float = 600.0
 
 
 @dataclass
@@ -245,7 +246,15 @@ class EvaluateData:
 
 @dataclass
 class EvaluateRuntime:
-    """Where the network runs now; it computes in the arithmetic of its training."""
+    """Where, and in what arithmetic, the network runs now."""
+
+    device: str = "auto"
+    precision: Precision | None = None  # null: that of the run; where it was auto, what is best here
+
+
+@dataclass
+class ReproduceRuntime:
+    """Where the networks run."""
 
     device: str = "auto"
 
@@ -269,7 +278,7 @@ class ReproduceConfig:
     folder: str = "results"
     readme: str = "README.md"  # its table is written anew, where the file has one
     data: EvaluateData = field(default_factory=EvaluateData)
-    runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
+    runtime: ReproduceRuntime = field(default_factory=ReproduceRuntime)
 
 
 @dataclass
@@ -340,13 +349,15 @@ def validate(config: Config) -> None:
         ("train.ema_decay", train.ema_decay, 0.0, 1.0),
         ("train.warmup", train.warmup, 0.0, 1.0),
         ("train.patience", float(train.patience), 0.0, math.inf),
-        ("runtime.threads", float(config.runtime.threads), 0.0, math.inf),
+        ("runtime.threads", float(config.runtime.threads), 0.0, 4096.0),
         ("loader.workers", float(config.loader.workers), -1.0, math.inf),
         ("checkpoint.every_steps", float(config.checkpoint.every_steps), 0.0, math.inf),
     ):
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
     _validate_cutmix("train", train.cutmix)
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     if config.distributed.strategy is Strategy.hybrid:
         if train.ema_decay:
             raise ConfigError(

@@ -196,7 +196,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
         FastalexError: for input that has to be mended, before anything is written.
     """
     validate(config)
-    check_crop(config.model.name, config.data.crop)
+    check_crop(config.model.name, "data.crop", config.data.crop)
     runtime = runtimes.choose(config.runtime)
     splits = load_splits(config.data, config.seed)
     loader = build_loader(

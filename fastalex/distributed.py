@@ -165,6 +165,20 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def alike(function: Callable[[], None]) -> None:
+    """Call a function that ends alike in every process, as long as they are not connected.
+
+    Raises:
+        FastalexError: the function's in the first process; ReportedError in the others.
+    """
+    try:
+        function()
+    except FastalexError as error:
+        if is_main():
+            raise
+        raise ReportedError(error.exit_status) from None
+
+
 @contextmanager
 def joined(timeout: float) -> Iterator[World]:
     """Context in which the processes that torchrun started are connected; without it, a world of one.

@@ -36,7 +36,8 @@ def run(config: EvaluateConfig) -> Evaluation:
     if config.data.root is not None:
         run_config.data.root = config.data.root
     model = checkpoint.restore_model()
-    runtime = runtimes.choose(replace(run_config.runtime, device=config.runtime.device))
+    precision = config.runtime.precision or run_config.runtime.precision
+    runtime = runtimes.choose(replace(run_config.runtime, device=config.runtime.device, precision=precision))
     print(runtime)
     splits = load_splits(run_config.data, run_config.seed)
     if not splits.has_errors:

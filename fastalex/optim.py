@@ -167,8 +167,8 @@ class LearningRate:
         config: names the schedule: ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first
             ``warmup`` of the steps and falls linearly to zero (Smith and Topin, "Super-Convergence", 2018),
             and does so anew after a stage with a rate of its own (the warm restart of Loshchilov and Hutter,
-            "SGDR", 2017); ``plateau`` divides by ten when the validation error has not improved for
-            ``patience`` epochs (Krizhevsky's rule, made automatic).
+            "SGDR", 2017); ``plateau`` divides by ten when the validation error has not improved for more
+            than ``patience`` epochs (Krizhevsky's rule, made automatic).
         steps: of the whole run.
     """
 
@@ -191,12 +191,14 @@ class LearningRate:
         # place of the others'.
         steps, peak = self._cycles[cycle]
         self._cycle = cycle
+        # PyTorch divides by the length of the rise, and ends it a step early: then it has none.
+        warmup = 0.0 if self._warmup * (steps + 1) == 1 else self._warmup
         self._scheduler = OneCycleLR(
             self._optimizer,
             max_lr=peak,
             # One more than are taken: PyTorch's schedule reaches zero at its last step.
             total_steps=steps + 1,
-            pct_start=self._warmup,
+            pct_start=warmup,
             anneal_strategy="linear",
             cycle_momentum=False,
         )

@@ -137,6 +137,12 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     return rates[key]
 
 
+def _asked(config: ReproduceConfig) -> dict[str, str]:
+    """What was asked for beside the rows' settings: an interrupted run takes it, or says why not."""
+    asked = {} if config.data.root is None else {"data.root": config.data.root}
+    return asked if config.runtime.device == "auto" else asked | {"runtime.device": config.runtime.device}
+
+
 def print_plan(jobs: list[Job]) -> None:
     """Print what would be run and how long it takes, as a probe of a few steps has it."""
     rates: dict[tuple, float] = {}
@@ -177,7 +183,7 @@ def run(config: ReproduceConfig) -> None:
             continue
         job.config.resume = "auto"  # where it was interrupted, if it was
         try:
-            train(job.config, job.folder)
+            train(job.config, job.folder, asked=_asked(config))
         except DivergedError as error:
             diverged.append(f"{job}: {error}")
             print(diverged[-1], file=sys.stderr)

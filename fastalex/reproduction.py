@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run | None:
     """Read a finished run; None where there is none, or one that has not come to its end.
 
     Raises:
-        OutputError: if its files cannot be read.
+        OutputError: if its files cannot be read, or lack the errors of the weights best on validation.
     """
     try:
         summary = json.loads((folder / "summary.json").read_text())
@@ -114,6 +114,11 @@ def read_run(folder: Path) -> Run | None:
         return None
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder}: its files are damaged ({error}); move the folder away") from error
+    if "best_on_validation" not in summary:
+        raise OutputError(
+            f"{folder}: summary.json has no best_on_validation: the run was not validated, or had lost its "
+            "best.safetensors by its end; move the folder away and run it again"
+        )
     return Run(folder, summary, epochs, load_config(folder))
 
 

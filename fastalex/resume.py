@@ -22,6 +22,7 @@ CHANGEABLE = (
     "checkpoint.on_error",
     "data.download",
     "data.root",
+    "distributed.timeout",
     "loader.workers",
     "log_every",
 )
@@ -62,7 +63,7 @@ class Found:
                 continue
             raise ConfigError(
                 f"{key}={value}: the run in {self.folder} has {key}={ours.get(key)}, and goes on as it "
-                f"began; leave {key} out, or begin another run without resume"
+                "began; leave out what sets it, or begin another run without resume"
             )
         for key in CHANGEABLE:
             if key in asked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
+from fastalex.data.workers import available_cores
 from fastalex.distributed import ALONE, World
 from fastalex.errors import ConfigError
 from fastalex.models.winograd import WinogradConv2d
@@ -99,7 +99,7 @@ def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         torch.cuda.set_device(device)
     threads = config.threads
     if not threads and world.local_size > 1:  # torchrun leaves each process one thread
-        threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        threads = max(1, available_cores() // world.local_size)
     threads = threads or torch.get_num_threads()  # PyTorch starts with one for each physical core
     torch.set_num_threads(threads)
     if device.type == "cpu":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastalex import crops, distributed
@@ -73,10 +73,11 @@ def train(
             StoppedError after SIGTERM or SIGINT.
     """
     began = time.perf_counter()
+    distributed.alike(lambda: validate(config))  # before the processes wait for each other
     with StopSignals() as signals, distributed.joined(config.distributed.timeout) as world, world.watched():
         world.on_main(lambda: _check(config, world))
-        if distributed.restarted() and not config.resume:
-            config.resume = "auto"
+        if distributed.restarted():
+            config.resume = _resume_again(config.resume, given)
         found: Found | None = None
 
         def where_to_begin() -> tuple[Config, Checkpoint] | None:
@@ -109,17 +110,29 @@ def train(
                 found.lock.release()
 
 
+def _resume_again(resume: str, given: bool) -> str:
+    """What to resume in a process that torchrun has started again, such that no progress is lost."""
+    if resume == "auto" or not resume:
+        # Without a folder of that name, the newest unfinished run may be another command's.
+        return "auto" if given else resume
+    path = Path(resume)
+    return str(path.parent) if path.is_file() else resume
+
+
 def _check(config: Config, world: World) -> None:
     """Refuse a configuration that cannot work, here and with so many processes."""
     validate(config)
-    for crop in (config.data.crop, *(stage.crop for stage in config.train.stages)):
-        check_crop(config.model.name, crop)
-    if config.train.batch_size % world.size:
+    check_crop(config.model.name, "data.crop", config.data.crop)
+    for number, stage in enumerate(config.train.stages):
+        check_crop(config.model.name, f"train.stages[{number}].crop", stage.crop)
+    train = config.train
+    if train.batch_size % (world.size * train.accumulate):
+        parts = f" in train.accumulate={train.accumulate} equal parts each" if train.accumulate > 1 else ""
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size}: is of all {world.size} processes together and does "
-            f"not divide among them; use a multiple of {world.size}"
+            f"train.batch_size={train.batch_size}: is of all {world.size} processes together and does not "
+            f"divide among them{parts}; use a multiple of {world.size * train.accumulate}"
         )
-    if config.distributed.strategy is Strategy.hybrid and world.size == 1 and not config.resume:
+    if config.distributed.strategy is Strategy.hybrid and world.size == 1:
         raise ConfigError(
             "distributed.strategy=hybrid: takes several processes; start them with "
             "torchrun --nproc-per-node=2 -m fastalex.train ..."
@@ -152,6 +165,12 @@ def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Traine
         world=world,
         distributed=config.distributed,
     )
+    steps = config.train.epochs * len(trainer.train_loader)
+    if config.profile and steps < STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has {steps}; "
+            "raise train.epochs"
+        )
     if world.size > 1:
         torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from process to process
     return trainer, splits
@@ -372,8 +391,9 @@ class Run:
             final = evaluate(network, self.splits.test, self.config, runtime, trainer.world)
         print(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
-        if self._best_error is not None:
-            weights, facts = read_weights(self._best_path)
+        kept = self._read_best("its errors are left out") if self._best_error is not None else None
+        if kept is not None:
+            weights, facts = kept
             chosen = final
             if facts["epoch"] != trainer.epoch:
                 best = trainer.undivided(weights)
@@ -442,14 +462,15 @@ class Run:
         staged = sum(stage.epochs for stage in self.config.train.stages)
         if not any(epoch.validation_top1_error is not None for epoch in self.folder.epochs[staged:]):
             return None
+        kept = self._read_best("the best on validation is sought among the epochs to come")
+        return kept[1]["validation_top1_error"] if kept is not None else None
+
+    def _read_best(self, consequence: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The weights best on validation; None, with a warning of what follows, if they are lost."""
         try:
-            return float(read_weights(self._best_path)[1]["validation_top1_error"])
-        except (CheckpointError, KeyError):
-            print(
-                f"fastalex: warning: {self._best_path}: is missing or damaged; the best on validation is "
-                "sought among the epochs to come",
-                file=sys.stderr,
-            )
+            return read_weights(self._best_path)
+        except CheckpointError as error:
+            print(f"fastalex: warning: {error}; {consequence}", file=sys.stderr)
             return None
 
 
@@ -539,7 +560,8 @@ def _line(epoch: Epoch, epochs: int) -> str:
 def main(config: Config, run_dir: Path) -> None:
     """Train, and say where the run's files are."""
     given = any("hydra.run.dir=" in override for override in HydraConfig.get().overrides.hydra)
-    train(config, run_dir, given=given, asked=asked_for() if config.resume else None)
+    resuming = config.resume or distributed.restarted()
+    train(config, run_dir, given=given, asked=asked_for() if resuming else None)
 
 
 if __name__ == "__main__":

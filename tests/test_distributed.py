@@ -124,7 +124,11 @@ def test_a_process_alone_talks_to_nobody() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.batch_size=127"], r"train.batch_size=127: is of all 2 processes together .* multiple of 2"),
+        (
+            ["train.batch_size=12", "train.accumulate=4"],
+            r"train.batch_size=12: is of all 2 processes together and does not divide among them in "
+            r"train.accumulate=4 equal parts each; use a multiple of 8",
+        ),
         (
             ["distributed.strategy=hybrid"],
             r"distributed.strategy=hybrid: divides AlexNet's two hidden layers",
@@ -142,9 +146,11 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_hybrid_of_one_process_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_hybrid_of_one_process_is_refused(resume: str, tmp_path: Path) -> None:
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
     done = subprocess.run(
-        [sys.executable, *TRAIN, "distributed.strategy=hybrid", f"hydra.run.dir={tmp_path / 'run'}"],
+        [sys.executable, *TRAIN, "distributed.strategy=hybrid", folder, f"resume={resume}"],
         capture_output=True,
         text=True,
         check=False,

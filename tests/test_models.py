@@ -153,13 +153,13 @@ def test_he_initialisation_keeps_the_variance() -> None:
 @pytest.mark.parametrize("crop", [63, 64, 112, 128, 223, 224, 256])
 def test_any_crop_from_the_smallest(crop: int) -> None:
     model = create_model("alexnet", num_classes=7).eval()
-    check_crop("alexnet", crop)
+    check_crop("alexnet", "data.crop", crop)
     assert model(torch.zeros(1, 3, crop, crop)).shape == (1, 7)
 
 
 def test_a_smaller_crop_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.crop=62.*at least 63"):
-        check_crop("alexnet", 62)
+        check_crop("alexnet", "data.crop", 62)
     model = create_model("alexnet").eval()
     with pytest.raises((ValueError, RuntimeError)):
         model(torch.zeros(1, 3, 62, 62))  # which is why

@@ -39,6 +39,14 @@ def test_one_cycle_rises_then_falls_linearly() -> None:
     assert 0 < seen[-1] < 0.01  # the last step still moves
 
 
+def test_a_warm_up_of_a_single_step_has_no_length() -> None:
+    """0.1 of nine steps, and the one that PyTorch adds, is one: it begins at the peak."""
+    seen = rates(TrainConfig(lr=0.5, warmup=0.1), 9)
+    assert seen == rates(TrainConfig(lr=0.5, warmup=0.0), 9)
+    assert seen[0] == max(seen) == pytest.approx(0.5, rel=0.11)
+    assert min(seen) > 0
+
+
 def test_a_stage_with_a_rate_ends_a_cycle_of_its_own() -> None:
     """Each cycle is that of a run of its own; a stage without a rate is part of the next."""
     stages = [Stage(2, 16, 12, lr=0.5), Stage(1, 18, 14)]

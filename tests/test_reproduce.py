@@ -21,7 +21,7 @@ from fastalex import reproduce, reproduction, train
 from fastalex.checkpoint import plain
 from fastalex.cli import to_dataclass
 from fastalex.config import Config, validate
-from fastalex.errors import DivergedError
+from fastalex.errors import DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
 from fastalex.reproduction import BASE, BEGIN, END, ROWS
@@ -72,7 +72,7 @@ def test_each_row_is_a_file_that_composes(rows: dict[str, Config]) -> None:
     assert {file.stem for file in files} == set(ROWS)
     for config in rows.values():
         validate(config)
-        check_crop(config.model.name, config.data.crop)
+        check_crop(config.model.name, "data.crop", config.data.crop)
         assert config.data.name == "cifar10"
         assert (config.data.resize / config.data.crop) == pytest.approx(256 / 224, rel=0.01)
 
@@ -229,10 +229,47 @@ def test_a_run_from_before_a_key_had_its_default(
         assert message in err
 
 
+def test_an_interrupted_row_finds_its_images_where_they_are_now(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reproduce, "QUICK", ("data=imagefolder", *TINY[1:]))
+    for split, count in (("train", 100), ("test", 10)):
+        for number, name in enumerate(("a", "b")):
+            folder = tmp_path / "before" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (36, 36), (99 * number, i, 0)).save(folder / f"{i}.png")
+    row = ("budget=quick", "rows=mobilenet_v3_small")
+    assert command(*row, "data.root=before")[0] == 0
+    run = Path("results/quick/mobilenet_v3_small")
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()  # as of a run that was stopped before its end
+    Path("before").rename("after")
+
+    status, _, err = command(*row, "data.root=after", "runtime.device=cpu")
+    assert status == 2
+    assert "runtime.device=cpu: the run in results/quick/mobilenet_v3_small has runtime.device=auto" in err
+    status, _, err = command(*row, "data.root=after")
+    assert status == 0, err
+    after = json.loads((run / "summary.json").read_text())
+    assert after["ten_crop"] == before["ten_crop"]
+
+
+def test_a_run_without_its_best_weights_is_refused(tmp_path: Path) -> None:
+    made_up_run(tmp_path, "alexnet", 0, 0.1)
+    path = tmp_path / "alexnet" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["best_on_validation"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(OutputError, match=r"alexnet: summary.json has no best_on_validation"):
+        reproduction.write(tmp_path, False, None)
+
+
 def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def diverges(config: Config, folder: Path) -> None:
+    def diverges(config: Config, folder: Path, asked: dict[str, str]) -> None:
         ran.append(folder.name)
         if len(ran) == 1:
             raise DivergedError("the loss became nan at step 3 with learning rate 0.1; lower train.lr")

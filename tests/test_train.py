@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fastalex import evaluate, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
+from fastalex.errors import OutputError
 from fastalex.tracking import RunFolder
 
 # A network that takes two seconds, on images that come with scikit-learn.
@@ -120,6 +122,14 @@ def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], co
     assert evaluation["single_crop"] == summary["single_crop"]
     assert evaluation["ten_crop"] == summary["ten_crop"]
     assert f"{summary['top1_error']:.4f}" in out
+    status, _, err = command(
+        evaluate.main,
+        f"checkpoint={folder / 'checkpoint.pt'}",
+        "runtime.device=cpu",
+        "runtime.precision=fp16",
+    )
+    assert status == 2
+    assert "runtime.precision=fp16: is for GPUs; on a CPU use bf16 or fp32" in err
     for name in ("confusion_matrix.png", "mistakes.png"):
         with Image.open(folder / name) as image:
             assert np.asarray(image.convert("L")).std() > 5
@@ -254,6 +264,29 @@ def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> 
     assert json.loads(Path("run/summary.json").read_text())["skipped_images"] == 1
 
 
+def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = train.save_weights
+
+    def fails_for_the_best(
+        weights: dict[str, torch.Tensor], path: Path, *args: object, **facts: object
+    ) -> None:
+        if path.name == "best.safetensors":
+            raise OutputError(f"{path}: cannot be written (No space left on device)")
+        save(weights, path, *args, **facts)
+
+    monkeypatch.setattr(train, "save_weights", fails_for_the_best)
+    status, _, err = command(train.main, *QUICK, "checkpoint.on_error=warn", "hydra.run.dir=run")
+    assert status == 0, err
+    assert "run/best.safetensors: cannot be written (No space left on device)" in err
+    assert "run/best.safetensors: is missing or damaged; its errors are left out" in err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert "best_on_validation" not in summary
+    assert summary["epochs"] == 2
+    assert 0 <= summary["ten_crop"]["top1_error"] <= 1
+
+
 def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
     status, _, err = command(train.main, *QUICK, "train.lr=1e30", "log_every=1", "hydra.run.dir=run")
     assert status == 1
@@ -274,6 +307,17 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["model=vgg"], r"model=vgg: there is no such choice; choose from alexnet"),
         (["data=0"], r"Config group override must be a string"),
         (["train.lr=${oc.env:HOME}"], r"train.lr: .*could not be converted to Float"),
+        (["seed=18446744073709551616"], r"seed=18446744073709551616: must be at least 0 and below 2\*\*63"),
+        (["runtime.threads=1099511627776"], r"runtime.threads=1\S+: must be at least 0 and below 4096"),
+        (["distributed.timeout=inf"], r"distributed.timeout=inf: must lie between"),
+        (
+            ["profile=true", "train.epochs=1"],
+            r"train.epochs=1: profile=true takes 10 steps, and the run has 8; raise train.epochs",
+        ),
+        (
+            ["train.stages=[{epochs: 1, resize: 36, crop: 16}]"],
+            r"train.stages\[0\].crop=16: mobilenet_v3_small needs a crop of at least 32",
+        ),
         (["checkpoint.keep=0"], r"checkpoint.keep=0: must be at least 1"),
         (["checkpoint.every_steps=-1"], r"checkpoint.every_steps=-1: must be at least 0"),
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),

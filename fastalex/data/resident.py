@@ -1,7 +1,7 @@
 """``loader=resident``: decoded images stay on the device as uint8, and one kernel makes each batch of them.
 
 Order, offsets and flips are drawn on the device too, so after the first batch nothing crosses to it but
-kernel launches. On the CPU the images are used where they lie, mapped from the cache or not, without a copy.
+kernel launches. On the CPU the images are used where they lie, without a copy.
 
 Nothing runs ahead of the training loop: a GPU queues `augment` behind the step before it, and on two CPU
 cores a batch takes under 1% of a training step (``benchmarks/test_augment.py``): less than a thread that
@@ -10,7 +10,6 @@ competes for the same cores would cost.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
@@ -106,9 +105,7 @@ class _DevicePixels:
 
     def __init__(self, pixels: NDArray[np.uint8], device: torch.device) -> None:
         self.pixels = pixels
-        with warnings.catch_warnings():  # the cache is mapped read-only, and nothing here writes
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+        self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
 
 
 _resident: WeakValueDictionary[tuple[int, torch.device], _DevicePixels] = WeakValueDictionary()

@@ -47,10 +47,9 @@ def training_samples(num_images: int, *, flip: Flip, batch_size: int, world_size
     samples = num_images * (2 if flip is Flip.both else 1)
     batches = samples // (batch_size * world_size)
     if batches == 0:
-        ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
         raise ConfigError(
-            f"train.batch_size={batch_size}{ranks} is more than the {samples} training samples of an epoch; "
-            f"use train.batch_size={max(1, samples // world_size)} or less"
+            f"train.batch_size={batch_size * world_size} is more than the {samples} training samples of an "
+            f"epoch; use train.batch_size={max(1, samples // world_size) * world_size} or less"
         )
     return batches * batch_size
 

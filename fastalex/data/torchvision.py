@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -120,8 +119,7 @@ class _ViewsOfImages(Dataset[_Item]):
         index, top, left, flip = row
         size, crop = [self.data.resize] * 2, self.data.crop
         try:
-            # Copied only where it is a view of the cache, which is mapped read-only.
-            pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
+            pixels = torch.from_numpy(self.images.image(index))
         except DataError as error:
             return error
         # With channels innermost in memory torchvision resizes three times as fast as it does planes.

@@ -46,15 +46,20 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     return allow_winograd(model)
 
 
-def check_crop(name: str, crop: int) -> None:
+def check_crop(name: str, key: str, crop: int) -> None:
     """Refuse a crop, in pixels, from which the network computes nothing.
+
+    Args:
+        name: of the network.
+        key: that has the crop.
+        crop: its value.
 
     Raises:
         ConfigError: naming the smallest crop that works.
     """
     smallest = MIN_CROP if name == "alexnet" else 32  # torchvision's networks halve the image five times
     if crop < smallest:
-        raise ConfigError(f"data.crop={crop}: {name} needs a crop of at least {smallest}")
+        raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
 
 def count_parameters(model: nn.Module) -> int:
