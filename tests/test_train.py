@@ -269,9 +269,7 @@ def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
 ) -> None:
     save = train.save_weights
 
-    def fails_for_the_best(
-        weights: dict[str, torch.Tensor], path: Path, *args: object, **facts: object
-    ) -> None:
+    def fails_for_the_best(weights: dict[str, torch.Tensor], path: Path, *args: Any, **facts: Any) -> None:
         if path.name == "best.safetensors":
             raise OutputError(f"{path}: cannot be written (No space left on device)")
         save(weights, path, *args, **facts)

@@ -10,6 +10,7 @@ competes for the same cores would cost.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
@@ -105,7 +106,9 @@ class _DevicePixels:
 
     def __init__(self, pixels: NDArray[np.uint8], device: torch.device) -> None:
         self.pixels = pixels
-        self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+        with warnings.catch_warnings():  # images may be mapped read-only; nothing here writes
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
 
 
 _resident: WeakValueDictionary[tuple[int, torch.device], _DevicePixels] = WeakValueDictionary()

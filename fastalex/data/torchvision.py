@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -119,7 +120,8 @@ class _ViewsOfImages(Dataset[_Item]):
         index, top, left, flip = row
         size, crop = [self.data.resize] * 2, self.data.crop
         try:
-            pixels = torch.from_numpy(self.images.image(index))
+            # Copied only where it is a view of images that are mapped read-only.
+            pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
         except DataError as error:
             return error
         # With channels innermost in memory torchvision resizes three times as fast as it does planes.
