@@ -4,9 +4,9 @@
 
 A training batch of 128, channels-last: activations in bf16 where the machine computes in it, fp32 weight and
 bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and
-bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. In bf16 these are the 3x3 convolutions of
-224x224 pixels; in fp32 AlexNet's 5x5 one as well, and those of 112x112 and 64x64. They take turns, and memory
-that is freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
+bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. These are the 3x3 convolutions of crops of
+224x224, 112x112 and 64x64 pixels; in fp32 AlexNet's 5x5 one as well. They take turns, and memory that is
+freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
 `winograd_cpu_fp32.csv` without bf16: milliseconds a batch, how many times faster `winograd` is, and for each
 layer the root mean square error of the result and of the gradients of input and weight, relative to
 float64's, for rectified noise and a weight initialised after He.
@@ -56,13 +56,13 @@ def at(crop: int) -> str:
     return "" if crop == 224 else f" at {crop}"
 
 
-LAYERS = {name: Layer(*channels, 3, 13) for name, channels in LAYERS_3X3.items()}
-if IN_FP32:
-    for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
+LAYERS: dict[str, Layer] = {}
+for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
+    if IN_FP32:
         LAYERS[f"conv2{at(crop)}"] = Layer(96, 256, 5, second)
-        LAYERS |= {f"{name}{at(crop)}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
-for crop in RESNET_18 if IN_FP32 else (224,):
-    for n, pixels in enumerate(RESNET_18[crop]):
+    LAYERS |= {f"{name}{at(crop)}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
+for crop, sizes in RESNET_18.items():
+    for n, pixels in enumerate(sizes):
         LAYERS[f"ResNet-18 layer{n + 1}{at(crop)}"] = Layer(64 * 2**n, 64 * 2**n, 3, pixels)
 
 
@@ -144,9 +144,10 @@ def test_training_batch(benchmark: Any) -> None:
         median, low, high = percentiles(times)
         factor = median / percentiles(seconds[case, direction, "winograd"][1:])[0]
         layer = LAYERS[case]
-        described = f"{case}, {BATCH} x {layer.channels} to {layer.out_channels}"
-        if IN_FP32:
-            described += f", {layer.taps}x{layer.taps} on {layer.pixels}x{layer.pixels}"
+        described = (
+            f"{case}, {BATCH} x {layer.channels} to {layer.out_channels}, "
+            f"{layer.taps}x{layer.taps} on {layer.pixels}x{layer.pixels}"
+        )
         of = error[case, name]
         rows.append(Row(described, name, direction, median, low, high, len(times), factor, *of))
         print(

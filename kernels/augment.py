@@ -114,6 +114,8 @@ def _check_images(
         raise ValueError(f"{name}: crop must be in 1 .. resize, got crop={crop} with resize={resize}")
     if max(images.shape[1:3]) * resize >= 2**28:  # the kernels' exact coordinates are 32-bit
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])} resized to {resize} are too large")
+    if 3 * max(images.shape[1] * images.shape[2], crop**2) >= 2**31:  # so are offsets within an image
+        raise ValueError(f"{name}: images of {tuple(images.shape[1:3])}, or crops of {crop}, are too large")
     if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
         raise ValueError(f"{name}: mean must be three finite numbers, got {mean}")
     if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):

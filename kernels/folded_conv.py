@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import folded_conv_reference as reference
+from ._checks import check_fits
 from .augment import _check_images, _check_plan, _check_ranges, _resolve_indices
 
 
@@ -207,6 +208,8 @@ def _folded_conv_backward(
     stride: int,
     padding: int,
 ) -> tuple[Tensor, Tensor]:
+    expected = _convolved(indices, weight, crop, stride, padding, grad.dtype, "meta")
+    check_fits("gradient", grad, expected.shape, grad.dtype, weight)
     plan = images, indices, offsets, flips, weight.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
         batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import lrn_reference as reference
+from ._checks import check_fits
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,13 +93,10 @@ def _check_pooling(x: Tensor, size: int, name: str) -> None:
         raise ValueError(f"{name}: height and width must be at least 3, got {tuple(x.shape)}")
 
 
-def _check_gradient(grad: Tensor, expected: Tensor, x: Tensor) -> None:
-    """The backward operators may be called directly: say what does not fit before a kernel reads past it."""
-    if grad.shape != expected.shape or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(
-            f"gradient does not fit its input: got {grad.dtype} {tuple(grad.shape)} on {grad.device}, "
-            f"expected {x.dtype} {tuple(expected.shape)} on {x.device}"
-        )
+def _check_pooled_gradient(grad: Tensor, argmax: Tensor, x: Tensor) -> None:
+    shape = _pooled(x).shape
+    check_fits("gradient", grad, shape, x.dtype, x)
+    check_fits("argmax", argmax, shape, torch.uint8, x)
 
 
 def _implementation(x: Tensor) -> ModuleType:
@@ -146,13 +144,13 @@ def _lrn_backward(
 
 @_lrn_backward.register_kernel(_ACCELERATED)
 def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    _check_gradient(grad, x, x)
+    check_fits("gradient", grad, x.shape, x.dtype, x)
     return _implementation(x).lrn_backward(grad, x, size, alpha, beta, k, relu)
 
 
 @_lrn_backward.register_fake
 def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    _check_gradient(grad, x, x)
+    check_fits("gradient", grad, x.shape, x.dtype, x)
     return torch.empty_like(x)
 
 
@@ -180,13 +178,13 @@ def _lrn_max_pool_backward(
 
 @_lrn_max_pool_backward.register_kernel(_ACCELERATED)
 def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    _check_gradient(grad, _pooled(x), x)
+    _check_pooled_gradient(grad, argmax, x)
     return _implementation(x).lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
 
 
 @_lrn_max_pool_backward.register_fake
 def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    _check_gradient(grad, _pooled(x), x)
+    _check_pooled_gradient(grad, argmax, x)
     return torch.empty_like(x)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import winograd_reference as reference
+from ._checks import check_fits
 
 TAPS = 3, 5
 
@@ -75,6 +76,10 @@ def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
     return winograd_numba_bf16 if small else winograd_numba_fp32
 
 
+def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> None:
+    check_fits("gradient", grad, (x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype, x)
+
+
 @custom_op("fastalex::winograd_conv2d", mutates_args=())
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # it reaches into operators
@@ -89,12 +94,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @custom_op("fastalex::winograd_conv2d_backward", mutates_args=())
 def _winograd_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gradient(grad, x, weight)
     with torch.autocast(x.device.type, enabled=False):
         return _implementation(x, weight).winograd_conv2d_backward(grad, x, weight)
 
 
 @_winograd_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gradient(grad, x, weight)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     taps = weight.new_empty((*weight.shape[2:], *weight.shape[:2]))
     return d_x, taps.permute(2, 3, 0, 1), weight.new_empty(weight.shape[:1])

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fastalex.kernels import winograd_conv2d
 
-# Where Winograd's algorithm is faster in bf16: 1.4 times for AlexNet's third convolution, of 256 channels and
-# 13x13 pixels (benchmarks/test_winograd.py), and slower at 3x3 pixels, where transforming the weight takes
-# longest. Fewer channels were measured in fp32 only.
-BF16_PIXELS = 100
-BF16_CHANNELS = 256
+# Where Winograd's algorithm is faster in bf16 (benchmarks/test_winograd.py): 1.1 to 1.5 times in layers of so
+# many channels and products, counted for one tap of the weight. With fewer products, transforming the weight
+# outweighs what it saves, and with fewer channels transforming the tiles does.
+BF16_CHANNELS = 128
+BF16_PRODUCTS = 2**28
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -30,8 +30,9 @@ class WinogradConv2d(nn.Conv2d):
 
     def _is_faster(self, x: Tensor) -> bool:
         if x.dtype == torch.bfloat16:
-            pixels = x.shape[-2] * x.shape[-1]
-            return self.kernel_size == (3, 3) and pixels >= BF16_PIXELS and self.in_channels >= BF16_CHANNELS
+            products = x.numel() * self.out_channels
+            many = self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
+            return self.kernel_size == (3, 3) and many
         return x.dtype == torch.float32
 
 

@@ -235,6 +235,8 @@ def test_is_channels_last() -> None:
         ({"crop": 17}, "crop=17 with resize=16"),
         ({"crop": 0}, "crop=0"),
         ({"resize": 2**26, "images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}, "too large"),
+        ({"images": torch.zeros(1, 27000, 27000, 3, dtype=torch.uint8, device="meta")}, "too large"),
+        ({"resize": 2**15, "crop": 2**15}, "crops of 32768, are too large"),
         ({"offsets": torch.zeros(5, 2)}, r"offsets must be torch.int32 \(5, 2\) on cpu, got torch.float32"),
         ({"offsets": torch.zeros(4, 2, dtype=torch.int32)}, r"got torch.int32 \(4, 2\)"),
         ({"offsets": torch.full((5, 2), 5, dtype=torch.int32)}, r"offsets must be in 0 .. 4, got 5 .. 5"),

@@ -235,6 +235,14 @@ def test_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
         folded_conv2d(**arguments)
 
 
+def test_a_gradient_that_does_not_fit_is_refused() -> None:
+    arguments = case(8, 8, 64, 56, 11, count=2)
+    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "weight")]
+    grad = torch.zeros(2, 96, 13, 12)
+    with pytest.raises(ValueError, match=r"gradient does not fit.* \(2, 96, 13, 12\).* \(2, 96, 13, 13\)"):
+        torch.ops.fastalex.folded_conv_backward(grad, *tensors, 64, 56, MEAN, STD, 4, 2)
+
+
 def test_second_derivatives_are_refused() -> None:
     arguments = case(8, 8, 64, 56, 11, count=2)
     weight = arguments["weight"].requires_grad_()

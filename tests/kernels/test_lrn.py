@@ -523,6 +523,18 @@ def test_importing_loads_no_compiler() -> None:
             ),
             "on meta, expected torch.float32 .* on cpu",
         ),
+        (
+            lambda: torch.ops.fastalex.lrn_max_pool_backward(
+                torch.ones(1, 32, 2, 2), torch.ones(1, 32, 1, 1).byte(), torch.ones(1, 32, 5, 5), *ALEXNET
+            ),
+            r"argmax does not fit.*\(1, 32, 1, 1\).*expected torch.uint8 \(1, 32, 2, 2\)",
+        ),
+        (
+            lambda: torch.ops.fastalex.lrn_max_pool_backward(
+                torch.ones(1, 32, 2, 2), torch.ones(1, 32, 2, 2).long(), torch.ones(1, 32, 5, 5), *ALEXNET
+            ),
+            "argmax does not fit.* got torch.int64",
+        ),
     ],
 )
 def test_errors_say_what_was_given(call: Callable[[], Tensor], message: str) -> None:

@@ -144,32 +144,57 @@ def test_bf16_is_within_three_times_the_error_of_a_plain_convolution(channels: t
         assert errors[0] <= 3 * errors[1]
 
 
+def in_dtype(dtype: torch.dtype, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """With activations and their gradient in that type, which holds them exactly."""
+    x, *rest, grad = arguments
+    return x.to(dtype), *rest, grad.to(dtype)
+
+
+def assert_all_near(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    """bf16 rounds tiles and weight once each, by up to 2^-9; a result is a sum of products of both."""
+    for result, truth in zip(found, expected, strict=True):
+        assert_near(result, truth, 1e-5 if dtype == torch.float32 else 2**-6)
+
+
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.mark.parametrize("channels", [(32, 48), (16, 16), (10, 16), (16, 3)], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (2, 2), (8, 1), (14, 14)], ids=str)
+def test_bf16(size: tuple[int, int], channels: tuple[int, int]) -> None:
+    arguments = case(2, *channels, *size)
+    found = results(winograd_conv2d, *in_dtype(torch.bfloat16, arguments))
+    assert [each.dtype for each in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert_all_near(found, exact(*arguments), torch.bfloat16)
+
+
+@both
 @pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("images", [0, 1, 150])
-def test_number_of_images(images: int, taps: int) -> None:
-    """More than go through at a time, too: of the latter, 44."""
+def test_number_of_images(images: int, taps: int, dtype: torch.dtype) -> None:
+    """More than go through at a time, too: of 3x3 64 in bf16; of 5x5 in fp32, 44."""
     arguments = case(images, 16, 32, 9, 9, taps)
-    found = results(winograd_conv2d, *arguments)
+    found = results(winograd_conv2d, *in_dtype(dtype, arguments))
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    for result, expected in zip(found, exact(*arguments), strict=True):
-        assert_near(result, expected, 1e-5)
+    assert_all_near(found, exact(*arguments), dtype)
 
 
+@both
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_number_of_threads(threads: int) -> None:
+def test_number_of_threads(threads: int, dtype: torch.dtype) -> None:
     arguments = case(5, 16, 32, 7, 6)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = results(winograd_conv2d, *arguments)
+        found = results(winograd_conv2d, *in_dtype(dtype, arguments))
     finally:
         torch.set_num_threads(before)
-    for result, expected in zip(found, exact(*arguments), strict=True):
-        assert_near(result, expected, 1e-5)
+    assert_all_near(found, exact(*arguments), dtype)
 
 
-def test_memory_format_does_not_matter() -> None:
-    x, weight, bias, grad = case(2, 16, 32, 5, 6)
+@both
+def test_memory_format_does_not_matter(dtype: torch.dtype) -> None:
+    x, weight, bias, grad = in_dtype(dtype, case(2, 16, 32, 5, 6))
     strange = results(winograd_conv2d, x, weight, bias, grad)
     usual = results(
         winograd_conv2d, *(channels_last(each) for each in (x, weight)), bias, channels_last(grad)
@@ -177,14 +202,14 @@ def test_memory_format_does_not_matter() -> None:
     torch.testing.assert_close(strange, usual, rtol=0, atol=0)
 
 
+@both
 @pytest.mark.parametrize("taps", TAPS)
-def test_without_bias(taps: int) -> None:
-    x, weight, _, grad = case(2, 16, 32, 5, 6, taps)
+def test_without_bias(taps: int, dtype: torch.dtype) -> None:
+    x, weight, _, grad = in_dtype(dtype, case(2, 16, 32, 5, 6, taps))
     found = results(partial(winograd_conv2d, bias=None), x, weight, grad)
     usual = partial(F.conv2d, padding=taps // 2)
     expected = results(usual, x.double(), weight.double(), grad.double())
-    for result, truth in zip(found, expected, strict=True):
-        assert_near(result, truth, 1e-5)
+    assert_all_near(found, expected, dtype)
 
 
 def test_the_result_may_be_changed_in_place() -> None:
@@ -232,6 +257,13 @@ def test_says_what_is_wrong(change: dict[str, Tensor], message: str) -> None:
     arguments = {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), "bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=f"winograd_conv2d: {message}"):
         winograd_conv2d(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("grad", [torch.zeros(2, 4, 5, 4), torch.zeros(2, 4, 5, 5).bfloat16()], ids=str)
+def test_a_gradient_that_does_not_fit_is_refused(grad: Tensor) -> None:
+    x, weight = torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(ValueError, match=r"gradient does not fit.* expected torch.float32 \(2, 4, 5, 5\)"):
+        torch.ops.fastalex.winograd_conv2d_backward(grad, x, weight)
 
 
 def test_second_derivatives_are_refused() -> None:
