@@ -16,9 +16,8 @@ PARTS = (CONVOLUTIONS, PRODUCTS, LRN, INPUT, OPTIMIZER, OTHER)
 
 # Whatever happens within one of these belongs to it.
 _RANGES = {
-    CONVOLUTIONS: re.compile(
-        r"winograd_conv|folded_conv"
-    ),  # with the products and copies that they are made of
+    LRN: re.compile(r"^fastalex::(lrn|lrn_max_pool)(_backward)?$"),  # within a conv_block, too
+    CONVOLUTIONS: re.compile(r"winograd_conv|folded_conv|conv_block"),  # with the products they are made of
     INPUT: re.compile(r"^input$|^enumerate\(DataLoader\)"),
     OPTIMIZER: re.compile(r"^optimizer$|^Optimizer\.|multi_tensor|sgd", re.IGNORECASE),
 }

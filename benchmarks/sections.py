@@ -98,7 +98,11 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
         if (row := [cells[program, part] for program in programs])
     ]
     rest = [
-        1 - sum(float(cells[program, part].record["share_of_step"]) for part in (CONVOLUTIONS, PRODUCTS))
+        sum(
+            float(cells[program, part].record["share_of_step"])
+            for part in PARTS
+            if part not in (CONVOLUTIONS, PRODUCTS)
+        )
         for program in programs
     ]
     parts.append(["all but convolutions and matrix products", *(f"{share:.1%}" for share in rest)])

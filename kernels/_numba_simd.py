@@ -8,7 +8,7 @@ chooses the instructions and splits the vectors for machines with narrower regis
     x = pointer(array)
     v = load(x, i)          16 elements from index i, as fp32
     store(x, i, v)          rounded to nearest even
-    a + b, a - b, a * b, a / b, fma(a, b, c), maximum(a, b), where(mask, a, b), a > b, a == b, ...
+    a + b, a - b, a * b, a / b, fma(a, b, c), where(mask, a, b), a > b, a == b, ...
 
 NumPy has no bf16, so an array's dtype stands for what its bits are: float32, uint16 for bf16, int16 for
 fp16 (`bits` makes such a view of a tensor). Nothing is checked: an index out of range is a crash.
@@ -19,6 +19,8 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -35,14 +37,31 @@ LANES = 16
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
+def digest(folder: Path) -> str:
+    """A hash of the Python files in a folder."""
+    content = blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.py")):
+        content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return content.hexdigest()
+
+
+SOURCES = digest(Path(__file__).parent)
+
+
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` that keeps compiled code on disk where a folder for it can be written."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
+            compiled = numba.njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable
             return numba.njit(nogil=True, **options)(function)
+        # Numba compiles again when the function's own file has changed. What is compiled into it comes from
+        # others here too, and there is no public way to tell it so.
+        index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+        if hasattr(index, "_source_stamp"):
+            index._source_stamp = index._source_stamp, SOURCES
+        return compiled
 
     return decorate
 
@@ -292,8 +311,6 @@ _binary(operator.mul, _vector, lambda builder, a, b: builder.fmul(a, b))
 _binary(operator.truediv, _vector, lambda builder, a, b: builder.fdiv(a, b))
 _binary(operator.gt, _mask, lambda builder, a, b: builder.fcmp_ordered(">", a, b))
 _binary(operator.eq, _mask, lambda builder, a, b: builder.fcmp_ordered("==", a, b))
-_binary(operator.ne, _mask, lambda builder, a, b: builder.fcmp_unordered("!=", a, b))
-_binary(operator.or_, _mask, lambda builder, a, b: builder.or_(a, b))
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: Any) -> Any:

@@ -31,6 +31,9 @@ from benchmarks.parts import (
         (["aten::mm", "AddmmBackward0"], PRODUCTS),
         (["aten::mm", "fastalex::winograd_conv2d", "forward"], CONVOLUTIONS),
         (["fastalex::lrn_max_pool", "forward"], LRN),
+        (["aten::mm", "fastalex::conv_block", "forward"], CONVOLUTIONS),
+        (["aten::copy_", "aten::to", "fastalex::conv_block_backward", "backward"], CONVOLUTIONS),
+        (["fastalex::lrn_max_pool_backward", "fastalex::conv_block_backward", "backward"], LRN),
         (["aten::pow", "forward"], LRN),
         (["aten::mul", "MulBackward0"], LRN),
         (["aten::mul", "aten::dropout"], OTHER),
@@ -65,7 +68,7 @@ def test_a_network_without_convolutions_has_no_time_in_them() -> None:
     seconds = profile_step(step_of(nn.Linear(400, 400), torch.randn(400, 400)))
     assert tuple(seconds) == PARTS
     assert seconds[CONVOLUTIONS] == seconds[LRN] == 0
-    assert min(seconds[PRODUCTS], seconds[INPUT], seconds[OPTIMIZER], seconds[OTHER]) > 0
+    assert min(seconds[PRODUCTS], seconds[INPUT], seconds[OPTIMIZER]) > 0
 
 
 def test_eager_normalisation_is_found_forward_and_backward() -> None:
@@ -73,5 +76,6 @@ def test_eager_normalisation_is_found_forward_and_backward() -> None:
     images = torch.randn(8, 3, 64, 64)
     model = nn.Sequential(nn.Conv2d(3, 96, 1), nn.ReLU(), nn.LocalResponseNorm(5))
     seconds = profile_step(step_of(model, images))
-    assert seconds[LRN] > sum(seconds.values()) / 2
+    operators = sum(seconds.values()) - seconds[OTHER]  # which is also whatever the machine did meanwhile
+    assert seconds[LRN] > operators / 2
     assert seconds[CONVOLUTIONS] > 0

@@ -496,7 +496,7 @@ def test_importing_loads_no_compiler() -> None:
         import fastalex.kernels
         print("numba" in sys.modules, "triton" in sys.modules)
     """
-    assert run_python(program).split()[0] == "False"
+    assert run_python(program).split() == ["False", "False"]
 
 
 # --- errors -----------------------------------------------------------------------------------------------

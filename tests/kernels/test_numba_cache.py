@@ -1,0 +1,51 @@
+"""Machine code on disk is used again as long as no file that it was made from has changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastalex.kernels
+from fastalex.kernels._numba_simd import digest
+
+PROGRAM = """
+import sys
+from fastalex.kernels import _numba_simd
+_numba_simd.SOURCES = sys.argv[1]
+
+@_numba_simd.jit()
+def twice(x):
+    return 2 * x
+
+assert twice(3) == 6
+print(sum(twice.stats.cache_hits.values()))
+"""
+
+
+def test_code_of_other_sources_is_compiled_again(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    hits = []
+    for sources in ("one", "one", "other", "other"):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, str(program), sources]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        hits.append(int(done.stdout))
+    assert hits == [0, 1, 0, 1]
+
+
+def test_the_sources_are_every_kernel_file(tmp_path: Path) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(
+        Path(fastalex.kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    before = digest(copy)
+    assert digest(copy) == before
+    seen = {before}
+    for path in sorted(copy.glob("*.py")):
+        path.write_text(path.read_text() + "\n")
+        seen.add(digest(copy))
+    assert len(seen) == 1 + len(list(copy.glob("*.py"))) > 10
