@@ -58,7 +58,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return numba.njit(nogil=True, **options)(function)
         # Numba compiles again when the function's own file has changed. What is compiled into it comes from
         # others here too, and there is no public way to tell it so.
-        index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+        index: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
         if hasattr(index, "_source_stamp"):
             index._source_stamp = index._source_stamp, SOURCES
         return compiled
