@@ -2,11 +2,11 @@
 
     python -m pytest benchmarks/test_pooled_linear.py --benchmark-enable -s
 
-The network's step on random pixels, as the fast loop takes it: forward and backward, clipped gradients, fused
-SGD. `pool, then linear` pools the image up to 6x6 pixels, which 224x224 would have given, as torchvision's
-AlexNet does; `pooled weight` is `PooledLinear`, whose product is smaller. They take turns. Writes
-`benchmarks/results/pooled_linear_cpu.csv`, or `pooled_linear_cpu_fp32.csv` on a CPU without bf16:
-milliseconds a step and how many times faster the second is.
+The network's step on random pixels, as the fast loop takes it: forward and backward, clipped gradients, SGD
+on the factors of the hidden layers' gradients. `pool, then linear` pools the image up to 6x6 pixels, which
+224x224 would have given, as torchvision's AlexNet does; `pooled weight` is `PooledLinear`, whose product is
+smaller. They take turns. Writes `benchmarks/results/pooled_linear_cpu.csv`, or `pooled_linear_cpu_fp32.csv`
+on a CPU without bf16: milliseconds a step and how many times faster the second is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.models import create_model
+from fastalex.models.factored_linear import factored_layers, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.optim import create_optimizer
+from fastalex.parallel import clip_gradients
 from fastalex.runtime import Runtime, choose
 
 CROPS = (64, 112, 128, 168)  # of which the last pool leaves 1, 2, 3 and 4 pixels a side
@@ -37,7 +39,7 @@ ROUNDS = 7
 
 class PoolThenLinear(PooledLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.adaptive_avg_pool2d(x, self.size).flatten(1), self.weight, self.bias)
+        return self.linear(F.adaptive_avg_pool2d(x, self.size).flatten(1), self.weight, None)
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,16 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, x: Tensor
 ) -> Callable[[], None]:
     labels = torch.randint(10, (len(x),), generator=torch.Generator().manual_seed(0))
+    factored = factored_layers(model)
 
     def step() -> None:
-        with runtime.autocast():
-            logits = model(x)
-        F.cross_entropy(logits.float(), labels).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        with keeping_factors(factored):
+            with runtime.autocast():
+                logits = model(x)
+            F.cross_entropy(logits.float(), labels).backward()
+            clip_gradients(model, CLIP_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
