@@ -135,7 +135,7 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
         "",
         *table(["", "images/s", "range", "times reference"], evaluation),
         "Peak memory in training: of a process, its high-water mark after the warm-up, PyTorch itself "
-        "included, and what its DataLoader's processes share with nobody.",
+        "included, and what the processes it started, a DataLoader's or torch.compile's, share with nobody.",
         "",
         *table(["", "MB", "times reference"], memory),
     ]
