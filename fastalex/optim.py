@@ -20,8 +20,8 @@ from fastalex.models.factored_linear import FactoredLinear, factored_layers
 # Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
 AVERAGE_EVERY = 8
 
-# Rows of a factored gradient that are multiplied out together, 5 MB of AlexNet's largest: the fastest number in
-# benchmarks/test_factored_sgd.py.
+# Rows of a factored gradient that are multiplied out together, 5 MB of AlexNet's largest: the fastest number
+# in benchmarks/test_factored_sgd.py.
 ROWS = 128
 
 PLATEAU_FACTOR = 0.1
