@@ -468,9 +468,12 @@ class Run:
     def _read_best(self, consequence: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The weights best on validation; None, with a warning of what follows, if they are lost."""
         try:
-            return read_weights(self._best_path)
-        except CheckpointError as error:
-            print(f"fastalex: warning: {error}; {consequence}", file=sys.stderr)
+            weights, facts = read_weights(self._best_path)
+            return weights, {key: facts[key] for key in ("epoch", "validation_top1_error")}
+        except (CheckpointError, KeyError):
+            print(
+                f"fastalex: warning: {self._best_path}: is missing or damaged; {consequence}", file=sys.stderr
+            )
             return None
 
 

@@ -124,6 +124,7 @@ def test_a_process_alone_talks_to_nobody() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train.batch_size=127"], r"train.batch_size=127: is of all 2 processes together .* multiple of 2"),
         (
             ["train.batch_size=12", "train.accumulate=4"],
             r"train.batch_size=12: is of all 2 processes together and does not divide among them in "
