@@ -81,6 +81,12 @@ class Run:
     def images_seen(self) -> int:
         return int(self.summary["steps"] * self.config["train"]["batch_size"])
 
+    @property
+    def crops(self) -> list[int]:
+        """The crops that it was trained at, one after another; the last is what it was tested at."""
+        stages = self.config["train"]["stages"]
+        return list(dict.fromkeys([*(stage["crop"] for stage in stages), self.config["data"]["crop"]]))
+
     def epochs_to(self, error: float) -> int | None:
         """Return the first epoch after which the validation error is at most this; None if there is none."""
         for epoch in self.epochs:
@@ -172,7 +178,7 @@ def _record(run: Run, row: Row, results: Path) -> dict[str, Any]:
         "seed": run.config["seed"],
         "folder": run.folder.relative_to(results).as_posix(),
         "data": run.summary["data"],
-        "crop": run.config["data"]["crop"],
+        "crops": run.crops,
         "epochs": run.summary["epochs"],
         "best_epoch": best["epoch"],
         "validation_top1_error": run.epochs[-1]["validation_top1_error"],
@@ -288,12 +294,13 @@ def summary_table(content: dict[str, Any]) -> str:
                     _published(entry),
                     _figures(entry, "ten_crop"),
                     _figures(entry, "single_crop"),
-                    str(first.get("crop", "")),
+                    _crops(first),
                     str(first.get("epochs", "")),
                 ]
             )
     heads = ["network", "the study, ten-crop", "fastalex, ten-crop", "single crop", "crop", "epochs"]
-    return _table(heads, rows)
+    caption = f"*Top-1 / top-5 test error of the final weights{_data(content)}.*"
+    return f"{_table(heads, rows)}\n\n{caption}"
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -309,9 +316,10 @@ def markdown(content: dict[str, Any]) -> str:
         "Written by `python -m fastalex.reproduce"
         + (" budget=quick" if quick else "")
         + "` from the runs in "
-        "this folder. Errors are shares of the test images, top-1 / top-5, of the final weights; "
-        "rows of several seeds give the mean and, after ±, the standard deviation. The test images chose "
-        "nothing: a row's settings are fixed before its run."
+        f"this folder. Errors{_data(content)} are shares of the test images, top-1 / top-5, of the final "
+        "weights; rows of several seeds give the mean and, after ±, the "
+        "standard deviation. A row's settings are fixed before its run, by the training and validation "
+        "errors of earlier ones; where their test errors had been seen by then, `docs/recipe.md` says so."
     )
     rows = content["rows"]
     errors, costs = [], []
@@ -331,7 +339,7 @@ def markdown(content: dict[str, Any]) -> str:
             costs.append(
                 [
                     f"`{run['folder']}`",
-                    str(run["crop"]),
+                    _crops(run),
                     str(run["epochs"]),
                     f"{run['images_seen']:,}",
                     _reached(entry, run),
@@ -381,6 +389,16 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
 def _published(entry: dict[str, Any]) -> str:
     published = entry["published"]
     return f"{published['top1_error']:.4f} / {published['top5_error']:.4f}" if published else ""
+
+
+def _data(content: dict[str, Any]) -> str:
+    """On which images: what the runs call their data."""
+    names = dict.fromkeys(run["data"] for entry in content["rows"].values() for run in entry["runs"])
+    return f" on {' and '.join(names)}" if names else ""
+
+
+def _crops(run: dict[str, Any]) -> str:
+    return ", ".join(map(str, run.get("crops", [])))
 
 
 def _figures(entry: dict[str, Any], crops: str) -> str:

@@ -321,7 +321,8 @@ def made_up_run(
         folder / "config.yaml",
         "model: {name: mobilenet_v3_small}\nloader: {name: auto}\n"
         "data: {name: digits, resize: 36, crop: 96}\n"
-        f"train: {{epochs: 3, batch_size: 128}}\nseed: {seed}\n",
+        "train: {epochs: 3, batch_size: 128, stages: [{epochs: 1, resize: 24, crop: 64}]}\n"
+        f"seed: {seed}\n",
     )
     return summary
 
@@ -343,7 +344,8 @@ def test_a_row_of_one_run(tmp_path: Path) -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("| `alexnet` |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     hardware = "a processor (cpu), bfloat16"
-    assert cells[1:] == ["96", "3", "119,808", "2", "1:02:03", "61.7", "58,322,314", "0", hardware]
+    assert cells[1:] == ["64, 96", "3", "119,808", "2", "1:02:03", "61.7", "58,322,314", "0", hardware]
+    assert "Errors on a data set are shares of the test images, top-1 / top-5, of" in text
     assert "quick" not in text
     assert content["budget"] == "full"
     assert content["comparisons"] == []
@@ -403,8 +405,9 @@ def test_the_readme_table_is_between_its_markers(tmp_path: Path) -> None:
     reproduction.write(tmp_path, False, readme)
     text = readme.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n| network |")
-    assert text.endswith(f"|\n{END}\n\nThe end.\n")
-    assert "| AlexNet | 0.1397 / 0.0072 | 0.1250 / 0.0125 | 0.1350 / 0.0135 | 96 | 3 |" in text
+    caption = "*Top-1 / top-5 test error of the final weights on a data set.*"
+    assert text.endswith(f"|\n\n{caption}\n{END}\n\nThe end.\n")
+    assert "| AlexNet | 0.1397 / 0.0072 | 0.1250 / 0.0125 | 0.1350 / 0.0135 | 64, 96 | 3 |" in text
     assert "| ResNet-18 | 0.0970 / 0.0044 | not run | not run |  |  |" in text
     assert "old" not in text
     reproduction.write(tmp_path, False, readme)
