@@ -37,7 +37,6 @@ _POINTER = {
 class Sm:
     """What one streaming multiprocessor can hold."""
 
-    gpus: str
     warps: int
     blocks: int
     shared: int  # bytes
@@ -47,12 +46,12 @@ class Sm:
 # All of them have 65,536 registers, in four parts of 16,384, handed out to a warp 256 at a time (the rules of
 # the occupancy calculator in Nsight Compute).
 ARCHITECTURES = {
-    80: Sm("A100", 64, 32, 164 * 1024),
-    86: Sm("RTX 30", 48, 16, 100 * 1024),
-    89: Sm("RTX 40, L4", 48, 24, 100 * 1024),
-    90: Sm("H100, H200", 64, 32, 228 * 1024),
-    100: Sm("B200", 64, 32, 228 * 1024),
-    120: Sm("RTX 50", 48, 24, 100 * 1024),
+    80: Sm(64, 32, 164 * 1024),  # A100
+    86: Sm(48, 16, 100 * 1024),  # RTX 30
+    89: Sm(48, 24, 100 * 1024),  # RTX 40, L4
+    90: Sm(64, 32, 228 * 1024),  # H100, H200
+    100: Sm(64, 32, 228 * 1024),  # B200
+    120: Sm(48, 24, 100 * 1024),  # RTX 50
 }
 
 

@@ -59,6 +59,24 @@ def test_agrees_with_float64() -> None:
         assert (ours.double() - theirs).norm() < 1e-3 * theirs.norm()
 
 
+def test_compiles_whole_under_autocast() -> None:
+    """And autocast rounds nothing in it: the arithmetic stays fp32."""
+    arguments = case(2)
+
+    def forward(weight: Tensor, bias: Tensor) -> Tensor:
+        given = {**arguments, "weight": weight, "bias": bias}
+        return folded_conv2d_relu_lrn_max_pool(**given, **CONVOLUTION, **LRN, dtype=torch.bfloat16)
+
+    convolved = folded_conv2d(**arguments, **CONVOLUTION, dtype=torch.bfloat16)
+    expected = relu_lrn_max_pool(convolved, **LRN)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        found = compiled(arguments["weight"], arguments["bias"])
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(gradients(found, arguments), gradients(expected, arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
 def test_keeps_no_more_than_a_quarter_of_its_result() -> None:
     arguments = case(2 * IMAGES)
     kept: list[Tensor] = []

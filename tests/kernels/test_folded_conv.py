@@ -162,6 +162,24 @@ def test_bf16_is_nearer_to_float64_than_the_plain_path() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
 
 
+def test_compiles_whole() -> None:
+    arguments = case(8, 8, 64, 56, 11, count=2)
+    weight, bias = (arguments.pop(name).requires_grad_() for name in ("weight", "bias"))
+
+    def forward(weight: Tensor, bias: Tensor) -> Tensor:
+        return folded_conv2d(
+            **arguments, weight=weight, bias=bias, stride=4, padding=2, dtype=torch.float32
+        ).relu()
+
+    expected, grad, *_ = plain(arguments, weight, bias, 4, 2)
+    found = torch.compile(forward, fullgraph=True, backend="aot_eager")(weight, bias)
+    assert_near(found.detach(), expected.relu(), 2e-6)
+    grads = torch.autograd.grad(found, (weight, bias), grad.float())
+    expected_grads = plain(arguments, weight, bias, 4, 2, grad * (expected > 0))[2:]
+    for gradient, expected_gradient in zip(grads, expected_grads, strict=True):
+        assert_near(gradient, expected_gradient, 1e-4)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_number_of_threads(threads: int) -> None:
     arguments = case(8, 8, 64, 56, 11, count=5)

@@ -212,6 +212,17 @@ def test_without_bias(taps: int, dtype: torch.dtype) -> None:
     assert_all_near(found, expected, dtype)
 
 
+@both
+@pytest.mark.parametrize("taps", TAPS)
+def test_compiles_whole_under_autocast(taps: int, dtype: torch.dtype) -> None:
+    x, weight, bias, grad = in_dtype(dtype, case(2, 16, 32, 5, 6, taps))
+    compiled = torch.compile(winograd_conv2d, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(compiled, x, weight, bias, grad)
+    assert [each.dtype for each in found] == [dtype, dtype, torch.float32, torch.float32]
+    assert_all_near(found, exact(x, weight, bias, grad), dtype)
+
+
 def test_the_result_may_be_changed_in_place() -> None:
     x, weight, bias, grad = case(2, 16, 32, 5, 6)
 
