@@ -8,9 +8,9 @@ ARGS ?=
 .PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-ranks bench-compare \
 	inspect faults setup clean
 
-# The embedded digits, unless ARGS names another data set: make train ARGS="data=cifar10 train.epochs=2"
+# The embedded digits, unless ARGS names another data set or a row: make train ARGS="data=cifar10 train.epochs=2"
 train: $(STAMP)
-	$(RUN) -m fastalex.train $(if $(findstring data=,$(ARGS)),,data=digits) $(ARGS)
+	$(RUN) -m fastalex.train $(if $(findstring data=,$(ARGS))$(findstring --config-name,$(ARGS)),,data=digits) $(ARGS)
 
 # The study's table, row by row: make reproduce ARGS="rows=alexnet data.root=DATA", or ARGS=--dry-run for the plan
 reproduce: $(STAMP)
@@ -42,7 +42,8 @@ bench-kernels: $(STAMP)
 	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs
 
-# Images a second and memory of the four loaders, DALI and FFCV included: benchmarks/results/loaders_*
+# Images a second and memory of the four loaders: benchmarks/results/loaders_*. Installs DALI, and FFCV with the
+# libraries that it is built against, for which apt-get wants root
 bench-loaders: $(STAMP)
 	.ci/install-loaders $(RUN)
 	$(RUN) -m pytest benchmarks/test_loaders.py --benchmark-enable -s $(ARGS)

@@ -15,7 +15,7 @@ DEV = [
 setup(
     name="fastalex",
     version="0.1.0",
-    description="The fastest way to train AlexNet, on a CPU or a GPU, that still reproduces its error",
+    description="Trains AlexNet fast, on a CPU or a GPU, and still reproduces its error",
     python_requires=">=3.10",
     packages=[
         "fastalex",

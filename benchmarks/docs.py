@@ -21,9 +21,9 @@ BEGIN, END = "<!-- python -m benchmarks.docs writes this -->", "<!-- to here -->
 
 INTRODUCTION = """# Benchmarks
 
-`make bench` measures everything on this page, `python -m benchmarks.docs` writes the page from the files in
-[`benchmarks/results/`](../benchmarks/results/), and `make bench-compare` sets a new run against the
-committed one. No figure here is typed in.
+`make bench` measures what is on this page for machines like yours, with bf16 or without. `python -m
+benchmarks.docs` writes the page from the files in [`benchmarks/results/`](../benchmarks/results/), and
+`make bench-compare` sets a new run against the committed one. No figure here is typed in.
 
 Programs and kernels that are compared take turns within one run. Figures are medians over the turns; the
 range beside one is from the 20th to the 80th percentile.

@@ -158,7 +158,7 @@ class LoaderConfig:
 
 @dataclass
 class Stage:
-    """A first part of a run at another resolution: ``train.stages=[{epochs: 4, resize: 146, crop: 128}]``."""
+    """A first part of a run at another resolution: ``train.stages=[{epochs: 4, resize: 128, crop: 112}]``."""
 
     epochs: int = MISSING
     resize: int = MISSING

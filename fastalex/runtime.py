@@ -80,7 +80,8 @@ class Runtime:
         layout = "channels-last" if self.channels_last else "NCHW"
         mode = ("compiled" if self.compile else "eager") + (", Winograd" if self.winograd else "")
         precision = str(self.dtype).removeprefix("torch.")
-        return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {self.threads} threads"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {threads}"
 
 
 def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
