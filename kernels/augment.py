@@ -87,8 +87,10 @@ def ten_crop(
     """
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
-    # Traced, the tensors become constants of the graph; dynamo would warn that it looks through the cache.
-    views = ten_crop_views.__wrapped__ if torch.compiler.is_compiling() else ten_crop_views
+    # Traced, the tensors become constants of the graph: dynamo would warn that it looks through the cache, and
+    # what other tracers make in their place, as they do of the images, must not stay in it.
+    traced = torch.compiler.is_compiling() or type(images) is not Tensor
+    views = ten_crop_views.__wrapped__ if traced else ten_crop_views
     offsets, flips = views(resize, crop, mirror, images.device)
     return _augment(images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype)
 
@@ -116,9 +118,9 @@ def _check_images(
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])} resized to {resize} are too large")
     if 3 * max(images.shape[1] * images.shape[2], crop**2) >= 2**31:  # so are offsets within an image
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])}, or crops of {crop}, are too large")
-    if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
+    if len(mean) != 3 or not all(-math.inf < value < math.inf for value in mean):
         raise ValueError(f"{name}: mean must be three finite numbers, got {mean}")
-    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
+    if len(std) != 3 or not all(0 < value < math.inf for value in std):
         raise ValueError(f"{name}: std must be three positive numbers, got {std}")
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")

@@ -271,7 +271,7 @@ def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
     source, tops, lefts, rows, columns = _arguments(batch)
     pairs = _shared_out(batch, rows, columns)
     d_kernels = reference.zero_kernels(batch, channels)
-    d_bias = torch.zeros((len(pairs), channels))
+    d_bias = torch.zeros((len(pairs), channels), dtype=torch.float32)
     run(
         _backward, _parallel_backward, len(pairs),
         pairs, source, tops, lefts, rows, columns, channels,

@@ -8,7 +8,8 @@ transformed weight and tiles, and products before they become outputs, each once
 
 The operator is opaque to torch.compile and has no autocast rule: the fp32 weight is transformed in fp32, and
 the products are in the dtype of x, but of a 5x5 convolution always in fp32. It is deterministic, and
-differentiable once.
+differentiable once. Infinity or NaN in a pixel makes all outputs of its tiles NaN, also those that a plain
+convolution computes without it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from ._numba_simd import LANES, bits, inline, jit, load, pointer, run, splat, st
 
 f32 = np.float32
 OUTPUTS, TAPS = 2, 3  # F(2x2, 3x3)
-NO_BIAS = torch.empty(0)
+NO_BIAS = torch.empty(0, dtype=torch.float32)
 IMAGES = (
     64  # of 13x13x384, 34 MiB of tiles in bf16; with fewer than 32 the products lose more than caches win
 )
@@ -326,7 +326,7 @@ def _convolve(pixels: Tensor, out: Tensor, transformed: Tensor, bias: Tensor) ->
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
-    d_transformed = torch.zeros(transformed.shape)
+    d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
     grads = reference.pixels(grad)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
     chunks = (each.split(IMAGES) for each in (reference.pixels(x), grads, reference.pixels(d_x)))

@@ -196,7 +196,7 @@ class _Tiling:
         """Zeros, or what the last images left there: of pixels, for fewer images, the same places."""
         size = math.prod(shape)
         if name not in self._scratch:
-            self._scratch[name] = torch.zeros(size)
+            self._scratch[name] = torch.zeros(size, dtype=torch.float32)
         return self._scratch[name][:size].view(shape)
 
     def _run(self, name: str, images: int, a: Tensor, a_steps: _Steps, b: Tensor, b_steps: _Steps) -> None:
@@ -231,13 +231,13 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
     turned = weight.flip(2, 3).transpose(0, 1)
-    d_x = winograd_conv2d(grad, turned, torch.zeros(len(turned)))
+    d_x = winograd_conv2d(grad, turned, turned.new_zeros(len(turned)))
     return d_x, _weight_gradient(grad, x, weight.shape), grad.sum((0, 2, 3), dtype=torch.float32)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
     tiling = _Tiling(x, shape[2])
-    d_transformed = torch.zeros(tiling.positions, *shape[:2])
+    d_transformed = torch.zeros(tiling.positions, *shape[:2], dtype=torch.float32)
     for some, some_grads in _some_at_a_time(tiling, x, grad):
         d_transformed.baddbmm_(tiling.gradient(some_grads).transpose(1, 2), tiling.input(some))
     return reference.weight_gradient(d_transformed, tiling.outputs, shape[2])

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.transforms import v2
 
 from fastalex.kernels import augment, augment_reference, ten_crop
+from fastalex.kernels.augment import ten_crop_views
 from tests.kernels.augment_cases import DTYPES, MEAN, SHAPES, STD, TORCH_ERROR, in_float64, sample
 
 
@@ -213,6 +215,29 @@ def test_compiles_whole_and_lets_gradients_through() -> None:
     (expected,) = torch.autograd.grad(loss(), network.weight)
     (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), network.weight)
     torch.testing.assert_close(found, expected)
+
+
+def test_compiles_whole_for_any_mean() -> None:
+    arguments = {name: each for name, each in sample(8, 9, 16, 12).items() if name != "mean"}
+
+    def crops(mean: float) -> Tensor:
+        return augment(**arguments, mean=[mean, mean, mean], dtype=torch.float32)
+
+    compiled = torch.compile(crops, fullgraph=True, backend="aot_eager")
+    for mean in (0.5, 0.25, 0.125):  # from the second on, the compiler takes it for a variable
+        assert torch.equal(compiled(mean), crops(mean))
+
+
+def test_a_trace_leaves_nothing_behind() -> None:
+    images = sample(8, 8, 16, 12)["images"]
+
+    def views(images: Tensor) -> Tensor:
+        return ten_crop(images, resize=16, crop=12, mean=MEAN, std=STD, dtype=torch.float32)
+
+    ten_crop_views.cache_clear()
+    traced = make_fx(views, tracing_mode="fake")(images)
+    expected = views(images)
+    assert torch.equal(traced(images), expected)
 
 
 def test_is_channels_last() -> None:

@@ -133,6 +133,18 @@ def test_any_exponent(beta: float, k: float, device: str) -> None:
     check(relu_lrn, torch_relu_lrn, random((2, 32, 4, 4), torch.float32, device), (5, 0.3, beta, k))
 
 
+@pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
+@pytest.mark.parametrize(
+    "options", [(5, -10.0, 1.0, 1.0), (5, 1e-4, 1.0, -2.0), (5, -10.0, -1.0, 1.0)], ids=str
+)
+def test_negative_denominators(
+    options: Options, ours: Callable[..., Tensor], theirs: Callable[[Tensor, Options], Tensor], device: str
+) -> None:
+    """Which whole powers keep negative, and with them the results."""
+    x = random((2, 16, 7, 7), torch.float32, device).abs() + 0.5
+    assert (check(ours, theirs, x, options) < 0).any()
+
+
 @pytest.mark.parametrize("channels", [16, 17])
 def test_no_division_by_zero_beyond_the_last_channel(channels: int, device: str) -> None:
     """With k = 0 a window of zeros divides by zero: those of channels that do not exist must not count."""

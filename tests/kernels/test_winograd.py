@@ -213,6 +213,22 @@ def test_without_bias(taps: int, dtype: torch.dtype) -> None:
 
 
 @both
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("taps", TAPS)
+def test_default_dtype_does_not_matter(taps: int, default: torch.dtype, dtype: torch.dtype) -> None:
+    arguments = in_dtype(dtype, case(2, 16, 32, 5, 6, taps))
+    expected = results(winograd_conv2d, *arguments)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        found = results(winograd_conv2d, *arguments)
+    finally:
+        torch.set_default_dtype(before)
+    for result, same in zip(found, expected, strict=True):
+        assert torch.equal(result, same)
+
+
+@both
 @pytest.mark.parametrize("taps", TAPS)
 def test_compiles_whole_under_autocast(taps: int, dtype: torch.dtype) -> None:
     x, weight, bias, grad = in_dtype(dtype, case(2, 16, 32, 5, 6, taps))
