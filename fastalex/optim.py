@@ -121,6 +121,9 @@ class FactoredSGD(torch.optim.SGD):
         for parameter in self.param_groups[0]["params"]:
             self._momentum(parameter)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": self._layers}
+
     def _momentum(self, weight: Tensor) -> Tensor | None:
         """Return the weight's buffer, zeros to begin with; None without momentum."""
         if not self.param_groups[0]["momentum"]:

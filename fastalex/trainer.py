@@ -429,7 +429,7 @@ class Trainer:
         with keeping_factors(self._factored):
             for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
                 with nullcontext() if number == len(chunks) else self._without_exchange():
-                    parts.append(self._backward(*part))
+                    parts.append(self._backward(*part, len(labels)))
             with record_function("optimizer"):
                 if self.config.clip_norm:
                     self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
@@ -455,12 +455,18 @@ class Trainer:
         """Context whose gradients stay in this process until a later backward pass."""
         return self._divided.no_sync() if self._divided is not None else nullcontext()
 
-    def _backward(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a part's share to the gradients of the batch; return its share of the loss, and its logits."""
+    def _backward(self, images: Tensor | Crops, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Add a part's share to the gradients of the batch; return its share of the loss, and its logits.
+
+        Args:
+            images: the part's, (N, 3, crop, crop).
+            labels: (N,), or of mixed images (N, classes).
+            batch: how many images the whole batch has.
+        """
         with record_function("forward"), self.runtime.autocast():
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-            loss = loss / self.config.accumulate
+            loss = loss * (len(labels) / batch)  # the last part may be a smaller one
         with record_function("backward"):
             self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()

@@ -146,6 +146,47 @@ def test_steps_are_those_of_sgd(momentum: float, clip_norm: float, image: tuple[
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "frozen", [[], ["1.weight"], ["0.weight", "0.bias"], ["0.weight", "0.bias", "1.bias"]], ids=str
+)
+def test_frozen_parameters_stay_and_others_learn_as_with_sgd(frozen: list[str], bias: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), FactoredLinear(5, 6, bias=bias)).double()
+    plain = copy.deepcopy(network)
+    for each in (network, plain):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+    optimizer = create_optimizer(network, TrainConfig(lr=0.1, momentum=0.0, weight_decay=0.0))
+    expected = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(7, 4, dtype=torch.float64)
+    plain(x).square().mean().backward()
+    expected.step()
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    with keeping_factors([network[1]]):
+        network(x).square().mean().backward()
+        optimizer.step()
+    theirs = dict(plain.named_parameters())
+    for name, ours in network.named_parameters():
+        torch.testing.assert_close(ours, theirs[name])
+        assert torch.equal(ours, before[name]) == (name in frozen)
+
+
+def test_a_copied_optimizer_steps_with_the_copied_layers() -> None:
+    network, _ = networks()
+    optimizer = create_optimizer(network, TrainConfig(lr=0.01))
+    copied, its_optimizer = copy.deepcopy((network, optimizer))
+    x = images()
+    for each, steps in ((network, optimizer), (copied, its_optimizer)):
+        with keeping_factors(each.factored):
+            backward(each, x)
+            steps.step()
+    for ours, theirs in zip(network.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours is not theirs
+    assert not torch.equal(copied.second.weight, networks()[0].second.weight)
+
+
 class OneBatch:
     num_samples = BATCH
 

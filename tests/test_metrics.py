@@ -28,6 +28,17 @@ def test_errors_agree_with_scikit_learn() -> None:
     assert result.images == 500
 
 
+def test_tied_classes_are_told_apart_as_argmax_does() -> None:
+    """The confusion matrix is drawn by argmax, and the two must agree."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.randint(0, 3, (500, 20), generator=generator) / 30
+    labels = torch.randint(0, 20, (500,), generator=generator)
+    result = errors(probabilities, labels)
+    assert result.top1_error == pytest.approx(1 - (probabilities.argmax(1) == labels).double().mean().item())
+    first = errors(torch.full((1, 20), 0.05), torch.tensor([0]))
+    assert (first.top1_error, first.top5_error) == (0.0, 0.0)
+
+
 def test_fewer_than_five_classes() -> None:
     result = errors(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]), torch.tensor([1, 2]))
     assert result.top1_error == 0.5

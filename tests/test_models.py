@@ -304,6 +304,19 @@ def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) ->
     assert used == [16]
 
 
+def test_winograd_leaves_to_pytorch_what_it_does_not_take(used: list[int]) -> None:
+    torch.manual_seed(0)
+    layer = WinogradConv2d(128, 128, 3, padding=1)
+    choose(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(layer)
+    image = torch.randn(128, 9, 9)
+    exact = F.conv2d(image.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    torch.testing.assert_close(layer(image).double(), exact, rtol=1e-4, atol=1e-4)  # one, without a batch
+    layer.bfloat16()
+    images = image.bfloat16().expand(256, 128, 9, 9)
+    assert layer(images).dtype == torch.bfloat16
+    assert used == []
+
+
 @pytest.mark.parametrize(
     ("images", "channels", "pixels", "serves"),
     [  # ResNet-18's at 224x224, 112x112 and 64x64

@@ -266,13 +266,14 @@ def test_before_its_first_update_the_average_is_not_used() -> None:
     assert trainer.averaged_weights() is None
 
 
-def test_a_batch_in_parts_is_the_same_step() -> None:
+@pytest.mark.parametrize("size", [None, 7, 6], ids=["even", "a smaller last part", "fewer parts"])
+def test_a_batch_in_parts_is_the_same_step(size: int | None) -> None:
     weights = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10)).double()
         loader = batches(count=3)
-        loader.batches = [(images.double(), labels) for images, labels in loader.batches]
+        loader.batches = [(images[:size].double(), labels[:size]) for images, labels in loader.batches]
         config = TrainConfig(lr=1e-4, accumulate=accumulate, clip_norm=1.0, label_smoothing=0.1)
         epoch = Trainer(network, config, loader, None, fp32()).run_epoch()
         weights.append((network[1].weight.detach(), epoch.train_loss, epoch.train_top1_error))

@@ -92,7 +92,10 @@ class FactoredLinear(nn.Linear):
             weight: ``(out_features, features)``.
             pooling: of :class:`Factors`.
         """
-        if self.factors is None or not torch.is_grad_enabled():
+        # The weight has to be detached, so something else must have autograd come back to this layer.
+        reached = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        keeps = self.factors is not None and self.weight.requires_grad and reached
+        if not keeps or not torch.is_grad_enabled():
             return F.linear(x, weight, self.bias)
         out: Tensor = _LinearKeepingFactors.apply(x, weight.detach(), self.bias, self.factors, pooling)
         return out
@@ -113,11 +116,12 @@ class _LinearKeepingFactors(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.factors.append(Factors(gradient, x.detach(), ctx.pooling))
         of_input = gradient @ weight if ctx.needs_input_grad[0] else None
-        return of_input, None, gradient.sum(0), None, None
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return of_input, None, of_bias, None, None
 
 
 def factored_layers(model: nn.Module) -> list[FactoredLinear]:
