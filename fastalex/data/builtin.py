@@ -7,6 +7,7 @@ import numpy as np
 from fastalex.config import DataConfig
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.splits import TEST_FRACTION, divide
+from fastalex.errors import ConfigError
 
 
 def load_digits(config: DataConfig, seed: int) -> DataSplits:
@@ -33,10 +34,13 @@ def load_synthetic(config: DataConfig) -> DataSplits:
     """
     rng = np.random.default_rng(0)
     shape = (config.images, config.resize, config.resize, 3)
-    images = ImageSet(
-        np.arange(config.images, dtype=np.int64) % config.classes,
-        pixels=rng.integers(0, 256, shape, dtype=np.uint8),
-    )
+    try:
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    except MemoryError as error:
+        raise ConfigError(
+            f"data.images={config.images}: so many of data.resize={config.resize} do not fit the memory"
+        ) from error
+    images = ImageSet(np.arange(config.images, dtype=np.int64) % config.classes, pixels=pixels)
     held_out = images.select(np.arange(-(-config.images // 8)))
     classes = tuple(str(label) for label in range(config.classes))
     return DataSplits(images, held_out, held_out, classes, has_errors=False, source="synthetic noise")

@@ -79,7 +79,7 @@ def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> F
             except OSError as error:
                 warnings.warn(
                     f"the decoded images are not kept for the next run: {entry.parent} cannot be written "
-                    f"({error.strerror}); set XDG_CACHE_HOME to a folder that can",
+                    f"({error.strerror or error}); set XDG_CACHE_HOME to a folder that can",
                     stacklevel=2,
                 )
     return contents

@@ -198,9 +198,16 @@ def read_parts(
         start += len(part.paths)
         missing = set(range(len(classes))) - set(labels.tolist())
         if missing:
+            absent = missing - set(part.labels)
+            problem = "there is no" if absent else "every"
+            end = (
+                "; add some or remove the class"
+                if absent
+                else " is damaged; replace them or remove the class"
+            )
             raise DataError(
-                f"data.root={config.root}: every image of class {classes[min(missing)]!r} for {name} is "
-                "damaged; replace them or remove the class"
+                f"data.root={config.root}: {problem} image of class {classes[min(absent or missing)]!r} for "
+                f"{name}{end}"
             )
         if contents.pixels is not None:
             images[name] = ImageSet(labels, pixels=contents.pixels[rows])

@@ -25,7 +25,7 @@ def divide(
 
     Raises:
         DataError: a class has fewer than the two images that it takes, or a part would have fewer images
-            than there are classes.
+            than there are classes, or none of a class.
     """
     counts = np.bincount(images.labels, minlength=len(classes))
     if counts.min() < 2:
@@ -43,6 +43,14 @@ def divide(
     kept, held = train_test_split(
         np.arange(len(images)), test_size=held_out, stratify=images.labels, random_state=seed % 2**32
     )
+    for part in (kept, held):
+        found = np.bincount(images.labels[part], minlength=len(classes))
+        if found.min() == 0:
+            scarce = int(found.argmin())
+            raise DataError(
+                f"{what}: class {classes[scarce]!r} has {counts[scarce]} images, too few for both parts, of "
+                f"{len(kept)} and {len(held)}; add images of it or change the fraction"
+            )
     return images.select(np.sort(kept)), images.select(np.sort(held))
 
 

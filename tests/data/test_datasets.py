@@ -252,6 +252,16 @@ def test_more_classes_than_validation_images(root: Path) -> None:
     refused("imagefolder", root, "into 12 and 3", "5 classes")
 
 
+@pytest.mark.parametrize(("fraction", "parts"), [(0.1, "91 and 11"), (0.95, "5 and 97")])
+def test_a_class_too_small_for_both_parts(root: Path, fraction: float, parts: str) -> None:
+    """Its share of the 102 images rounds to none of one part."""
+    write_tree(root / "train", ["cat"], 100)
+    write_tree(root / "train", ["eel"], 2)
+    write_tree(root / "test", ["cat", "eel"], 1)
+    problem = f"class 'eel' has 2 images, too few for both parts, of {parts}"
+    refused("imagefolder", root, problem, validation_fraction=fraction)
+
+
 @pytest.mark.parametrize("sizes", [False, True])
 def test_damaged_files(root: Path, sizes: bool) -> None:
     write_tree(root, ["cat", "dog"], 20, sizes=sizes)
@@ -343,6 +353,12 @@ def test_tiny_imagenet_incomplete(root: Path, missing: str) -> None:
     write_tiny_imagenet(root)
     (root / missing).rename(root.parent / "elsewhere")
     refused("tiny_imagenet", root, str(root / missing), "is missing")
+
+
+def test_tiny_imagenet_class_without_annotations(root: Path) -> None:
+    write_tiny_imagenet(root)
+    (root / "val" / "val_annotations.txt").write_text("000.png\tn01\n001.png\tn01\n")
+    refused("tiny_imagenet", root, "there is no image of class 'n02' for test")
 
 
 def test_tiny_imagenet_empty_class(root: Path) -> None:
