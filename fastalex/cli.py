@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,14 +32,16 @@ def command(
     """Turn ``function(config, run_dir)`` into a command line of ``key=value`` overrides.
 
     Whatever the user can mend ends as ``fastalex: error: ...`` on one line of standard error and exit
-    status 2, without a run folder; any other exception is a bug and keeps its traceback.
+    status 2, without a run folder; any other exception is a bug and keeps its traceback. Of a sweep, the
+    other jobs are run nevertheless; a signal ends it.
     """
 
     def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            failures: list[tuple[FastalexError | StoppedError, bool]] = []
+            statuses: list[int] = []
             started = False
+            before = _folders_before(sys.argv[1:])
 
             def task(composed: DictConfig) -> None:
                 nonlocal started
@@ -50,11 +54,19 @@ def command(
                     function(config, run_dir)
                 except ReportedError as error:
                     sys.exit(error.exit_status)
-                except (FastalexError, StoppedError) as error:
-                    # Handed around Hydra, which would print a line of its own about it.
-                    failures.append((error, joint))
+                except StoppedError as error:
+                    _fail(str(error), error.exit_status, anywhere=True)
+                except KeyboardInterrupt:
+                    _fail(f"stopped by {signal.SIGINT.name}", 128 + signal.SIGINT)
+                except FastalexError as error:
+                    # Not handed to Hydra, which would print a line of its own about it.
+                    statuses.append(error.exit_status)
+                    _report(f"{_job()}{error}", anywhere=not joint)
+                except PermissionError as error:
+                    statuses.append(FastalexError.exit_status)
+                    _report(f"{_job()}{error.filename}: cannot be used ({error.strerror})", anywhere=True)
                 finally:
-                    remove_empty(run_dir)
+                    remove_empty(run_dir, before)
 
             schema.register()
             # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
@@ -73,10 +85,12 @@ def command(
             except OSError as error:
                 if started:
                     raise
+                if isinstance(error, BrokenPipeError):  # whoever read --help has seen enough
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    sys.exit(1)
                 _fail(f"hydra.run.dir={error.filename}: the run folder cannot be made ({error.strerror})")
-            if failures:
-                failure, joint = failures[0]
-                _fail(str(failure), failure.exit_status, anywhere=not joint)
+            if statuses:
+                sys.exit(statuses[0])
 
         return main
 
@@ -162,18 +176,38 @@ def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
             _refuse_additions(composed[key], getattr(config, key), f"{prefix}{key}.")
 
 
-def _fail(message: str, status: int = FastalexError.exit_status, *, anywhere: bool = False) -> None:
-    """End the process with a line; of several processes with the same error, the first alone prints it.
+def _folders_before(arguments: Sequence[str]) -> set[Path]:
+    """Return the folders that are there already, of those that Hydra will make where they are not."""
+    named = [value for key, _, value in (each.partition("=") for each in arguments) if key in _FOLDERS]
+    folders = [Path(value.strip("'\"")) for value in named] + [Path("outputs"), Path("multirun")]
+    return {each.resolve() for folder in folders for each in (folder, *folder.parents) if each.is_dir()}
+
+
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+def _job() -> str:
+    """Name the job of a sweep, for a line about it; nothing where there is one job alone."""
+    job = HydraConfig.get()
+    return f"job {job.job.num}: " if job.mode is RunMode.MULTIRUN else ""
+
+
+def _fail(message: str, status: int = FastalexError.exit_status, *, anywhere: bool = False) -> NoReturn:
+    """End the process with a line, as :func:`_report` prints it, and this status."""
+    _report(message, anywhere=anywhere)
+    sys.exit(status)
+
+
+def _report(message: str, *, anywhere: bool) -> None:
+    """Print an error's line; of several processes with the same error, the first alone prints it.
 
     Args:
         message: of the line.
-        status: to exit with.
         anywhere: whether it is this process's own error, which no other prints.
     """
     line = "\\n".join(message.splitlines())  # a value that was given may have line breaks
     if is_main() or anywhere:
         print(f"fastalex: error: {line}", file=sys.stderr)
-    sys.exit(status)
 
 
 def _one_line(error: Exception) -> str:
@@ -183,6 +217,9 @@ def _one_line(error: Exception) -> str:
         options = sorted(set(error.options) - {"schema", "schema_alexnet"})
         return f"{group}={choice}: there is no such choice; choose from {', '.join(options)}"
     if isinstance(error, OverrideParseException):
+        key, equals, value = str(error.override).partition("=")
+        if equals and value.strip("'\""):
+            return f"{error.override}: Hydra reads this value otherwise; quote it: '{key}=\"{value}\"'"
         return f"{error.override}: is not of the form key=value; --help lists every key"
     cause = error
     while isinstance(cause.__cause__, Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,10 +74,15 @@ def remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_empty(folder: Path) -> None:
-    """Remove a folder and those above it, up to the current one, as far as they are empty."""
+def remove_empty(folder: Path, keep: Collection[Path] = ()) -> None:
+    """Remove a folder and those above it, as far as they are empty.
+
+    Args:
+        folder: to begin with.
+        keep: resolved paths; there it ends, as it does at the current folder.
+    """
     for candidate in (folder, *folder.parents):
-        if candidate == Path.cwd():
+        if candidate.resolve() in (Path.cwd(), *keep):
             return
         try:
             candidate.rmdir()
