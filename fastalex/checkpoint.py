@@ -79,6 +79,11 @@ class Checkpoint:
         """
         if not path.is_file():
             raise CheckpointError(f"checkpoint={path}: there is no such file; a run leaves RUN/checkpoint.pt")
+        if path.suffix == ".safetensors":
+            raise CheckpointError(
+                f"checkpoint={path}: holds weights alone, without their network and data; use the run's "
+                "checkpoint.pt"
+            )
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()

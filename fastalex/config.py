@@ -368,7 +368,8 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 "train.optimizer=lars: needs each layer whole in one process; use distributed.strategy=ddp"
             )
-    if len(data.mean) != 3 or len(data.std) != 3 or min(data.std) <= 0:
+    three = len(data.mean) == len(data.std) == 3 and all(map(math.isfinite, [*data.mean, *data.std]))
+    if not three or min(data.std) <= 0:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
         )

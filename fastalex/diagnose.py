@@ -24,7 +24,7 @@ from fastalex.cli import command
 from fastalex.config import AlexNetConfig, Config, Init, ModelConfig, model_options, validate
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.files import write_text
-from fastalex.models import check_crop, create_model
+from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runtime import Runtime
 
 # Random regularisers: off, for they would add differences between images that the images do not have.
@@ -197,6 +197,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     """
     validate(config)
     check_crop(config.model.name, "data.crop", config.data.crop)
+    check_batch(config.model.name, config.train.batch_size, config.data.crop)
     runtime = runtimes.choose(config.runtime)
     splits = load_splits(config.data, config.seed)
     loader = build_loader(

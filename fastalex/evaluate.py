@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -44,9 +46,11 @@ def run(config: EvaluateConfig) -> Evaluation:
         raise ConfigError(f"checkpoint={path}: was trained on synthetic data, where an error means nothing")
     if list(splits.classes) != checkpoint.classes:
         raise CheckpointError(
-            f"checkpoint={path}: knows other classes ({_first(checkpoint.classes)}) than "
-            f"data.root={run_config.data.root} has ({_first(splits.classes)})"
+            f"checkpoint={path}: knows other classes than data.root={run_config.data.root} has: "
+            f"{_difference(checkpoint.classes, splits.classes)}"
         )
+    if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
+        run_config.loader.name = "auto"
     run_config.loader = resolve_loader(run_config.loader, splits, runtime.device)
     evaluation = evaluate(runtime.compiled(runtime.place(model)), splits.test, run_config, runtime)
     print(evaluation.table(f"{splits.source}, test set"))
@@ -72,8 +76,11 @@ def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Te
     plots.mistakes([images.image(i) for i in worst], captions, path)
 
 
-def _first(classes: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if len(classes) > 3 else "")
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    pairs = enumerate(zip_longest(theirs, ours), 1)
+    number, names = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    known, found = ("none" if name is None else repr(name) for name in names)
+    return f"class {number} is {known} there and {found} here, of {len(theirs)} and {len(ours)}"
 
 
 @command("evaluate", EvaluateConfig)

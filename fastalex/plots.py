@@ -76,8 +76,8 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if labelled:
         ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=45, ha="right")
-        axes.set_yticks(ticks, classes)
+        axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)  # a name may have a $
+        axes.set_yticks(ticks, classes, parse_math=False)
         for (row, column), count in np.ndenumerate(matrix):
             if count:
                 color = "white" if shares[row, column] > 0.5 else "black"
@@ -103,7 +103,7 @@ def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) 
         panel.axis("off")
     for panel, image, caption in zip(panels, images, captions, strict=False):
         panel.imshow(image, interpolation="nearest")
-        panel.set_title(caption, fontsize=9)
+        panel.set_title(caption, fontsize=9, parse_math=False)
     figure.suptitle("The most confident mistakes" if images else "No mistakes")
     _save(figure, path)
 

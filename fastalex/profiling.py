@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,10 +107,19 @@ def profile_steps(trainer: Trainer, folder: Path) -> Profile:
         trainer.on_step = step
         trainer.run_epoch()
     with replacing(folder / "trace.json") as temporary:
-        profiler.export_chrome_trace(str(temporary))
+        _export(profiler, temporary)
     result = _summarise(profiler.key_averages(), cuda)
     write_text(folder / "profile.txt", f"{trainer.runtime}\n\n{result.table()}\n")
     return result
+
+
+def _export(profiler: profile, path: Path) -> None:
+    """Write the trace, which PyTorch gives up in silence where the disk is full."""
+    profiler.export_chrome_trace(str(path))
+    for rest in path.parent.glob(f"{path.name}*.tmp"):
+        rest.unlink()
+    if path.stat().st_size == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _summarise(averages: Sequence[FunctionEventAvg], cuda: bool) -> Profile:

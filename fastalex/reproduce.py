@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def plan(config: ReproduceConfig, results: Path) -> list[Job]:
         if name not in ROWS:
             raise ConfigError(f"rows={name}: there is no such row; choose from {', '.join(ROWS)}")
     jobs = []
-    for name in config.rows or ROWS:
+    for name in dict.fromkeys(config.rows or ROWS):
         for seed in ROWS[name].seeds:
             overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
             run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)
@@ -100,14 +101,24 @@ def estimate(config: Config, rates: dict[tuple, float]) -> float:
         config: of the run.
         rates: training images/s of the probes made so far, by network, crop and batch; added to.
     """
-    splits = load_splits(replace(config.data, download=False), config.seed, progress=False)
+    training, validation, test = _numbers_of_images(config)
     views = 2 if config.data.flip is Flip.both else 1
     train = config.train
     before = sum(stage.epochs for stage in train.stages)
     parts = [*((s.epochs, s.crop) for s in train.stages), (train.epochs - before, config.data.crop)]
-    seconds = sum(epochs * views * len(splits.train) / _rate(config, crop, rates) for epochs, crop in parts)
-    evaluated = train.epochs * len(splits.validation) + 2 * TEST_VIEWS * len(splits.test)
+    seconds = sum(epochs * views * training / _rate(config, crop, rates) for epochs, crop in parts)
+    evaluated = train.epochs * validation + 2 * TEST_VIEWS * test
     return seconds + EVALUATION_COST * evaluated / _rate(config, config.data.crop, rates)
+
+
+def _numbers_of_images(config: Config) -> tuple[int, int, int]:
+    """Training, validation and test images; CIFAR-10's own numbers where it has still to be downloaded."""
+    data = config.data
+    if data.name == "cifar10" and data.download and not Path(data.root).expanduser().exists():
+        validation = math.ceil(50_000 * data.validation_fraction)
+        return 50_000 - validation, validation, 10_000
+    splits = load_splits(replace(data, download=False), config.seed, progress=False)
+    return len(splits.train), len(splits.validation), len(splits.test)
 
 
 def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:

@@ -46,6 +46,8 @@ def load_newest(path: Path) -> tuple[Checkpoint, Path] | None:
             return None
     else:
         match = _OLDER.fullmatch(path.name)
+        if not match and path.suffix != ".pt":
+            raise CheckpointError(f"resume={path}: is no checkpoint; a run leaves {path.parent / NEWEST}")
         before = older(path.parent).items()
         candidates = [path, *(other for step, other in before if not match or step < int(match[1]))]
     damage: list[CheckpointError] = []

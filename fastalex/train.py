@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -43,7 +44,7 @@ from fastalex.errors import (
 from fastalex.evaluation import evaluate
 from fastalex.files import remove_empty
 from fastalex.flops import matmul_flops_per_second
-from fastalex.models import check_crop, count_parameters, create_model
+from fastalex.models import check_batch, check_crop, count_parameters, create_model
 from fastalex.profiling import STEPS, profile_steps
 from fastalex.resume import Found, find
 from fastalex.runtime import Runtime
@@ -75,7 +76,6 @@ def train(
     began = time.perf_counter()
     distributed.alike(lambda: validate(config))  # before the processes wait for each other
     with StopSignals() as signals, distributed.joined(config.distributed.timeout) as world, world.watched():
-        world.on_main(lambda: _check(config, world))
         if distributed.restarted():
             config.resume = _resume_again(config.resume, given)
         found: Found | None = None
@@ -84,6 +84,7 @@ def train(
             nonlocal found
             found = find(config.resume, run_dir, given) if config.resume else None
             if found is None:
+                _check(config, world)
                 if config.resume:
                     print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
                 return None
@@ -126,6 +127,9 @@ def _check(config: Config, world: World) -> None:
     for number, stage in enumerate(config.train.stages):
         check_crop(config.model.name, f"train.stages[{number}].crop", stage.crop)
     train = config.train
+    if world.size == 1:
+        smallest = min(config.data.crop, *(stage.crop for stage in train.stages), math.inf)
+        check_batch(config.model.name, train.batch_size // train.accumulate, smallest)
     if train.batch_size % (world.size * train.accumulate):
         parts = f" in train.accumulate={train.accumulate} equal parts each" if train.accumulate > 1 else ""
         raise ConfigError(
@@ -147,6 +151,12 @@ def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Traine
     if world.main:
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
+    fewest = min(len(splits.validation), len(splits.test))
+    if splits.has_errors and fewest < world.size:
+        raise ConfigError(
+            f"data.root={config.data.root}: has {len(splits.validation)} validation and {len(splits.test)} "
+            f"test images, and each of {world.size} processes needs one; use at most {fewest} processes"
+        )
     config.loader = resolve_loader(config.loader, splits, runtime.device)
     if world.main:
         print(_describe(config, splits))
@@ -315,8 +325,10 @@ class Run:
 
     def profile(self) -> dict[str, Any]:
         """Run a few steps under the profiler."""
-        profiled = profile_steps(self.trainer, self.folder.path)
-        self._progress.close()
+        try:
+            profiled = profile_steps(self.trainer, self.folder.path)
+        finally:
+            self._progress.close()
         print(
             f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in "
             f"{self.folder.path}"

@@ -87,8 +87,8 @@ def ten_crop(
     """
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
-    # Traced, the tensors become constants of the graph: dynamo would warn that it looks through the cache, and
-    # what other tracers make in their place, as they do of the images, must not stay in it.
+    # Traced, the tensors become constants of the graph: dynamo would warn that it looks through the cache,
+    # and what other tracers make in their place, as they do of the images, must not stay in it.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     views = ten_crop_views.__wrapped__ if traced else ten_crop_views
     offsets, flips = views(resize, crop, mirror, images.device)

@@ -20,7 +20,7 @@ from fastalex import config as schema
 from fastalex import reproduce, reproduction, train
 from fastalex.checkpoint import plain
 from fastalex.cli import to_dataclass
-from fastalex.config import Config, validate
+from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, validate
 from fastalex.errors import DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
@@ -178,6 +178,22 @@ def test_estimate_counts_images_views_and_stages(monkeypatch: pytest.MonkeyPatch
     training = 2 * 1149 * (2 / 100 + 3 / 10)
     evaluation = (5 * 288 + 2 * 11 * 360) / 3 / 10
     assert reproduce.estimate(config, {}) == pytest.approx(training + evaluation)
+
+
+def test_estimate_without_the_images_counts_cifar10s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(AlexNetConfig("alexnet"), DataConfig("cifar10", root="nowhere"), LoaderConfig("auto"))
+    monkeypatch.setattr(reproduce, "_rate", lambda config, crop, rates: 10.0)
+    training = config.train.epochs * 40_000 / 10
+    evaluation = (config.train.epochs * 10_000 + 2 * 11 * 10_000) / 3 / 10
+    assert reproduce.estimate(config, {}) == pytest.approx(training + evaluation)
+
+
+def test_a_row_named_twice_is_run_once() -> None:
+    schema.register()
+    asked = ReproduceConfig(rows=["resnet18", "alexnet", "resnet18"])
+    with initialize_config_module("fastalex.configs", version_base="1.3"):
+        jobs = reproduce.plan(asked, Path("nowhere"))
+    assert [job.row for job in jobs] == ["resnet18", "alexnet"]
 
 
 def test_bad_input_is_one_line(command: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastalex import evaluate, train
+from fastalex import evaluate, plots, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
-from fastalex.errors import OutputError
+from fastalex.errors import OutputError, StoppedError
 from fastalex.tracking import RunFolder
 
 # A network that takes two seconds, on images that come with scikit-learn.
@@ -321,6 +322,16 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),
         (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, seed"),
         (["train.lr"], r"train.lr: is not of the form key=value"),
+        (["data.root=~/images"], r"""data.root=~/images: .*; quote it: 'data.root="~/images"'"""),
+        (["data.root=my images (1)"], r"""quote it: 'data.root="my images \(1\)"'"""),
+        (["data=synthetic", "data.images=1000000000000"], r"data.images=1000000000000: so many"),
+        (["data.std=[nan,1,1]"], r"data.std=\[nan, 1.0, 1.0\]: each needs three numbers"),
+        (["data.mean=[inf,0,0]"], r"data.mean=\[inf, 0.0, 0.0\] .*: each needs three numbers"),
+        (["model=resnet18", "train.batch_size=1"], r"train.batch_size: resnet18 gets one image at a time"),
+        (
+            ["train.batch_size=4", "train.accumulate=4"],
+            r"train.batch_size: mobilenet_v3_small gets one image at a time",
+        ),
         (["train.lr=fast"], r"train.lr: value 'fast'"),
         (["train.epochs=1.5"], r"train.epochs: value '1.5'"),
         (["runtime.precision=bf17"], r"runtime.precision: invalid value 'bf17', expected one of"),
@@ -379,12 +390,125 @@ def test_bad_input_is_one_line(command: Command, overrides: list[str], message: 
     assert [path.name for path in Path().iterdir()] == ["blocker"]
 
 
+def test_each_job_of_a_sweep_says_what_was_wrong_with_it(command: Command) -> None:
+    synthetic = ["data=synthetic", "data.images=256", "train.epochs=1"]
+    status, _, err = command(train.main, "-m", *QUICK, *synthetic, "train.lr=-1,0.01,-2")
+    assert status == 2
+    assert re.findall("^fastalex: error: (.*)", err, re.MULTILINE) == [
+        f"job {job}: train.lr={lr}: must lie between 0 and inf, both left out"
+        for job, lr in ((0, -1.0), (2, -2.0))
+    ]
+    assert [path.parent.name for path in Path("multirun").rglob("summary.json")] == ["1"]
+
+
+def test_a_signal_ends_a_sweep(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+
+    def stopped(*arguments: object, **named: object) -> None:
+        jobs.append(arguments)
+        raise StoppedError("stopped by SIGINT", signal.SIGINT)
+
+    monkeypatch.setattr(train, "train", stopped)
+    status, _, err = command(train.main, "-m", *QUICK, "train.lr=0.1,0.2")
+    assert (status, len(jobs)) == (130, 1)
+    assert "fastalex: error: stopped by SIGINT" in err
+
+
+def test_folders_that_were_there_before_stay(command: Command) -> None:
+    Path("mine/empty").mkdir(parents=True)
+    for folder in ("mine", "mine/empty", "mine/empty/new/run"):
+        assert command(train.main, *QUICK, "train.lr=-1", f"hydra.run.dir={folder}")[0] == 2
+        assert [path.name for path in Path("mine").rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (
+            PermissionError(13, "Permission denied", "locked/x"),
+            2,
+            "locked/x: cannot be used (Permission denied)",
+        ),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+    ],
+    ids=["permission", "interrupt"],
+)
+def test_what_the_user_did_is_one_line(
+    error: BaseException, status: int, line: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, whom no permission stops."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluate, "run", refuse)
+    assert command(evaluate.main, "checkpoint=x") == (status, "", f"fastalex: error: {line}\n")
+
+
+def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
+    plots.confusion_matrix(np.eye(2), ["$5_$10", "_$^"], tmp_path / "matrix.png")
+    plots.mistakes([np.zeros((2, 2, 3), np.uint8)], ["$5_$10"], tmp_path / "mistakes.png")
+    for name in ("matrix.png", "mistakes.png"):
+        assert Image.open(tmp_path / name).size > (100, 100)
+
+
+def test_a_trace_that_the_disk_has_no_room_for_is_no_file(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(self: object, path: str) -> None:
+        Path(f"{path}.tmp").write_text("half")  # as PyTorch leaves it, without an error
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", give_up)
+    status, _, err = command(train.main, *QUICK, "profile=true", "hydra.run.dir=run")
+    assert status == 2
+    assert re.search(r"^fastalex: error: \S+run/trace.json: cannot be written \(No space", err, re.MULTILINE)
+    assert not [path.name for path in Path("run").iterdir() if "trace" in path.name]
+
+
+def test_a_run_is_resumed_whatever_its_settings_would_be_without_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage at a crop that the default network, which the run does not have, would refuse."""
+    stages = "train.stages=[{epochs: 1, resize: 36, crop: 32}]"
+    synthetic = ["data=synthetic", "data.images=256", "hydra.run.dir=run"]
+    stop_after = 1
+
+    def stop(trainer: Any) -> None:
+        if trainer.step >= stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastalex.trainer.Trainer._stop_if_asked", stop)
+    options = [*QUICK, *synthetic, stages, "checkpoint.every_steps=1"]
+    assert command(train.main, *options)[0] == 130
+    stop_after = 1000
+    status, out, err = command(train.main, "resume=run", stages)
+    assert status == 0, err
+    assert "going on with the run in run from step 1" in out
+
+
+def test_an_evaluation_takes_images_of_another_size_than_the_run_had(command: Command) -> None:
+    tree = image_tree(Path("same"))
+    overrides = ["data=imagefolder", "data.root=same", "train.batch_size=4", "train.epochs=1"]
+    assert command(train.main, *QUICK, *overrides, "hydra.run.dir=run")[0] == 0
+    moved = tree.rename("other")
+    for number, path in enumerate(sorted(moved.rglob("*.png"))):
+        Image.new("RGB", (300 + number, 290)).save(path)
+    status, out, err = command(evaluate.main, "checkpoint=run/checkpoint.pt", "data.root=other")
+    assert status == 0, err
+    assert "top-1" in out
+    (moved / "dog").rename(moved / "elk")
+    status, _, err = command(evaluate.main, "checkpoint=run/checkpoint.pt", "data.root=other")
+    assert status == 2
+    assert "class 2 is 'dog' there and 'elk' here, of 2 and 2" in err
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
         ([], r"checkpoint: has no value; give it as checkpoint="),
         (["checkpoint=none.pt"], r"checkpoint=none.pt: there is no such file"),
         (["checkpoint=cut.pt"], r"checkpoint=cut.pt: is damaged or cut short"),
+        (["checkpoint=x.safetensors"], r"checkpoint=x.safetensors: holds weights alone"),
     ],
 )
 def test_bad_checkpoints_are_one_line(
@@ -392,6 +516,7 @@ def test_bad_checkpoints_are_one_line(
 ) -> None:
     whole = (finished[0] / "checkpoint.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("x.safetensors").write_bytes((finished[0] / "model.safetensors").read_bytes())
     status, _, err = command(evaluate.main, *checkpoint)
     assert status == 2
     assert len(err.splitlines()) == 1

@@ -12,8 +12,9 @@ from fastalex.errors import ConfigError
 from fastalex.models.alexnet import MIN_CROP, AlexNet
 from fastalex.models.winograd import allow_winograd
 
-__all__ = ["MODELS", "AlexNet", "check_crop", "count_parameters", "create_model"]
+__all__ = ["MODELS", "AlexNet", "check_batch", "check_crop", "count_parameters", "create_model"]
 
+SMALLEST = 32  # crop: torchvision's networks halve it five times
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "resnet18": torchvision.models.resnet18,
@@ -57,9 +58,27 @@ def check_crop(name: str, key: str, crop: int) -> None:
     Raises:
         ConfigError: naming the smallest crop that works.
     """
-    smallest = MIN_CROP if name == "alexnet" else 32  # torchvision's networks halve the image five times
+    smallest = MIN_CROP if name == "alexnet" else SMALLEST
     if crop < smallest:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
+
+
+def check_batch(name: str, images: int, crop: float) -> None:
+    """Refuse a single image at a time where batch normalisation would have one value to normalise.
+
+    Args:
+        name: of the network.
+        images: of a batch, or of the parts that it is divided into.
+        crop: the smallest one, in pixels.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if images == 1 and crop <= SMALLEST and name != "alexnet":  # which has enough pixels at any crop
+        raise ConfigError(
+            f"train.batch_size: {name} gets one image at a time, a crop of {crop:g} leaves one pixel of it, "
+            "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
+        )
 
 
 def count_parameters(model: nn.Module) -> int:
