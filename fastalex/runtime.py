@@ -166,7 +166,7 @@ def keep_pages() -> None:
     """Stop glibc's malloc from handing freed memory back to the kernel between steps.
 
     By default every activation above 32 MiB is mapped afresh, and its first touch faults in each of its
-    pages: a fifth of the time of AlexNet's step on two cores. Other C libraries are left alone.
+    pages, which takes a good part of a step's time. Other C libraries are left alone.
     """
     set_malloc_thresholds(2**31 - 1)  # an int: mapped only from 2 GiB on
 

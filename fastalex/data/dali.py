@@ -178,7 +178,7 @@ def _pipeline(
         resized = _resize_as_torchvision(images, resize)
     else:
         touched = rest[3]
-        if touched:  # a conditional of DALI's, decided sample by sample: the exact way costs a quarter more
+        if touched:  # a conditional of DALI's, decided sample by sample: the exact way is more work
             resized = _resize_as_torchvision(images, resize)
         else:
             resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)

@@ -72,7 +72,7 @@ def decode_image(path: Path | str) -> NDArray[np.uint8]:
 def check_image(path: Path | str) -> tuple[int, int]:
     """Reads a whole file and returns (H, W), or raises what :func:`decode_image` would.
 
-    A JPEG is decoded at an eighth of its size, which reads every byte at less than half the cost.
+    A JPEG is decoded at an eighth of its size, which reads every byte at less cost.
     """
     return _decode(path, draft=True)[1]
 

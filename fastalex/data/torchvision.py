@@ -124,7 +124,7 @@ class _ViewsOfImages(Dataset[_Item]):
             pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
         except DataError as error:
             return error
-        # With channels innermost in memory torchvision resizes three times as fast as it does planes.
+        # With channels innermost in memory torchvision resizes faster than it does planes.
         image = F.resize(pixels.permute(2, 0, 1), size, antialias=True)
         if self.views is not Views.ten_crop:
             view = F.crop(image, top, left, crop, crop)
