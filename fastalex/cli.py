@@ -227,5 +227,7 @@ def _one_line(error: Exception) -> str:
     text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     full_key = getattr(cause, "full_key", None)
     if full_key:
+        if getattr(cause, "object_type", None) is schema.Stage and "." not in full_key:
+            full_key = f"a stage of train.stages: {full_key}"  # OmegaConf checks it before it has a place
         text = f"{full_key}: {text[0].lower()}{text[1:]}"
     return f"{text}; --help lists every key"

@@ -349,6 +349,10 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
             ["train.stages=[{epochs: 2, resize: 36, crop: 32}]"],
             r"train.stages: take 2 of train.epochs=2 and leave none at data.crop=32",
         ),
+        (
+            ["train.stages=[{epochs: 1.5, resize: 36, crop: 32}]"],
+            r"a stage of train.stages: epochs: value '1.5' of type 'float' could not be converted",
+        ),
         (["train.stages=[{epochs: 1, crop: 32}]"], r"train.stages\[0\].resize: has no value"),
         (["train.stages=[{epochs: 0, resize: 36, crop: 32}]"], r"train.stages\[0\].epochs=0: must be"),
         (
