@@ -24,6 +24,7 @@ from fastalex.errors import ConfigError, FastalexError, ReportedError, StoppedEr
 from fastalex.files import remove_empty
 
 T = TypeVar("T")
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def command(
@@ -57,7 +58,7 @@ def command(
                 except StoppedError as error:
                     _fail(str(error), error.exit_status, anywhere=True)
                 except KeyboardInterrupt:
-                    _fail(f"stopped by {signal.SIGINT.name}", 128 + signal.SIGINT)
+                    _fail("stopped by SIGINT", 128 + signal.SIGINT)
                 except FastalexError as error:
                     # Not handed to Hydra, which would print a line of its own about it.
                     statuses.append(error.exit_status)
@@ -181,9 +182,6 @@ def _folders_before(arguments: Sequence[str]) -> set[Path]:
     named = [value for key, _, value in (each.partition("=") for each in arguments) if key in _FOLDERS]
     folders = [Path(value.strip("'\"")) for value in named] + [Path("outputs"), Path("multirun")]
     return {each.resolve() for folder in folders for each in (folder, *folder.parents) if each.is_dir()}
-
-
-_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def _job() -> str:

@@ -317,9 +317,9 @@ def markdown(content: dict[str, Any]) -> str:
         + (" budget=quick" if quick else "")
         + "` from the runs in "
         f"this folder. Errors{_data(content)} are shares of the test images, top-1 / top-5, of the final "
-        "weights; rows of several seeds give the mean and, after ±, the "
-        "standard deviation. A row's settings are fixed before its run, by the training and validation "
-        "errors of earlier ones; where their test errors had been seen by then, `docs/recipe.md` says so."
+        "weights; rows of several seeds give the mean and, after ±, the standard deviation. A row's settings "
+        "are fixed before its run, by the training and validation errors of earlier ones; where their test "
+        "errors had been seen by then, `docs/recipe.md` says so."
     )
     rows = content["rows"]
     errors, costs = [], []

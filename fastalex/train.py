@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
@@ -128,7 +127,7 @@ def _check(config: Config, world: World) -> None:
         check_crop(config.model.name, f"train.stages[{number}].crop", stage.crop)
     train = config.train
     if world.size == 1:
-        smallest = min(config.data.crop, *(stage.crop for stage in train.stages), math.inf)
+        smallest = min([config.data.crop, *(stage.crop for stage in train.stages)])
         check_batch(config.model.name, train.batch_size // train.accumulate, smallest)
     if train.batch_size % (world.size * train.accumulate):
         parts = f" in train.accumulate={train.accumulate} equal parts each" if train.accumulate > 1 else ""

@@ -23,3 +23,11 @@ def same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_default_dtype() -> Iterator[None]:
+    """Leave the next test the dtype that tensors have by default."""
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)

@@ -199,16 +199,13 @@ def read_parts(
         missing = set(range(len(classes))) - set(labels.tolist())
         if missing:
             absent = missing - set(part.labels)
-            problem = "there is no" if absent else "every"
-            end = (
-                "; add some or remove the class"
+            images_of = f"image of class {classes[min(absent or missing)]!r} for {name}"
+            problem = (
+                f"there is no {images_of}; add some"
                 if absent
-                else " is damaged; replace them or remove the class"
+                else f"every {images_of} is damaged; replace them"
             )
-            raise DataError(
-                f"data.root={config.root}: {problem} image of class {classes[min(absent or missing)]!r} for "
-                f"{name}{end}"
-            )
+            raise DataError(f"data.root={config.root}: {problem} or remove the class")
         if contents.pixels is not None:
             images[name] = ImageSet(labels, pixels=contents.pixels[rows])
         else:

@@ -63,7 +63,7 @@ def check_crop(name: str, key: str, crop: int) -> None:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
 
-def check_batch(name: str, images: int, crop: float) -> None:
+def check_batch(name: str, images: int, crop: int) -> None:
     """Refuse a single image at a time where batch normalisation would have one value to normalise.
 
     Args:
@@ -76,7 +76,7 @@ def check_batch(name: str, images: int, crop: float) -> None:
     """
     if images == 1 and crop <= SMALLEST and name != "alexnet":  # which has enough pixels at any crop
         raise ConfigError(
-            f"train.batch_size: {name} gets one image at a time, a crop of {crop:g} leaves one pixel of it, "
+            f"train.batch_size: {name} gets one image at a time, a crop of {crop} leaves one pixel of it, "
             "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
         )
 
