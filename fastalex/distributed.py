@@ -7,6 +7,7 @@ process alone writes files and prints.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -183,6 +184,8 @@ def alike(function: Callable[[], None]) -> None:
 def joined(timeout: float) -> Iterator[World]:
     """Context in which the processes that torchrun started are connected; without it, a world of one.
 
+    What uses the connection, such as a network that is divided, is to be out of reach at its end.
+
     Args:
         timeout: seconds that a process waits for the others.
     """
@@ -204,4 +207,8 @@ def joined(timeout: float) -> Iterator[World]:
             timeout=timeout,
         )
     finally:
+        # A network that is divided refers to the group, in cycles, and as long as anything does, gloo's
+        # threads live on. One that lets go of a tensor while the interpreter ends aborts the process
+        # (pytorch issue 190489).
+        gc.collect()
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ travel in place of gradients: Krizhevsky, "One weird trick for parallelizing con
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce  # which backpropagates
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -76,7 +77,9 @@ def _divide_hidden_layers(model: nn.Module, world: World, device: torch.device) 
         first: ColwiseParallel(input_layouts=Shard(0)),
         second: RowwiseParallel(output_layouts=Shard(0)),
     }
-    parallelize_module(model, init_device_mesh(device.type, (world.size,)), plan)
+    # A group of their own: DTensor's caches refer to it for good, and its threads end with the process.
+    group = cast(dist.ProcessGroup, dist.new_group(timeout=timedelta(seconds=world.timeout)))
+    parallelize_module(model, DeviceMesh.from_group(group, device.type), plan)
     for name in names:
         for parameter in model.get_submodule(name).parameters():
             # The gradient is summed over the processes' losses, each a mean over a part of the batch.

@@ -75,39 +75,53 @@ def train(
     began = time.perf_counter()
     distributed.alike(lambda: validate(config))  # before the processes wait for each other
     with StopSignals() as signals, distributed.joined(config.distributed.timeout) as world, world.watched():
-        if distributed.restarted():
-            config.resume = _resume_again(config.resume, given)
-        found: Found | None = None
+        # In a function of its own: what it made is gone when the processes part.
+        return _take_part(config, run_dir, given, asked or {}, signals, world, began)
 
-        def where_to_begin() -> tuple[Config, Checkpoint] | None:
-            nonlocal found
-            found = find(config.resume, run_dir, given) if config.resume else None
-            if found is None:
-                _check(config, world)
-                if config.resume:
-                    print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
-                return None
-            if found.folder.resolve() != run_dir.resolve():
-                remove_empty(run_dir)
-            resumed = found.configuration(asked or {})
-            _check(resumed, world)
-            print(f"going on with the run in {found.folder} from step {found.checkpoint.step}")
-            return resumed, found.checkpoint
 
-        try:
-            beginning = world.on_main(where_to_begin)
-            resumed, checkpoint = beginning or (config, None)
-            trainer, splits = _prepare(resumed, signals, world)
-            if checkpoint is not None:
-                _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them
-            if not world.main:
-                with signals.deferred():
-                    return Follower(resumed, splits, trainer, run_dir).take_part()
-            folder = _folder(resumed, run_dir, given, found, trainer)
-            return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
-        finally:
-            if found is not None:
-                found.lock.release()
+def _take_part(
+    config: Config,
+    run_dir: Path,
+    given: bool,
+    asked: Mapping[str, Any],
+    signals: StopSignals,
+    world: World,
+    began: float,
+) -> dict[str, Any]:
+    """Do what :func:`train` does, in one of the processes."""
+    if distributed.restarted():
+        config.resume = _resume_again(config.resume, given)
+    found: Found | None = None
+
+    def where_to_begin() -> tuple[Config, Checkpoint] | None:
+        nonlocal found
+        found = find(config.resume, run_dir, given) if config.resume else None
+        if found is None:
+            _check(config, world)
+            if config.resume:
+                print("resume=auto: there is no unfinished run with a checkpoint; a new one begins")
+            return None
+        if found.folder.resolve() != run_dir.resolve():
+            remove_empty(run_dir)
+        resumed = found.configuration(asked)
+        _check(resumed, world)
+        print(f"going on with the run in {found.folder} from step {found.checkpoint.step}")
+        return resumed, found.checkpoint
+
+    try:
+        beginning = world.on_main(where_to_begin)
+        resumed, checkpoint = beginning or (config, None)
+        trainer, splits = _prepare(resumed, signals, world)
+        if checkpoint is not None:
+            _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them
+        if not world.main:
+            with signals.deferred():
+                return Follower(resumed, splits, trainer, run_dir).take_part()
+        folder = _folder(resumed, run_dir, given, found, trainer)
+        return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
+    finally:
+        if found is not None:
+            found.lock.release()
 
 
 def _resume_again(resume: str, given: bool) -> str:

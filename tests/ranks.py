@@ -176,13 +176,22 @@ def collectives(world: World) -> dict[str, Any]:
     }
 
 
+def gloo_threads() -> set[int]:
+    """The threads of this process that exchange tensors."""
+    threads = Path("/proc/self/task").iterdir()
+    return {int(thread.name) for thread in threads if (thread / "comm").read_text() == "pt_gloo_runloop\n"}
+
+
 def main(folder: Path) -> None:
     with joined(60) as world:
+        world.sum(1)  # which the threads begin with
+        own = gloo_threads()
         results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
         for name in ("ddp", "hybrid", "batch normalisation, hybrid"):
             results[f"{name}, resumed"] = resumed(CASES[name], world)
         results["collectives"] = collectives(world)
-        torch.save(results, folder / f"{world.rank}.pt")
+    results["gloo's threads"] = {"own": list(own), "left": list(own & gloo_threads())}
+    torch.save(results, folder / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":

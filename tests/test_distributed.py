@@ -113,6 +113,14 @@ def test_collectives(together: list[dict[str, Any]]) -> None:
         assert found["main"] == "from process 0"
 
 
+def test_no_thread_of_the_connection_outlives_it(together: list[dict[str, Any]]) -> None:
+    # It could abort the process, at random, after all went well.
+    for theirs in together:
+        threads = theirs["gloo's threads"]
+        assert threads["own"]
+        assert not threads["left"]
+
+
 def test_a_process_alone_talks_to_nobody() -> None:
     world = World()
     assert world.sum(1, 2) == [1, 2]
