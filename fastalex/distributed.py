@@ -207,8 +207,8 @@ def joined(timeout: float) -> Iterator[World]:
             timeout=timeout,
         )
     finally:
-        # A network that is divided refers to the group, in cycles, and as long as anything does, gloo's
-        # threads live on. One that lets go of a tensor while the interpreter ends aborts the process
-        # (pytorch issue 190489).
+        # A divided network refers to the group, and is part of cycles (a trainer and its on_step). As long as
+        # anything refers to the group, gloo's threads live on, and one that lets go of a tensor while the
+        # interpreter ends aborts the process (pytorch issue 190489).
         gc.collect()
         dist.destroy_process_group()

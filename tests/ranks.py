@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,22 +111,24 @@ def network(**options: Any) -> nn.Module:
 
 def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
     runtime = choose(RuntimeConfig(device="cpu", precision=case.precision, threads=1, winograd=False))
-
-    def on_step(step: int, loss: float | None) -> None:
-        assert loss is not None
-        losses.append(loss)
-
-    return Trainer(
+    trainer = Trainer(
         runtime.place(network(**case.network)),
         case.recipe,
         Batches(world, [BATCH] * case.steps, BATCH // world.size, runtime.dtype),
         Batches(world, [VALIDATION], 14 // world.size, runtime.dtype),
         runtime,
         log_every=1,
-        on_step=on_step,
         world=world,
         distributed=case.distributed,
     )
+
+    def on_step(step: int, loss: float | None) -> None:
+        assert step == trainer.step  # it and the trainer refer to each other, as the program's do
+        assert loss is not None
+        losses.append(loss)
+
+    trainer.on_step = on_step
+    return trainer
 
 
 def run(case: Case, world: World) -> dict[str, Any]:
@@ -183,6 +186,7 @@ def gloo_threads() -> set[int]:
 
 
 def main(folder: Path) -> None:
+    gc.disable()  # what is collected is then what joined() sees to, and nothing by chance
     with joined(60) as world:
         world.sum(1)  # which the threads begin with
         own = gloo_threads()
