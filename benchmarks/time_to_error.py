@@ -5,8 +5,9 @@
 fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, validation
 included. The reference's is extrapolated: the images that the study's recipe took to the same error, counted
 in a run of that recipe (``--study``), by the images/s of ``benchmarks/reference.py``
-(``benchmarks/results/step_KIND.csv``), validation left out. What has not been measured is said not to be.
-Writes ``benchmarks/results/time_to_error.json``.
+(``benchmarks/results/step_KIND.csv``), validation left out. A run of the recipe that ended above the error
+gives a lower bound: all of its images were not enough. What has not been measured is said not to be. Writes
+``benchmarks/results/time_to_error.json``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastalex.reproduction import ROWS, Run, read_run
 
 PUBLISHED = ROWS["alexnet"].published
 MEASURED, EXTRAPOLATED, NOT_MEASURED = "measured", "extrapolated", "not measured"
+LOWER_BOUND = "extrapolated lower bound"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class TimeToError:
 
     Attributes:
         program: its name.
-        kind: measured, extrapolated, or not measured.
-        epochs: after which the error was reached.
+        kind: measured, extrapolated, an extrapolated lower bound, or not measured.
+        epochs: after which the error was reached; of a lower bound, after which it was not yet.
         images: training images seen by then.
         startup_seconds: from the settings to the first step, reading the data included; Python's imports,
             some seconds before, are not.
@@ -90,22 +92,22 @@ def extrapolated(study: Run | None, steps: Path, error: float) -> TimeToError:
                 rate, hardware = measurement.median, measurement.record["hardware"]
     if rate is None:
         missing.append(f"the reference's images/s are not in {steps}: make bench")
-    epochs = study.epochs_to(error) if study else None
     if study is None:
         missing.append(
             "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_seed_recipe"
         )
-    elif epochs is None:
-        missing.append(f"the study's recipe did not reach {error:.4f} in {study.summary['epochs']} epochs")
-    images = _images(study, epochs) if study and epochs else None
-    if rate is None or images is None:
-        note = "; ".join(missing)
-        return TimeToError("reference", NOT_MEASURED, epochs, images, hardware=hardware, note=note)
+    if rate is None or study is None:
+        return TimeToError("reference", NOT_MEASURED, hardware=hardware, note="; ".join(missing))
+    reached = study.epochs_to(error)
+    epochs = reached or study.summary["epochs"]
+    images = _images(study, epochs)
     seconds = images / rate
     note = f"{images:,} images at {rate:.1f} a second, without start and validation"
+    if reached is None:
+        note += f"; the study's recipe had not reached {error:.4f} by then, so the time is longer"
     return TimeToError(
         "reference",
-        EXTRAPOLATED,
+        EXTRAPOLATED if reached else LOWER_BOUND,
         epochs,
         images,
         training_seconds=seconds,
@@ -133,9 +135,9 @@ def table(results: list[TimeToError], error: float) -> str:
     lines += [f"{result.program}: {result.note}" for result in results if result.note]
     fast, reference = results
     if fast.seconds and reference.seconds:
-        lines.append(
-            f"the reference takes {reference.seconds / fast.seconds:.1f} times as long, extrapolated"
-        )
+        bound = "more than " if reference.kind == LOWER_BOUND else ""
+        ratio = reference.seconds / fast.seconds
+        lines.append(f"the reference takes {bound}{ratio:.1f} times as long, extrapolated")
         if fast.hardware != reference.hardware:
             lines.append(f"of two machines: {fast.hardware} and {reference.hardware}")
     return "\n".join(lines)

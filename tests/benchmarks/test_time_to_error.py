@@ -97,11 +97,24 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert reference["seconds"] is None
     assert "make bench" in reference["note"]
     assert "rows=alexnet_seed_recipe" in reference["note"]
-    fast, reference = results(tmp_path, run, run, steps_file(tmp_path / "steps.csv", 16.0), 0.1)
+    fast, reference = results(tmp_path, run, run, nowhere, 0.1)
     assert fast["kind"] == reference["kind"] == "not measured"
     assert "0.1000 was not reached" in fast["note"]
-    assert "did not reach 0.1000 in 2 epochs" in reference["note"]
+    assert reference["seconds"] is None
     assert "times as long" not in capsys.readouterr().out
+
+
+def test_a_recipe_that_ended_above_the_error_bounds_the_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_up_run(tmp_path / "run", [0.5, 0.2])
+    study = made_up_run(tmp_path / "study", [0.6, 0.4, 0.3])
+    _, reference = results(tmp_path, run, study, steps_file(tmp_path / "steps.csv", 16.0), 0.2)
+    assert reference["kind"] == "extrapolated lower bound"
+    assert (reference["epochs"], reference["images"]) == (3, 30 * 128)
+    assert reference["seconds"] == pytest.approx(30 * 128 / 16)
+    assert "had not reached 0.2000 by then" in reference["note"]
+    assert f"more than {240 / 202:.1f} times as long" in capsys.readouterr().out
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
