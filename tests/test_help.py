@@ -1,0 +1,33 @@
+"""What ``--help`` offers, beside the files that there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastalex import cli
+
+CONFIGS = Path(cli.__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("module", "groups"),
+    [
+        ("fastalex.train", {"data", "loader", "model", "recipe"}),
+        ("fastalex.diagnose", {"data", "model"}),
+        ("fastalex.data.write_beton", {"data"}),
+        ("fastalex.evaluate", set()),
+        ("fastalex.reproduce", set()),
+    ],
+)
+def test_it_lists_the_choices_that_there_are(module: str, groups: set[str]) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    before, _, keys = run.stdout.partition("Every key, to be set by key=value:")
+    assert keys.strip()
+    assert "schema" not in run.stdout
+    listed = dict(line.split(": ", 1) for line in before.splitlines() if ": " in line)
+    files = {name: sorted(file.stem for file in (CONFIGS / name).glob("*.yaml")) for name in groups}
+    assert {name: choices.split(", ") for name, choices in listed.items()} == files
