@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,9 +136,11 @@ def table(results: list[TimeToError], error: float) -> str:
     lines += [f"{result.program}: {result.note}" for result in results if result.note]
     fast, reference = results
     if fast.seconds and reference.seconds:
-        bound = "more than " if reference.kind == LOWER_BOUND else ""
         ratio = reference.seconds / fast.seconds
-        lines.append(f"the reference takes {bound}{ratio:.1f} times as long, extrapolated")
+        times = f"{ratio:.1f}"
+        if reference.kind == LOWER_BOUND:
+            times = f"more than {math.floor(10 * ratio) / 10:.1f}"  # rounded up it would claim too much
+        lines.append(f"the reference takes {times} times as long, extrapolated")
         if fast.hardware != reference.hardware:
             lines.append(f"of two machines: {fast.hardware} and {reference.hardware}")
     return "\n".join(lines)
