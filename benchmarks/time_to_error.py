@@ -137,10 +137,10 @@ def table(results: list[TimeToError], error: float) -> str:
     fast, reference = results
     if fast.seconds and reference.seconds:
         ratio = reference.seconds / fast.seconds
-        times = f"{ratio:.1f}"
+        factor = f"{ratio:.1f}"
         if reference.kind == LOWER_BOUND:
-            times = f"more than {math.floor(10 * ratio) / 10:.1f}"  # rounded up it would claim too much
-        lines.append(f"the reference takes {times} times as long, extrapolated")
+            factor = f"more than {math.floor(10 * ratio) / 10:.1f}"  # rounded up it would claim too much
+        lines.append(f"the reference takes {factor} times as long, extrapolated")
         if fast.hardware != reference.hardware:
             lines.append(f"of two machines: {fast.hardware} and {reference.hardware}")
     return "\n".join(lines)
