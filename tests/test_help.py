@@ -17,7 +17,7 @@ CONFIGS = Path(cli.__file__).parents[1] / "configs"
     ("module", "groups"),
     [
         ("fastalex.train", {"data", "loader", "model", "recipe"}),
-        ("fastalex.diagnose", {"data", "model"}),
+        ("fastalex.diagnose", {"data", "loader", "model", "recipe"}),
         ("fastalex.data.write_beton", {"data"}),
         ("fastalex.evaluate", set()),
         ("fastalex.reproduce", set()),
