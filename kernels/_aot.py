@@ -72,15 +72,16 @@ def _signature(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
     """Types, constants and alignments, as Triton's launcher would derive them from the arguments."""
-    kernel = launch.kernel.fn
+    kernel = launch.kernel
     constants = {p.name for p in kernel.params if p.is_constexpr}
+    serves_all = {p.name for p in kernel.params if p.do_not_specialize}
     types: dict[str, str] = {}
     values: dict[str, object] = {}
     attributes: dict[tuple[int], list[list[object]]] = {}
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments.get(name)
         divisible = False
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in constants or (isinstance(value, int) and value == 1 and name not in serves_all):
             types[name] = "constexpr"
             if name in launch.arguments:
                 values[name] = value
@@ -91,7 +92,7 @@ def _signature(
             types[name] = "fp32"
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and name not in serves_all
         else:
             raise ValueError(f"{kernel.__name__}: no tensor or number for the argument {name!r}")
         if divisible:
@@ -99,19 +100,10 @@ def _signature(
     return types, values, attributes
 
 
-def compile_launch(launch: Launch, arch: int, config: int = 0, maxnreg: int | None = None) -> MachineCode:
-    """Compile a launch under its `config`-th autotuning configuration for compute capability arch / 10.
-
-    maxnreg caps the registers of a thread, over the configuration's own cap; what does not fit is spilled.
-    """
-    chosen = launch.kernel.configs[config]
-    types, values, attributes = _signature(launch)
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    maxnreg = maxnreg or chosen.maxnreg
-    if maxnreg:
-        options["maxnreg"] = maxnreg
-    source = ASTSource(launch.kernel.fn, types, {**values, **chosen.kwargs}, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def compile_launch(launch: Launch, arch: int) -> MachineCode:
+    """Compile a launch for compute capability arch / 10."""
+    source = ASTSource(launch.kernel, *_signature(launch))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -3,8 +3,6 @@
 A lane is one element of a channels-last tensor; it loops over the channels of its window, and its
 neighbours' loads put them in the cache. `lrn_triton` explains the words, has the formulas, and takes these
 kernels where its own do not fit. Every offset is 64 bits wide.
-
-A negative d (which takes a negative k or alpha) gives NaN, whatever beta.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,22 +10,33 @@ A negative d (which takes a negative k or alpha) gives NaN, whatever beta.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_launch import Launch, over
+from ._triton_launch import SIZES, Launch, cdiv
+
+_SIZES = [*SIZES, "H", "W", "C", "before", "after"]
 
 
 @triton.jit
 def power(d, neg_beta, B75: tl.constexpr):
-    """d^-beta. Beta = 0.75 takes two fast instructions, and gives inf for 0 and 0 for inf as it must."""
+    """d^-beta. Beta = 0.75 takes two fast instructions, and gives inf for 0 and 0 for inf as it must.
+
+    Of a negative d (which takes a negative k or alpha) whole powers exist, and others are NaN, as in PyTorch.
+    """
     if B75:
         r = tl.rsqrt(d)
         return r * tl.sqrt(r)
     else:
-        return tl.where(neg_beta == 0.0, 1.0, tl.exp2(neg_beta * tl.log2(d)))
+        magnitude = tl.where(neg_beta == 0.0, 1.0, tl.exp2(neg_beta * tl.log2(tl.abs(d))))
+        is_whole = tl.floor(neg_beta) == neg_beta
+        is_even = 2.0 * tl.floor(0.5 * neg_beta) == neg_beta
+        sign = tl.where(is_even, 1.0, tl.where(is_whole, -1.0, float("nan")))
+        return tl.where(d < 0.0, sign, 1.0) * magnitude
 
 
 @triton.jit
@@ -85,11 +94,7 @@ def _load_gradient(
         return tl.load(grad_pointer + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-_PLAIN_CONFIGS = [triton.Config({"BLOCK": 1024}, num_warps=8), triton.Config({"BLOCK": 256}, num_warps=4)]
-
-
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _plain_forward_kernel(
     x_pointer,
     y_pointer,
@@ -112,8 +117,7 @@ def _plain_forward_kernel(
     tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _plain_pool_forward_kernel(
     x_pointer,
     y_pointer,
@@ -152,8 +156,7 @@ def _plain_pool_forward_kernel(
     tl.store(argmax_pointer + target, best_tap.to(tl.uint8), mask=mask)
 
 
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _plain_ratio_kernel(
     x_pointer,
     grad_pointer,
@@ -184,8 +187,7 @@ def _plain_ratio_kernel(
     tl.store(ratio_pointer + offset, ratio, mask=mask)
 
 
-@triton.autotune(configs=_PLAIN_CONFIGS, key=["C", "before", "after"])
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _plain_backward_kernel(
     x_pointer,
     grad_pointer,
@@ -223,6 +225,11 @@ def _plain_backward_kernel(
     tl.store(dx_pointer + offset, dx.to(dx_pointer.dtype.element_ty), mask=mask)
 
 
+def _launch(kernel: Any, elements: int, arguments: dict[str, Any]) -> Launch:
+    block, warps = 256, 4
+    return Launch(kernel, cdiv(elements, block), {**arguments, "BLOCK": block}, warps)
+
+
 def scalars(size: int, alpha: float, beta: float, k: float) -> dict[str, float | bool]:
     """The numbers every kernel takes."""
     return {"alpha": alpha / size, "k": float(k), "neg_beta": -float(beta), "B75": beta == 0.75}
@@ -250,7 +257,7 @@ def plain_forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k:
         **_reach(size, channels),
         **scalars(size, alpha, beta, k),
     }
-    return Launch(_plain_forward_kernel, over(x.numel()), arguments)
+    return _launch(_plain_forward_kernel, x.numel(), arguments)
 
 
 def plain_pool_forward(
@@ -269,7 +276,7 @@ def plain_pool_forward(
         **_reach(size, channels),
         **scalars(size, alpha, beta, k),
     }
-    return Launch(_plain_pool_forward_kernel, over(y.numel()), arguments)
+    return _launch(_plain_pool_forward_kernel, y.numel(), arguments)
 
 
 def plain_backward(
@@ -299,8 +306,8 @@ def plain_backward(
         **_reach(size, channels),
         **scalars(size, alpha, beta, k),
     }
-    grid = over(x.numel())
+    whole = {**common, "dx_pointer": dx, "slope": slope(size, alpha, beta)}
     return [
-        Launch(_plain_ratio_kernel, grid, common),
-        Launch(_plain_backward_kernel, grid, {**common, "dx_pointer": dx, "slope": slope(size, alpha, beta)}),
+        _launch(_plain_ratio_kernel, x.numel(), common),
+        _launch(_plain_backward_kernel, x.numel(), whole),
     ]

@@ -20,7 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
-Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
+# Names of arguments of which one compiled kernel serves every value (`do_not_specialize`). Triton would
+# otherwise compile it anew, which takes seconds, for values that 16 divides, for 1, and for all others: for
+# the last batch of an epoch, and for another crop. The price is a few divisions a lane.
+SIZES = ["elements", "vectors", "batch", "height", "width", "rows", "image_count"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,11 +36,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def over(count: int) -> Grid:
-    """A flat grid over `count` lanes, BLOCK to a program."""
-    return lambda constants: (cdiv(count, constants["BLOCK"]),)
-
-
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before Triton was imported)."""
     return bool(triton.knobs.runtime.interpret)
@@ -47,27 +45,36 @@ def is_interpreted() -> bool:
 class Launch:
     """One kernel launch.
 
-    kernel: a `@triton.jit` function under `@triton.autotune`.
-    grid: from the kernel's constants by name (the autotuned block size among them) to the number of programs.
-    arguments: every argument by parameter name, except those that an autotuning configuration supplies.
+    kernel: a `@triton.jit` function.
+    programs: how many of it, in one dimension.
+    arguments: every argument by parameter name.
+    warps: of 32 threads, to a program.
+    maxnreg: registers that a thread has at most; None leaves it to the compiler.
     """
 
     kernel: Any
-    grid: Grid
+    programs: int
     arguments: Mapping[str, Tensor | int | float | bool]
+    warps: int
+    maxnreg: int | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the arguments."""
+        return {"num_warps": self.warps, **({"maxnreg": self.maxnreg} if self.maxnreg else {})}
+
     def run(self) -> None:
-        if is_interpreted():  # the interpreter cannot autotune: it takes the first configuration
-            self.kernel.fn[self.grid](**self.arguments, **self.kernel.configs[0].kwargs)
+        if is_interpreted():
+            self.kernel[(self.programs,)](**self.arguments)
             return
         device = next(iter(self.tensors.values())).device
         # Triton launches on the current device, which need not be the one the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments)
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)

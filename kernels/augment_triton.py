@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import augment_reference as reference
-from ._triton_launch import KernelCase, Launch
+from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 
 @triton.jit
@@ -71,15 +71,7 @@ def _pick(channel, red, green, blue):
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
 
 
-@triton.autotune(
-    configs=[
-        triton.Config({"BLOCK": 128}, num_warps=4),
-        triton.Config({"BLOCK": 64}, num_warps=2),
-        triton.Config({"BLOCK": 32}, num_warps=1),
-    ],
-    key=["HEIGHT", "WIDTH", "RESIZE", "CROP"],
-)
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _enlarge_kernel(
     image_pointer,
     index_pointer,
@@ -152,15 +144,7 @@ def _first_tap(center, reach, resize: tl.constexpr):
     return tl.where(beyond < 0, 0, beyond // (2 * resize) + 1)
 
 
-@triton.autotune(
-    configs=[
-        triton.Config({"BLOCK": 32, "ROWS": 8}, num_warps=1),
-        triton.Config({"BLOCK": 32, "ROWS": 2}, num_warps=1),
-        triton.Config({"BLOCK": 64, "ROWS": 8}, num_warps=2),
-    ],
-    key=["HEIGHT", "WIDTH", "RESIZE", "CROP"],
-)
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _shrink_kernel(
     image_pointer,
     index_pointer,
@@ -226,6 +210,11 @@ def _shrink_kernel(
         tl.store(out_pointer + y * ROW + element, value.to(out_pointer.dtype.element_ty), mask=mask)
 
 
+# The fastest tried on an H200 in bf16: 84 vectors make a row of AlexNet's input, three programs of 32.
+_BLOCK, _WARPS = 32, 1
+_ROWS = 8  # that a program which shrinks owns
+
+
 def _launch(
     images: Tensor,
     indices: Tensor,
@@ -252,23 +241,17 @@ def _launch(
         "RESIZE": resize,
         "CROP": crop,
         "VIEWS": views,
+        "BLOCK": _BLOCK,
     }
     for color, m, s in zip(("red", "green", "blue"), mean, std, strict=True):
         arguments[f"{color}_scale"] = 1 / (255 * s)
         arguments[f"{color}_shift"] = -m / s
+    programs = cdiv(row, 8 * _BLOCK) * count
     if max(height, width) > resize:
-        return Launch(
-            _shrink_kernel,
-            lambda c: (triton.cdiv(row, 8 * c["BLOCK"]) * triton.cdiv(crop, c["ROWS"]) * count,),
-            arguments,
-        )
+        return Launch(_shrink_kernel, programs * cdiv(crop, _ROWS), {**arguments, "ROWS": _ROWS}, _WARPS)
     # Two rows that are crop - 1 apart are at most this many gaps apart; both ends count.
     gaps = (crop - 1) * height // resize + 2
-    return Launch(
-        _enlarge_kernel,
-        lambda c: (triton.cdiv(row, 8 * c["BLOCK"]) * gaps * count,),
-        {**arguments, "GAPS": gaps},
-    )
+    return Launch(_enlarge_kernel, programs * gaps, {**arguments, "GAPS": gaps}, _WARPS)
 
 
 def augment(

@@ -38,7 +38,6 @@ RESULTS = Path("benchmarks/results")
 BATCH = 128
 BANDWIDTH = {"RTX 4070 Ti SUPER": 672e9, "H100": 3350e9}  # bytes a second, from the makers' data sheets
 _BYTES = ("moved", "floor", "eager")
-EVERY_CONFIG_ON = (89, 90)  # elsewhere the first autotuning configuration only
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class _Job:
     case: int
     dtype: torch.dtype
     arch: int
-    config: int
 
 
 def _cases(module: str) -> list[KernelCase]:
@@ -57,17 +55,15 @@ def _cases(module: str) -> list[KernelCase]:
 def _compile(job: _Job) -> dict[str, Any]:
     case = _cases(job.module)[job.case]
     launch = case.launch(job.dtype, BATCH, torch.device("meta"))
-    config = launch.kernel.configs[job.config]
-    cap = {"maxnreg": config.maxnreg} if config.maxnreg else {}
-    code = _aot.compile_launch(launch, job.arch, job.config)
+    code = _aot.compile_launch(launch, job.arch)
+    tiling = {name: launch.arguments[name] for name in ("BLOCK", "ROWS", "rows") if name in launch.arguments}
     return {
         "kernel": case.name,
         "dtype": dtype_name(job.dtype),
         "arch": job.arch,
-        "config": {**config.kwargs, "num_warps": config.num_warps, **cap},
-        "first_config": job.config == 0,
+        "config": {**tiling, **launch.options},
         **asdict(code),
-        "occupancy": _aot.occupancy(job.arch, code.registers, code.shared, config.num_warps),
+        "occupancy": _aot.occupancy(job.arch, code.registers, code.shared, launch.warps),
         "problems": _aot.problems(case, job.dtype, code),
     }
 
@@ -79,10 +75,7 @@ def _jobs(archs: list[int], dtypes: list[str], kernel: str) -> list[_Job]:
             for dtype in case.dtypes:
                 if kernel not in case.name or dtype_name(dtype) not in dtypes:
                     continue
-                configs = len(case.launch(dtype, BATCH, torch.device("meta")).kernel.configs)
-                for arch in archs:
-                    for config in range(configs if arch in EVERY_CONFIG_ON else 1):
-                        jobs.append(_Job(module, i, dtype, arch, config))
+                jobs += [_Job(module, i, dtype, arch) for arch in archs]
     return jobs
 
 
@@ -160,7 +153,6 @@ def _code_table(codes: list[dict[str, Any]]) -> str:
 
 def report(traffic: list[dict[str, Any]], codes: list[dict[str, Any]]) -> str:
     """The Markdown that the command prints and writes."""
-    others = [row for row in codes if not row["first_config"]]
     return f"""# The Triton kernels, seen without a GPU
 
 Written by `python -m fastalex.kernels.inspect` (triton {triton.__version__}, torch {torch.__version__}).
@@ -168,7 +160,7 @@ How to read it: [docs/gpu.md](../../docs/gpu.md). No GPU took part.
 
 ## Bytes an element
 
-Counted in Triton's interpreter, first configuration, one image.
+Counted in Triton's interpreter, one image.
 
 {_traffic_table(traffic)}
 ## Time these bytes take (computed, not measured)
@@ -177,12 +169,9 @@ Microseconds at batch {BATCH}, bytes over the data sheet's bandwidth:
 {", ".join(f"{gpu} {bandwidth / 1e9:,.0f} GB/s" for gpu, bandwidth in BANDWIDTH.items())}.
 
 {_time_table(traffic)}
-## Machine code, first configuration
+## Machine code
 
-{_code_table([row for row in codes if row["first_config"]])}
-## Machine code, the other autotuning configurations
-
-{_code_table(others)}"""
+{_code_table(codes)}"""
 
 
 def _arguments() -> argparse.Namespace:

@@ -5,8 +5,7 @@ launched over a grid of *programs*. A program is not a thread: it computes on wh
 once, such as `tl.arange(0, BLOCK)`, and Triton deals a block out over the program's 32 x `num_warps`
 threads. A value marked `tl.constexpr` is known when the kernel is compiled, so an `if` on one, or a
 `tl.static_range` up to one, leaves nothing behind in the machine code. `tl.load` and `tl.store` take a
-block of addresses and a mask; where the mask is off nothing is touched. `@triton.autotune` times the listed
-block sizes at the first call and keeps the fastest.
+block of addresses and a mask; where the mask is off nothing is touched.
 
 **The layout.** A channels-last activation lies in memory as N x H x W x C: the channels of one position are
 neighbours, and so is the window of channels that this normalisation sums over. In NCHW that window would be
@@ -82,7 +81,7 @@ from ._lrn_triton_plain import (
     scalars,
     slope,
 )
-from ._triton_launch import Grid, KernelCase, Launch, cdiv, over
+from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 # ---------------------------------------------------------------- loading and storing eight channels
 
@@ -259,16 +258,8 @@ def _gradient(
 
 # ---------------------------------------------------------------- kernels: local response normalisation
 
-# One vector a thread, or two. What suits a GPU is found there, by timing.
-_CONFIGS = [
-    triton.Config({"BLOCK": 256}, num_warps=8),
-    triton.Config({"BLOCK": 128}, num_warps=4),
-    triton.Config({"BLOCK": 256}, num_warps=4),
-]
 
-
-@triton.autotune(configs=_CONFIGS, key=["C", "SIZE", "RELU"])
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     x_pointer,
     y_pointer,
@@ -291,8 +282,7 @@ def _forward_kernel(
     _store(y_pointer + start * 8, lane * 8, masks[0], y, BLOCK, 8)
 
 
-@triton.autotune(configs=_CONFIGS, key=["C", "SIZE", "RELU"])
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     x_pointer,
     grad_pointer,
@@ -356,60 +346,53 @@ def _row_maximum(
     return best, best_tap
 
 
-@triton.autotune(
-    configs=[
-        triton.Config({"BLOCK": 256, "ROWS": 9}, num_warps=8),
-        triton.Config({"BLOCK": 256, "ROWS": 5}, num_warps=8),
-        triton.Config({"BLOCK": 128, "ROWS": 9}, num_warps=4),
-        triton.Config({"BLOCK": 128, "ROWS": 14}, num_warps=4),
-    ],
-    key=["H", "W", "C", "SIZE"],
-)
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pool_forward_kernel(
     x_pointer,
     y_pointer,
     argmax_pointer,
     batch,
+    height,
+    width,
+    rows,
     alpha,
     k,
     neg_beta,
-    H: tl.constexpr,
-    W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
     B75: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """A lane: one vector of channels, down ROWS pooled rows of one pooled column."""
+    """A lane: one vector of channels, down `rows` pooled rows of one pooled column."""
     GROUPS: tl.constexpr = C // 8
-    POOLED_H: tl.constexpr = (H - 3) // 2 + 1
-    POOLED_W: tl.constexpr = (W - 3) // 2 + 1
-    STRIPS: tl.constexpr = (POOLED_H + ROWS - 1) // ROWS
+    pooled_height = (height - 3) // 2 + 1
+    pooled_width = (width - 3) // 2 + 1
+    strips = (pooled_height + rows - 1) // rows
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = lane % GROUPS
-    column = lane // GROUPS % POOLED_W
-    first_row = lane // (GROUPS * POOLED_W) % STRIPS * ROWS
-    image = (lane // (GROUPS * POOLED_W * STRIPS)).to(tl.int64)
+    column = lane // GROUPS % pooled_width
+    first_row = lane // (GROUPS * pooled_width) % strips * rows
+    image = (lane // (GROUPS * pooled_width * strips)).to(tl.int64)
     inside = image < batch
-    source = image * (H * W * C) + ((2 * first_row * W + 2 * column) * C + group * 8)
-    target = image * (POOLED_H * POOLED_W * C) + ((first_row * POOLED_W + column) * C + group * 8)
+    source = image * (height * width * C) + ((2 * first_row * width + 2 * column) * C + group * 8)
+    target = image * (pooled_height * pooled_width * C) + (
+        (first_row * pooled_width + column) * C + group * 8
+    )
     terms = (alpha, k, neg_beta)
     masks = _vector_masks(inside, group, GROUPS)
     best, best_tap = _row_maximum(x_pointer, source, masks, terms, C, BLOCK, SIZE, B75)
-    for row in range(ROWS):
-        masks = _vector_masks(inside & (first_row + row < POOLED_H), group, GROUPS)
-        middle, middle_tap = _row_maximum(x_pointer, source + W * C, masks, terms, C, BLOCK, SIZE, B75)
+    for row in range(rows):
+        masks = _vector_masks(inside & (first_row + row < pooled_height), group, GROUPS)
+        middle, middle_tap = _row_maximum(x_pointer, source + width * C, masks, terms, C, BLOCK, SIZE, B75)
         best, best_tap = _keep_larger(best, best_tap, middle, middle_tap, 3)
-        last, last_tap = _row_maximum(x_pointer, source + 2 * W * C, masks, terms, C, BLOCK, SIZE, B75)
+        last, last_tap = _row_maximum(x_pointer, source + 2 * width * C, masks, terms, C, BLOCK, SIZE, B75)
         best, best_tap = _keep_larger(best, best_tap, last, last_tap, 6)
         _store(y_pointer, target, masks[0], best, BLOCK, 8)
         _store(argmax_pointer, target, masks[0], best_tap, BLOCK, 8)
         best = last  # the row that the next window begins with
         best_tap = last_tap
-        source += 2 * W * C
-        target += POOLED_W * C
+        source += 2 * width * C
+        target += pooled_width * C
 
 
 @triton.jit
@@ -420,8 +403,8 @@ def _pooled_gradient(
     quad,
     inside,
     group,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    pooled_height,
+    pooled_width,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
@@ -434,8 +417,6 @@ def _pooled_gradient(
     windows of its own row and the one above (where they are the third row), its odd rows under its own only;
     columns likewise. `pooled` is the offset of the window that begins in the quad.
     """
-    POOLED_H: tl.constexpr = (H - 3) // 2 + 1
-    POOLED_W: tl.constexpr = (W - 3) // 2 + 1
     BEFORE: tl.constexpr = (SIZE - 1) // 2
     AFTER: tl.constexpr = SIZE // 2
     zero = tl.zeros((BLOCK,), tl.float32)
@@ -447,9 +428,9 @@ def _pooled_gradient(
         for back in range(2 - COLUMN):
             y = quad[0] - up
             x = quad[1] - back
-            exists = (y >= 0) & (y < POOLED_H) & (x >= 0) & (x < POOLED_W)
+            exists = (y >= 0) & (y < pooled_height) & (x >= 0) & (x < pooled_width)
             masks = _vector_masks(inside & exists, group, C // 8)
-            offset = pooled - (up * POOLED_W + back) * C
+            offset = pooled - (up * pooled_width + back) * C
             grad = _load_with_halo(grad_pointer, offset, masks, BLOCK, BEFORE, AFTER)
             argmax = _load_with_halo(argmax_pointer, offset, masks, BLOCK, BEFORE, AFTER)
             tap = (ROW + 2 * up) * 3 + COLUMN + 2 * back
@@ -460,77 +441,69 @@ def _pooled_gradient(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pool_backward_kernel(
     x_pointer,
     grad_pointer,
     argmax_pointer,
     dx_pointer,
     batch,
+    height,
+    width,
+    rows,
     alpha,
     k,
     neg_beta,
     slope,
-    H: tl.constexpr,
-    W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
     B75: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """A lane: one vector of channels, down ROWS quads of 2x2 input positions."""
+    """A lane: one vector of channels, down `rows` quads of 2x2 input positions."""
     GROUPS: tl.constexpr = C // 8
-    POOLED_H: tl.constexpr = (H - 3) // 2 + 1
-    POOLED_W: tl.constexpr = (W - 3) // 2 + 1
-    QUADS_W: tl.constexpr = (W + 1) // 2
-    STRIPS: tl.constexpr = ((H + 1) // 2 + ROWS - 1) // ROWS
+    pooled_height = (height - 3) // 2 + 1
+    pooled_width = (width - 3) // 2 + 1
+    quads = (width + 1) // 2  # in a row
+    strips = ((height + 1) // 2 + rows - 1) // rows
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = lane % GROUPS
-    quad_x = lane // GROUPS % QUADS_W
-    quad_y = lane // (GROUPS * QUADS_W) % STRIPS * ROWS
-    image = (lane // (GROUPS * QUADS_W * STRIPS)).to(tl.int64)
+    quad_x = lane // GROUPS % quads
+    quad_y = lane // (GROUPS * quads) % strips * rows
+    image = (lane // (GROUPS * quads * strips)).to(tl.int64)
     inside = image < batch
-    source = image * (H * W * C) + ((2 * quad_y * W + 2 * quad_x) * C + group * 8)
-    pooled = image * (POOLED_H * POOLED_W * C) + ((quad_y * POOLED_W + quad_x) * C + group * 8)
+    source = image * (height * width * C) + ((2 * quad_y * width + 2 * quad_x) * C + group * 8)
+    pooled = image * (pooled_height * pooled_width * C) + ((quad_y * pooled_width + quad_x) * C + group * 8)
     terms = (alpha, k, neg_beta)
-    for _ in range(ROWS):
+    for _ in range(rows):
         for position in tl.static_range(4):
             grad = _pooled_gradient(
                 grad_pointer, argmax_pointer, pooled, (quad_y, quad_x), inside, group,
-                H, W, C, BLOCK, SIZE, position // 2, position % 2,
+                pooled_height, pooled_width, C, BLOCK, SIZE, position // 2, position % 2,
             )  # fmt: skip
-            exists = (2 * quad_y + position // 2 < H) & (2 * quad_x + position % 2 < W)
+            exists = (2 * quad_y + position // 2 < height) & (2 * quad_x + position % 2 < width)
             masks = _vector_masks(inside & exists, group, GROUPS)
-            offset = source + (position // 2 * W + position % 2) * C
+            offset = source + (position // 2 * width + position % 2) * C
             dx = _gradient(x_pointer, offset, masks, grad, terms, slope, BLOCK, SIZE, True, B75)
             _store(dx_pointer, offset, masks[0], dx, BLOCK, 8)
         quad_y += 1
-        source += 2 * W * C
-        pooled += POOLED_W * C
-
-
-def _autotuned_pool_backward(maxnreg: int) -> Any:
-    """The kernel under autotuning, each thread with at most `maxnreg` registers."""
-    configs = [
-        triton.Config({"BLOCK": 128, "ROWS": rows}, num_warps=4, maxnreg=maxnreg) for rows in (7, 4, 14)
-    ]
-    return triton.autotune(configs=configs, key=["H", "W", "C", "SIZE"])(_pool_backward_kernel)
-
-
-# By the bytes of an element. Left to itself ptxas aims, on some GPUs, for fewer registers than the kernel
-# needs, and spills the rest. A cap ends that: the lowest, in steps of eight, at which nothing spills.
-_POOL_BACKWARD_KERNELS = {2: _autotuned_pool_backward(64), 4: _autotuned_pool_backward(72)}
+        source += 2 * width * C
+        pooled += pooled_width * C
 
 
 # ---------------------------------------------------------------- what to launch, on channels-last tensors
 
+# Fixed, not autotuned: to compile and time others would cost every process a minute before its first step. On
+# an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27 rows.
+_BLOCK, _WARPS = 128, 4  # one vector a thread
+_FORWARD_ROWS, _BACKWARD_ROWS = 3, 2  # in a lane's strip
+# Registers of the pooled backward, by the bytes of an element. Left to itself ptxas aims, on some GPUs, for
+# fewer than the kernel needs, and spills the rest. A cap ends that: the lowest, in steps of eight, that does.
+_POOL_BACKWARD_REGISTERS = {2: 64, 4: 72}
 
-def _over_strips(batch: int, rows: int, width: int, groups: int) -> Grid:
-    """A flat grid over strips of ROWS rows: one lane for each image, strip, column and vector of channels."""
-    return lambda constants: (
-        cdiv(batch * cdiv(rows, constants["ROWS"]) * width * groups, constants["BLOCK"]),
-    )
+
+def _launch(kernel: Any, lanes: int, arguments: dict[str, Any], maxnreg: int | None = None) -> Launch:
+    return Launch(kernel, cdiv(lanes, _BLOCK), {**arguments, "BLOCK": _BLOCK}, _WARPS, maxnreg)
 
 
 def _is_fast(rows: Tensor, size: int) -> bool:
@@ -551,7 +524,7 @@ def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: floa
         "RELU": relu,
         **scalars(size, alpha, beta, k),
     }
-    return Launch(_forward_kernel, over(vectors), arguments)
+    return _launch(_forward_kernel, vectors, arguments)
 
 
 def _backward(
@@ -571,7 +544,7 @@ def _backward(
         "RELU": relu,
         **scalars(size, alpha, beta, k),
     }
-    return [Launch(_backward_kernel, over(vectors), arguments)]
+    return [_launch(_backward_kernel, vectors, arguments)]
 
 
 def _pool_forward(
@@ -585,14 +558,15 @@ def _pool_forward(
         "y_pointer": y,
         "argmax_pointer": argmax,
         "batch": batch,
-        "H": height,
-        "W": width,
+        "height": height,
+        "width": width,
+        "rows": _FORWARD_ROWS,
         "C": channels,
         "SIZE": size,
         **scalars(size, alpha, beta, k),
     }
-    grid = _over_strips(batch, y.shape[1], y.shape[2], channels // 8)
-    return Launch(_pool_forward_kernel, grid, arguments)
+    strips = batch * cdiv(y.shape[1], _FORWARD_ROWS) * y.shape[2]
+    return _launch(_pool_forward_kernel, strips * (channels // 8), arguments)
 
 
 def _pool_backward(
@@ -607,15 +581,17 @@ def _pool_backward(
         "argmax_pointer": argmax,
         "dx_pointer": dx,
         "batch": batch,
+        "height": height,
+        "width": width,
+        "rows": _BACKWARD_ROWS,
         "slope": slope(size, alpha, beta),
-        "H": height,
-        "W": width,
         "C": channels,
         "SIZE": size,
         **scalars(size, alpha, beta, k),
     }
-    grid = _over_strips(batch, (height + 1) // 2, (width + 1) // 2, channels // 8)
-    return [Launch(_POOL_BACKWARD_KERNELS[x.element_size()], grid, arguments)]
+    strips = batch * cdiv((height + 1) // 2, _BACKWARD_ROWS) * ((width + 1) // 2)
+    registers = _POOL_BACKWARD_REGISTERS[x.element_size()]
+    return [_launch(_pool_backward_kernel, strips * (channels // 8), arguments, registers)]
 
 
 # ---------------------------------------------------------------- the four functions

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastalex.kernels import _aot, _traffic, inspect
-from fastalex.kernels._triton_launch import KernelCase, Launch, over
+from fastalex.kernels._triton_launch import KernelCase, Launch, cdiv
 
 if not sys.platform.startswith("linux"):
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
@@ -26,7 +26,6 @@ if not sys.platform.startswith("linux"):
 ARCHS = list(_aot.ARCHITECTURES)
 
 
-@triton.autotune(configs=[triton.Config({"BLOCK": 128}, num_warps=4)], key=[])
 @triton.jit
 def narrow_kernel(x_pointer, y_pointer, n, BLOCK: tl.constexpr):
     """Copies, a value at a time: every access is as wide as one element, and every second lane idles."""
@@ -36,11 +35,8 @@ def narrow_kernel(x_pointer, y_pointer, n, BLOCK: tl.constexpr):
 
 def narrow_launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
     x = torch.zeros(batch, 1024, dtype=dtype, device=device)
-    return Launch(
-        narrow_kernel,
-        over(x.numel() // 2),
-        {"x_pointer": x, "y_pointer": torch.zeros_like(x), "n": x.numel() // 2},
-    )
+    arguments = {"x_pointer": x, "y_pointer": torch.zeros_like(x), "n": x.numel() // 2, "BLOCK": 128}
+    return Launch(narrow_kernel, cdiv(x.numel() // 2, 128), arguments, warps=4)
 
 
 NARROW = KernelCase("narrow", narrow_launch, ("y_pointer",), "x_pointer", 1.05, 1, 1)
@@ -59,7 +55,6 @@ def lrn_case(name: str) -> KernelCase:
 def machine_code() -> list[dict[str, Any]]:
     """Every kernel in bf16 for every architecture, in fp32 for one; the command does all there are."""
     jobs = inspect._jobs(ARCHS, ["bfloat16"], "") + inspect._jobs([89], ["float32"], "")
-    jobs = [job for job in jobs if job.config == 0]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(inspect._compile, jobs))
 
@@ -85,8 +80,8 @@ def test_lrn_kernels_fill_the_gpu_in_bf16(machine_code: list[dict[str, Any]]) ->
 def test_too_few_registers_spill() -> None:
     """Negative control."""
     case = lrn_case("relu_lrn_max_pool backward")
-    launch = case.launch(torch.bfloat16, 128, torch.device("meta"))
-    code = _aot.compile_launch(launch, 89, maxnreg=40)
+    launch = replace(case.launch(torch.bfloat16, 128, torch.device("meta")), maxnreg=40)
+    code = _aot.compile_launch(launch, 89)
     assert code.stack > 0
     assert code.local_accesses > 0
     assert "spills" in _aot.problems(case, torch.bfloat16, code)[0]
@@ -178,8 +173,10 @@ def check_controls() -> dict[str, list[str]]:
     right = narrow_launch(torch.float32, 1, device)
     limit = right.arguments["n"]
     wrong = {
-        "too many": replace(right, grid=over(limit + 3), arguments={**right.arguments, "n": limit + 3}),
-        "twice": Twice(right.kernel, right.grid, right.arguments),
+        "too many": replace(
+            right, programs=cdiv(limit + 3, 128), arguments={**right.arguments, "n": limit + 3}
+        ),
+        "twice": Twice(right.kernel, right.programs, right.arguments, right.warps),
         "every second": right,
     }
     found = {name: _traffic.problems(case, _traffic.count(case, launch)) for name, launch in wrong.items()}

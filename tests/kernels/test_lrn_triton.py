@@ -171,23 +171,36 @@ def check_empty() -> None:
         assert lrn_triton.lrn_max_pool_backward(y, argmax, x, 5, 1e-4, 0.75, 1.0).shape == shape
 
 
-def check_configurations() -> None:
+def check_negative_denominators(channels: int, beta: float) -> None:
+    """Which whole powers keep negative, and with them the results; other powers are NaN."""
+    from fastalex.kernels import lrn_triton
+
+    check_lrn((1, channels, 3, 2), 5, torch.float32, CHANNELS_LAST, True, 1e-4, beta, k=-2.0)
+    y = lrn_triton.lrn_forward(torch.ones(1, channels, 2, 2), 5, 1e-4, beta, -2.0, False)
+    assert (y < 0).all() == (beta % 2 == 1)
+    assert (
+        lrn_triton.lrn_forward(torch.ones(1, channels, 2, 2), 5, 1e-4, beta + 0.5, -2.0, False).isnan().all()
+    )
+
+
+def check_tiling() -> None:
     """Blocks and strips of another size give the same result, to the bit."""
     from fastalex.kernels import lrn_triton
 
     for case in lrn_triton.inspect_cases():
-        launch = small(case.name)
         results = []
-        for config in (launch.kernel.configs[0], launch.kernel.configs[-1]):
-            # The interpreter takes the first: let it be this one.
-            launch.kernel.configs.insert(0, config)
-            try:
+        for block, rows in ((128, 2), (32, 3), (64, 1)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(lrn_triton, "_BLOCK", block)
+                patch.setattr(lrn_triton, "_FORWARD_ROWS", rows)
+                patch.setattr(lrn_triton, "_BACKWARD_ROWS", rows)
+                torch.manual_seed(0)
+                launch = small(case.name)
                 launch.run()
-            finally:
-                launch.kernel.configs.pop(0)
             results.append([launch.tensors[name].clone() for name in case.writes])
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b), case.name
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b), case.name
 
 
 def small(name: str) -> Any:
@@ -337,8 +350,8 @@ def test_empty_batch(interpreted: Any) -> None:
     interpreted(check_empty)
 
 
-def test_configurations_give_the_same_bits(interpreted: Any) -> None:
-    interpreted(check_configurations)
+def test_tiling_does_not_change_a_bit(interpreted: Any) -> None:
+    interpreted(check_tiling)
 
 
 @pytest.mark.parametrize("channels", [8, 3])
@@ -354,6 +367,12 @@ def check_wrong_window(size: int) -> None:
     assert_close(y, F.local_response_norm(x.double(), 5, 1e-2, 0.75, 2.0), torch.float32)
 
 
+@pytest.mark.parametrize("beta", [-1.0, 1.0, 2.0])
+@pytest.mark.parametrize("channels", [16, 17], ids=["fast", "plain"])
+def test_negative_denominators(interpreted: Any, channels: int, beta: float) -> None:
+    interpreted(check_negative_denominators, channels, beta)
+
+
 def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
     """Negative control: a window of 4 is not one of 5, and the comparison says so."""
     with pytest.raises(pytest.fail.Exception, match="not close"):
@@ -365,6 +384,6 @@ def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
 @pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS])
 @pytest.mark.parametrize("shape", [(8, 96, 55, 55), (8, 256, 27, 27), (2, 97, 9, 10)], ids=str)
 def test_on_a_gpu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """The same checks, compiled and autotuned."""
+    """The same checks, compiled."""
     check_lrn(shape, 5, dtype, layout, True, device="cuda")
     check_pool(shape, 5, dtype, layout, device="cuda")
