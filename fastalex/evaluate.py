@@ -20,6 +20,7 @@ from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.evaluation import Evaluation, evaluate
 from fastalex.files import write_text
+from fastalex.metrics import EVALUATION_PASSES
 
 MISTAKES = 12
 
@@ -52,7 +53,8 @@ def run(config: EvaluateConfig) -> Evaluation:
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
     run_config.loader = resolve_loader(run_config.loader, splits, runtime.device)
-    evaluation = evaluate(runtime.compiled(runtime.place(model)), splits.test, run_config, runtime)
+    network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)
+    evaluation = evaluate(network, splits.test, run_config, runtime)
     print(evaluation.table(f"{splits.source}, test set"))
 
     folder = path.parent

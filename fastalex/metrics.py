@@ -13,6 +13,9 @@ from fastalex.crops import Crops
 from fastalex.distributed import ALONE, World
 from fastalex.runtime import Runtime
 
+# That ``fastalex.evaluation.evaluate`` calls a network with: centre crop and ten, a whole batch and the last.
+EVALUATION_PASSES = 4
+
 
 @dataclass(frozen=True)
 class Errors:

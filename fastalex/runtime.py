@@ -62,13 +62,28 @@ class Runtime:
                 module.winograd = self.winograd
         return model.to(self.device).to(memory_format=self.memory_format)
 
-    def compiled(self, model: nn.Module) -> nn.Module:
-        """Return the network to call in the loop; it shares its parameters with ``model``."""
+    def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
+        """Return the network to call in the loop; it shares its parameters with ``model``.
+
+        What was compiled before is forgotten: a second run in one process begins as the first did.
+
+        Args:
+            model: on the device.
+            variants: how many combinations of batch shape, mode and gradient mode it will be called with. Each
+                is compiled; one more raises ``torch._dynamo.exc.FailOnRecompileLimitHit``, because all later
+                calls would otherwise run uncompiled, after a single warning.
+            graphs: whether a GPU may record a pass as a CUDA graph. What a pass returns, gradients included,
+                is then overwritten by the next pass, so a caller that keeps gradients over several passes has
+                to say no.
+        """
         if not self.compile:
             return model
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = variants
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         # One size of batch, and of crop, lasts for many steps: specialise on it. On a GPU, CUDA graphs launch
         # all kernels of a pass at once.
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if self.device.type == "cuda" and graphs else "default"
         return cast(nn.Module, torch.compile(model, dynamic=False, mode=mode))
 
     def synchronize(self) -> None:

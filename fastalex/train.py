@@ -161,6 +161,11 @@ def _check(config: Config, world: World) -> None:
 def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, DataSplits]:
     """Make all that a run is of, but its folder; the same in each process."""
     runtime = runtimes.choose(config.runtime, world)
+    if runtime.needs_loss_scaling and config.distributed.strategy is Strategy.hybrid:
+        raise ConfigError(
+            "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
+            "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp"
+        )
     if world.main:
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ from fastalex.data.sampling import mix
 from fastalex.distributed import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.flops import training_flops
-from fastalex.metrics import Errors, errors, predict
+from fastalex.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
 from fastalex.optim import FactoredSGD, LearningRate, WeightAverage, create_optimizer
 from fastalex.runtime import Runtime
 
 # Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
 WARMUP_STEPS = 3
+# Each compiled for itself: in training a batch, or part of one, and the last of an epoch, whose last part may be
+# smaller still; in validation a batch and the last.
+PASSES_AT_A_CROP = 5
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,14 @@ class Trainer:
         self.on_step = on_step
         self.should_stop = should_stop
         self.peak_flops = peak_flops * self.world.size if peak_flops else None
-        self._undivided = runtime.compiled(model)
-        self.network = self._undivided if self._divided is None else runtime.compiled(self._divided)
+        compiled = partial(
+            runtime.compiled,
+            variants=PASSES_AT_A_CROP * (len(config.stages) + 1) + EVALUATION_PASSES,
+            # Gradients are summed over the parts of a batch, and DistributedDataParallel keeps views of them.
+            graphs=config.accumulate == 1 and world.size == 1,
+        )
+        self._undivided = compiled(model)
+        self.network = self._undivided if self._divided is None else compiled(self._divided)
         self.optimizer = create_optimizer(model, config)
         self._factored = self._layers_to_factor()
         self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))

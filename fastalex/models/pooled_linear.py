@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -59,8 +58,10 @@ class PooledLinear(FactoredLinear):
 
     def _pooled_weight(self, pooling: Tensor) -> Tensor:
         """Return W P, ``(out_features, channels * height * width)``, in the weight's own precision."""
-        device = self.weight.device.type  # or "meta", where operations are counted, and nothing is cast
-        uncast = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+        device = self.weight.device.type
+        # On "meta", where operations are counted, nothing is cast. Asking PyTorch whether it casts on a device
+        # would break torch.compile's graph before torch 2.14.
+        uncast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
         with uncast:
             pooled = self.weight.view(-1, self.size**2) @ pooling.t()
         return pooled.view(self.out_features, -1)
