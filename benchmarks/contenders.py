@@ -202,7 +202,7 @@ def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]
     return {
         "train": lambda steps: seconds(lambda: contender.train(steps)),
         "evaluate": lambda batches: seconds(lambda: contender.evaluate(batches)),
-        "profile": lambda: profile_step(lambda: contender.train(1)),
+        "profile": lambda steps: profile_step(lambda: contender.train(steps), steps),
         "forget peak memory": forget_peak_memory,
         "peak memory": memory.peak_bytes,
         "peak device memory": torch.cuda.max_memory_allocated,
