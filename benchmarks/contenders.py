@@ -182,6 +182,7 @@ class Fastalex:
 def forget_peak_memory() -> None:
     memory.forget_peak()
     if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # what the choice of kernels took while it warmed up
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -205,7 +206,7 @@ def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]
         "profile": lambda steps: profile_step(lambda: contender.train(steps), steps),
         "forget peak memory": forget_peak_memory,
         "peak memory": memory.peak_bytes,
-        "peak device memory": torch.cuda.max_memory_allocated,
+        **memory.DEVICE_PEAKS,
     }
 
 

@@ -37,8 +37,8 @@ _OPERATORS = {
         r"relu|threshold|clamp_min|lrn|pool|^_(plain_)?(forward|backward|ratio)_kernel$", re.IGNORECASE
     ),
 }
-# Inductor names an elementwise kernel or a reduction for all that it has fused: the convolution or product among
-# them is what the rest was fused to, and has a kernel of its own.
+# Inductor names an elementwise kernel or a reduction for all that it has fused: a convolution or product
+# among that has a kernel of its own, and lends this one its name.
 _FUSED = re.compile(r"^triton_(poi|red|per)_")
 _LAST_IN_FUSED = (CONVOLUTIONS, PRODUCTS)
 # nn.LocalResponseNorm is made of these, and nothing else of the step's weight is.
@@ -105,8 +105,8 @@ def seconds_by_part(events: Sequence[FunctionEvent], cuda: bool) -> dict[str, fl
         for event in events:
             seconds[part_of(list(_ancestors(event)))] += event.self_cpu_time_total / 1e6
         return seconds
-    # The profiler lists an operator's kernels by name and time alone. It lists too few where one operator is all
-    # that another does, and too many where the CUDA library's numbers for its calls are also operators'.
+    # The profiler lists an operator's kernels by name and time alone: too few where one operator is all that
+    # another does, and too many where the CUDA library's numbers for its calls are operators' numbers, too.
     left = Counter((event.name, event.time_range.elapsed_us()) for event in events if is_kernel(event))
     for event in events:
         if event.device_type != DeviceType.CPU or _NO_OPERATOR.search(event.name):
