@@ -54,11 +54,12 @@ def seconds_of(first: Callable[[], Any], *following: Callable[[Any], Any]) -> li
     Raises:
         RuntimeError: the calls wait for the GPU, so that they cannot be in its queue before it begins.
     """
+    calls: tuple[Callable[..., Any], ...] = (first, *following)
     if DEVICE == "cuda":
-        return _seconds_on_gpu((first, *following))
+        return _seconds_on_gpu(calls)
     spent = []
     arguments: tuple[Any, ...] = ()
-    for call in (first, *following):
+    for call in calls:
         began = time.perf_counter()
         arguments = (call(*arguments),)
         spent.append(time.perf_counter() - began)
