@@ -24,7 +24,7 @@ CROP = 224
 STEPS = {"reference": 1, "stock": 2, "fastalex": 4}
 BATCHES = {"reference": 1, "fastalex": 4}
 GPU_TURN = 200
-WARM_UP = GPU_TURN if DEVICE == "cuda" else 2
+WARM_UP = 20 if DEVICE == "cuda" else 2
 PROFILED = 20 if DEVICE == "cuda" else 1  # steps, which a GPU takes too fast for one to be timed
 
 
