@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hardware import DEVICE
 from benchmarks.images import generate
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -42,3 +43,10 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
     given: Path | None = request.config.getoption("data_root")
     return (given or generate(tmp_path_factory.mktemp("images"))).absolute()
+
+
+@pytest.fixture
+def cpu_only() -> None:
+    """For what works on CPU tensors: under a card's name its results would hold times of the host."""
+    if DEVICE != "cpu":
+        pytest.skip("times CPU tensors; CUDA_VISIBLE_DEVICES= hides the GPU and measures it")

@@ -182,6 +182,7 @@ class Fastalex:
 def forget_peak_memory() -> None:
     memory.forget_peak()
     if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # what the choice of kernels took while it warmed up
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -202,10 +203,10 @@ def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]
     return {
         "train": lambda steps: seconds(lambda: contender.train(steps)),
         "evaluate": lambda batches: seconds(lambda: contender.evaluate(batches)),
-        "profile": lambda: profile_step(lambda: contender.train(1)),
+        "profile": lambda steps: profile_step(lambda: contender.train(steps), steps),
         "forget peak memory": forget_peak_memory,
         "peak memory": memory.peak_bytes,
-        "peak device memory": torch.cuda.max_memory_allocated,
+        **memory.DEVICE_PEAKS,
     }
 
 

@@ -1,9 +1,17 @@
-"""How much memory a process takes, as Linux counts it."""
+"""How much memory a process takes, as Linux counts it, and on a GPU as PyTorch does."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import torch
+
+# Of a GPU's memory, in bytes. What a replayed CUDA graph works in is reserved, but not allocated.
+DEVICE_PEAKS = {
+    "peak device memory, allocated": torch.cuda.max_memory_allocated,
+    "peak device memory, reserved": torch.cuda.max_memory_reserved,
+}
 
 
 def family(pid: int) -> list[int]:

@@ -1,21 +1,18 @@
-"""Times of the two passes through a differentiable operator on the CPU."""
+"""Times of the two passes through a differentiable operator."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from benchmarks.hardware import seconds_of
 
 
 def seconds_by_pass(
     forward: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> dict[str, float]:
     """Of a forward pass, a backward pass from `grad` to `inputs`, and the two together."""
-    start = time.perf_counter()
-    result = forward()
-    middle = time.perf_counter()
-    torch.autograd.grad(result, inputs, grad)
-    end = time.perf_counter()
-    return {"forward": middle - start, "backward": end - middle, "forward + backward": end - start}
+    ahead, back = seconds_of(forward, lambda result: torch.autograd.grad(result, inputs, grad))
+    return {"forward": ahead, "backward": back, "forward + backward": ahead + back}

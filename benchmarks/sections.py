@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.hardware import ARITHMETIC, KINDS
+from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import CONVOLUTIONS, PARTS, PRODUCTS
 from benchmarks.report import Measurement
 
@@ -65,7 +66,7 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
             "hardware",
             "ten-crop evaluation",
             "peak memory",
-            "peak device memory",
+            *DEVICE_PEAKS,
             "step by part",
         )
     }
@@ -88,7 +89,8 @@ def step(measurements: list[Measurement], device: str) -> list[str]:
     ]
     memory = [
         [f"{m.record['program']}, {m.of[0]}", number(str(m.median)), times(m.record["times_reference"])]
-        for m in of["peak memory"] + of["peak device memory"]
+        for name in ("peak memory", *DEVICE_PEAKS)
+        for m in of[name]
     ]
     programs = list(dict.fromkeys(m.record["program"] for m in of["step by part"]))
     cells = {(m.record["program"], m.record["part"]): m for m in of["step by part"]}

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.contenders import evaluation_batch
 from benchmarks.hardware import DEVICE
+from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import PARTS
 from benchmarks.report import spread
 from benchmarks.turns import Programs
@@ -18,11 +19,13 @@ from fastalex.flops import training_flops
 from fastalex.models import create_model
 
 CROP = 224
-# Of a turn, chosen so that turns take about as long; on a GPU long enough to fill its queue.
+# Of a turn, chosen so that turns take about as long; on a GPU a turn has to be long beside what a DataLoader
+# has ready when it begins, and beside its first and last steps.
 STEPS = {"reference": 1, "stock": 2, "fastalex": 4}
 BATCHES = {"reference": 1, "fastalex": 4}
-GPU_TURN = 20
-WARM_UP = GPU_TURN if DEVICE == "cuda" else 2
+GPU_TURN = 200
+WARM_UP = 20 if DEVICE == "cuda" else 2
+PROFILED = 20 if DEVICE == "cuda" else 1  # steps, which a GPU takes too fast for one to be timed
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Bench(Programs):
         for name in programs:
             self.workers[name].ask("train", steps=WARM_UP)
             self.workers[name].ask("forget peak memory")
+            self.workers[name].ask("train", steps=1)  # takes the memory again, off the clock
         turns = {name: partial(train, name) for name in programs}
         self.by_turns(benchmark, {"hardware": measure_limits, **turns})
         gflop = training_flops(create_model("alexnet"), (self.batch_size, 3, CROP, CROP)) / 1e9
@@ -103,7 +107,7 @@ class Bench(Programs):
             )
         self.add("hardware", "matrix product", "GFLOP/s", limits["matmul"])
         self.add("hardware", "copy", "GB/s", limits["copy"])
-        for question in ["peak memory", *(["peak device memory"] if DEVICE == "cuda" else [])]:
+        for question in ["peak memory", *(DEVICE_PEAKS if DEVICE == "cuda" else ())]:
             peaks = {name: self.workers[name].ask(question) / 1e6 for name in programs}
             for name, peak in peaks.items():
                 self.add(question, name, "MB", [peak], times_reference=peak / peaks["reference"])
@@ -127,7 +131,7 @@ class Bench(Programs):
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in BATCHES}
 
         def profile(name: str) -> None:
-            steps[name].append(self.workers[name].ask("profile"))
+            steps[name].append(self.workers[name].ask("profile", steps=PROFILED))
 
         self.by_turns(benchmark, {name: partial(profile, name) for name in steps})
         for name, measured in steps.items():

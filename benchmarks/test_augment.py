@@ -3,19 +3,20 @@
     python -m pytest benchmarks/test_augment.py --benchmark-enable -s
 
 Before every timed round of `augment` its rivals take a turn, so that all of them see the same machine. Memory
-that is freed stays with the process, as in a training run (`fastalex.runtime.keep_pages`). A whole run writes
-`benchmarks/results/augment_cpu.csv`, or `augment_cpu_fp32.csv` on a CPU without bf16: milliseconds a batch,
-images a second, and how many times faster than each rival `augment` is.
+that is freed stays with the process, as in a training run (`fastalex.runtime.keep_pages`). On a GPU the
+images lie there; the time of a batch is that of its kernels, of torchvision's too, however long Python takes
+to launch them (`benchmarks.hardware.seconds_of`), and that of an epoch is the clock's. A whole run writes
+`benchmarks/results/augment_cpu.csv`, `augment_cpu_fp32.csv` on a CPU without bf16, or `augment_cuda.csv`:
+milliseconds a batch, images a second, and how many times faster than each rival `augment` is.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.hardware import KIND
+from benchmarks.hardware import DEVICE, KIND, seconds, seconds_of
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data import ImageSet, Views, build_loader
@@ -57,6 +58,14 @@ class Row:
     augment_is_times_faster: float
 
 
+class Contender(NamedTuple):
+    """An implementation, the number of images it makes in a call, and how such a call is timed."""
+
+    call: Callable[[], object]
+    images: int
+    time: Callable[[Callable[[], object]], float] = lambda call: seconds_of(call)[0]
+
+
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[Any]]:
     """The rows of all cases; written when all have run, so that a part does not replace the whole."""
@@ -66,7 +75,7 @@ def rows() -> Iterator[list[Any]]:
     for row in collected:
         print(f"\n{row.case}: {row.implementation}, {row.images_per_s:,.0f} images/s", end="")
     if len({row.case for row in collected}) == CASES:
-        write_csv(collected, RESULTS / f"augment_{KIND}.csv", "cpu")
+        write_csv(collected, RESULTS / f"augment_{KIND}.csv", DEVICE)
 
 
 def plan(images: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,16 +90,23 @@ def pixels(count: int, height: int, width: int) -> Tensor:
     return torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
+@cache  # on a GPU, making them would be a copy from the host in every batch
+def mean_and_std() -> list[Tensor]:
+    return [torch.tensor(value, device=DEVICE) for value in (DATA.mean, DATA.std)]
+
+
 def finish(crops: Tensor) -> Tensor:
-    values = F.normalize(F.to_dtype(crops, torch.float32, scale=True), DATA.mean, DATA.std, inplace=True)
+    values = F.normalize(F.to_dtype(crops, torch.float32, scale=True), *mean_and_std(), inplace=True)
     return values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
-def with_torchvision(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+def with_torchvision(
+    images: Tensor, indices: Tensor, offsets: list[tuple[int, int]], flips: list[bool]
+) -> Tensor:
     """The whole batch resized at once, in the layout and the type that torchvision is fastest in."""
     resized = F.resize(images[indices].permute(0, 3, 1, 2), [DATA.resize] * 2)
     crops = []
-    for image, (top, left), flip in zip(resized, offsets.tolist(), flips.tolist(), strict=True):
+    for image, (top, left), flip in zip(resized, offsets, flips, strict=True):
         crop = F.crop(image, top, left, DATA.crop, DATA.crop)
         crops.append(F.horizontal_flip(crop) if flip else crop)
     return finish(torch.stack(crops))
@@ -102,99 +118,89 @@ def ten_crop_with_torchvision(images: Tensor) -> Tensor:
 
 
 def compare(
-    rows: list[Any],
-    benchmark: Any,
-    case: str,
-    ours: Callable[[], object],
-    count: int,
-    rivals: dict[str, tuple[Callable[[], object], int]],
+    rows: list[Any], benchmark: Any, case: str, ours: Contender, rivals: dict[str, Contender]
 ) -> None:
-    """Times `ours`, which makes `count` images, and each rival, with the number it makes, by turns."""
+    """Times `ours` and each rival by turns."""
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    calls = {**rivals, "fastalex": (ours, count)}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    contenders = {**rivals, "fastalex": ours}
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
 
     def measure(name: str) -> None:
-        start = time.perf_counter()
-        calls[name][0]()
-        seconds[name].append(time.perf_counter() - start)
+        spent[name].append(contenders[name].time(contenders[name].call))
 
     def others() -> None:
         for name in rivals:
             measure(name)
 
     benchmark.pedantic(measure, args=("fastalex",), setup=others, rounds=ROUNDS, warmup_rounds=1)
-    own = percentiles(seconds["fastalex"][1:])[0] / count  # the first round compiles, or starts processes
-    for name, (_, made) in calls.items():
-        median, low, high = percentiles(seconds[name][1:])
-        times = len(seconds[name]) - 1
+    own = percentiles(spent["fastalex"][1:])[0] / ours.images  # the first round compiles, or starts processes
+    for name, (_, made, _) in contenders.items():
+        median, low, high = percentiles(spent[name][1:])
+        times = len(spent[name]) - 1
         rows.append(Row(case, name, made, median, low, high, times, made / median * 1e3, median / made / own))
     benchmark.extra_info["images/s"] = {
         row.implementation: row.images_per_s for row in rows if row.case == case
     }
 
 
-def epoch(name: str, images: Tensor) -> Callable[[], object]:
+def batch(images: Tensor, count: int) -> tuple[Contender, Contender]:
+    """`augment` and torchvision on as many crops of the images, which lie on the device."""
+    indices, offsets, flips = plan(len(images), count)
+    images, indices = images.to(DEVICE), indices.to(DEVICE)
+    ours = partial(augment, images, offsets.to(DEVICE), flips.to(DEVICE), indices=indices, **OPTIONS)
+    theirs = partial(with_torchvision, images, indices, offsets.tolist(), flips.tolist())
+    return Contender(ours, count), Contender(theirs, count)
+
+
+def epoch(name: str, images: Tensor) -> Contender:
     """An epoch of one of the loaders, from idle workers, one a core, to idle workers."""
     split = ImageSet(np.zeros(len(images), np.int64), pixels=images.numpy())
     config = LoaderConfig(name=name, workers=torch.get_num_threads())
-    loader = build_loader(split, DATA, config, views=Views.random, batch_size=128, dtype=torch.bfloat16)
+    loader = build_loader(
+        split, DATA, config, views=Views.random, batch_size=128, device=DEVICE, dtype=torch.bfloat16
+    )
 
     def run() -> None:
         for _ in loader:
             pass
 
-    return run
+    return Contender(run, len(images), seconds)
 
 
 @pytest.mark.benchmark(group="augment")
 def test_enlarging_small_images(rows: list[Any], benchmark: Any) -> None:
     """128 crops of 224 from 32-pixel images resized to 256: a training batch of CIFAR-10."""
     images = pixels(512, 32, 32)
-    indices, offsets, flips = plan(len(images), 128)
-    rivals: dict[str, tuple[Callable[[], object], int]] = {
-        "torchvision, batched": (lambda: with_torchvision(images, indices, offsets, flips), 128),
-        "torchvision, DataLoader": (epoch("torchvision", images), len(images)),
-    }
+    ours, torchvision = batch(images, 128)
+    rivals = {"torchvision, batched": torchvision, "torchvision, DataLoader": epoch("torchvision", images)}
     if find_spec("nvidia") and find_spec("nvidia.dali"):
-        rivals["DALI, CPU pipeline"] = epoch("dali", images), len(images)
-    ours = partial(augment, images, offsets, flips, indices=indices, **OPTIONS)
-    compare(rows, benchmark, "32 x 32 to 256, crop 224", ours, 128, rivals)
+        rivals[f"DALI, {DEVICE.upper()} pipeline"] = epoch("dali", images)
+    compare(rows, benchmark, "32 x 32 to 256, crop 224", ours, rivals)
 
 
 @pytest.mark.benchmark(group="augment")
 def test_shrinking_photographs(rows: list[Any], benchmark: Any) -> None:
     """32 crops of 224 from decoded 500x375 photographs."""
-    images = pixels(32, 375, 500)
-    indices, offsets, flips = plan(len(images), 32)
-    compare(
-        rows,
-        benchmark,
-        "500 x 375 to 256, crop 224",
-        lambda: augment(images, offsets, flips, indices=indices, **OPTIONS),
-        32,
-        {"torchvision, batched": (lambda: with_torchvision(images, indices, offsets, flips), 32)},
-    )
+    ours, torchvision = batch(pixels(32, 375, 500), 32)
+    compare(rows, benchmark, "500 x 375 to 256, crop 224", ours, {"torchvision, batched": torchvision})
 
 
 @pytest.mark.benchmark(group="augment")
 def test_ten_crop(rows: list[Any], benchmark: Any) -> None:
     """Ten views each of 16 images of 32 pixels."""
-    images = pixels(16, 32, 32)
+    images = pixels(16, 32, 32).to(DEVICE)
     compare(
         rows,
         benchmark,
         "ten-crop, 32 x 32 to 256, crop 224",
-        lambda: ten_crop(images, **OPTIONS),
-        16,
-        {"torchvision, batched": (lambda: ten_crop_with_torchvision(images), 16)},
+        Contender(lambda: ten_crop(images, **OPTIONS), len(images)),
+        {"torchvision, batched": Contender(lambda: ten_crop_with_torchvision(images), len(images))},
     )
 
 
 @pytest.mark.benchmark(group="augment")
 def test_resident_epoch(rows: list[Any], benchmark: Any) -> None:
     """A whole epoch of 16 batches: order, offsets, flips, labels and all."""
-    images = pixels(2048, 32, 32)
-    case = "resident epoch, 32 x 32 to 256, crop 224"
-    compare(rows, benchmark, case, epoch("resident", images), len(images), {})
+    ours = epoch("resident", pixels(2048, 32, 32))
+    compare(rows, benchmark, "resident epoch, 32 x 32 to 256, crop 224", ours, {})

@@ -48,6 +48,7 @@ class Row:
 
 
 @pytest.mark.benchmark(group="factored SGD")
+@pytest.mark.usefixtures("cpu_only")
 def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")

@@ -60,6 +60,7 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 @pytest.mark.benchmark(group="folded_block")
+@pytest.mark.usefixtures("cpu_only")
 def test_first_block(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")

@@ -74,6 +74,7 @@ def training_batch() -> dict[str, Any]:
 
 
 @pytest.mark.benchmark(group="folded_conv")
+@pytest.mark.usefixtures("cpu_only")
 def test_training_batch(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")

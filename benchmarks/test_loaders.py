@@ -151,6 +151,7 @@ def rows() -> Any:
         write(collected)
 
 
+@pytest.mark.usefixtures("cpu_only")
 @pytest.mark.parametrize("kind", ["CIFAR-10, 32x32", "JPEG files, 500x375"])
 def test_loaders(kind: str, rows: list[Row], tmp_path: Path, benchmark: Any) -> None:
     if find_spec("nvidia.dali") is None or find_spec("ffcv") is None:

@@ -2,8 +2,9 @@
 
     python -m pytest benchmarks/test_lrn.py --benchmark-enable -s
 
-Writes results/lrn_cpu.csv and .png (lrn_cuda.* on a GPU, timed with CUDA events). The implementations take
-turns within a round, so that whatever else the machine does falls on all of them:
+Writes results/lrn_cpu.csv and .png (lrn_cuda.* on a GPU, where the time is that of the kernels: see
+`benchmarks.hardware.seconds_of`). The implementations take turns within a round, so that whatever else the
+machine does falls on all of them:
 
 - eager: `nn.ReLU`, `nn.LocalResponseNorm` and, for pooling, `nn.MaxPool2d`, in NCHW, where they are at their
   fastest. On the CPU in fp32 only: PyTorch has no 16-bit kernel for it there.
@@ -21,7 +22,6 @@ kept (`fastalex.runtime.keep_pages`), and "eager, pages kept" says what that alo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.hardware import DEVICE, KIND
+from benchmarks.hardware import DEVICE, KIND, seconds_of
+from benchmarks.passes import seconds_by_pass
 from benchmarks.report import RESULTS, Row, draw, percentiles, table, write_csv
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
 from fastalex.runtime import set_malloc_thresholds
@@ -117,27 +118,6 @@ def candidates(function: str, shape: tuple[int, ...]) -> list[Candidate]:
     return found
 
 
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """How long a call takes, and its result; on a GPU between two events on its stream."""
-    if DEVICE == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3, result
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
-
-
-def forward_and_backward(candidate: Candidate, grad: Tensor) -> dict[str, float]:
-    candidate.x.grad = None
-    forward, y = seconds(partial(candidate.call, candidate.x))
-    backward, _ = seconds(partial(torch.autograd.grad, y, candidate.x, grad))
-    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
-
-
 def bytes_moved(function: str, x: Tensor, y: Tensor) -> dict[str, int]:
     """Every input and output once. Pooling writes, and reads again, one byte a result: where it was."""
     size = x.element_size()
@@ -178,7 +158,9 @@ def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: 
 
     def measure(index: int) -> None:
         set_malloc_thresholds(field[index].map_from)
-        for direction, duration in forward_and_backward(field[index], grads[index]).items():
+        candidate = field[index]
+        forward = partial(candidate.call, candidate.x)
+        for direction, duration in seconds_by_pass(forward, [candidate.x], grads[index]).items():
             times[index].setdefault(direction, []).append(duration)
 
     ours = field.index(next(c for c in field if c.implementation == OURS and c.dtype == "bf16"))
@@ -189,7 +171,7 @@ def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: 
                 measure(index)
             if candidate.implementation == OURS:
                 copy = partial(targets[candidate.dtype].copy_, candidate.x.detach())
-                copies[candidate.dtype].append(seconds(copy)[0])
+                copies[candidate.dtype].append(seconds_of(copy)[0])
 
     # pytest-benchmark's own clock sees ours in bf16; the others take their turns in its set-up.
     benchmark.pedantic(partial(measure, ours), setup=everyone_else, rounds=ROUNDS, warmup_rounds=1)

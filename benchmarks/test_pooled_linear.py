@@ -75,6 +75,7 @@ def stepper(
 
 
 @pytest.mark.benchmark(group="pooled linear")
+@pytest.mark.usefixtures("cpu_only")
 def test_training_step(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")

@@ -12,7 +12,8 @@ outside the clock. In every round the machine's matrix products and copies are t
 their own. A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix
 products, counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up
 (VmHWM), which includes PyTorch itself, and what the processes it started, a DataLoader's or torch.compile's,
-share with nobody. The time by part is torch.profiler's, from steps of their own. Writes
+share with nobody; on a GPU also the most that PyTorch had allocated and reserved there, the pools of CUDA
+graphs among the reserved. The time by part is torch.profiler's, from steps of their own. Writes
 results/step_cpu.csv, or step_cuda.csv on a GPU and step_cpu_fp32.csv on a CPU without bf16, and what
 `python -m fastalex.train profile=true` prints of the operators, profile_cpu.txt.
 """

@@ -121,6 +121,7 @@ def errors(name: str, inputs: list[Tensor], grad: Tensor) -> list[float]:
 
 
 @pytest.mark.benchmark(group="winograd")
+@pytest.mark.usefixtures("cpu_only")
 def test_training_batch(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")

@@ -40,7 +40,9 @@ def training_flops(model: nn.Module, shape: Sequence[int]) -> int:
 def matmul_flops_per_second(runtime: Runtime) -> float:
     """Measure the rate of a large matrix product in the runtime's arithmetic: the best of a few."""
     size = MATMUL_SIZE[runtime.device.type]
-    a, b = torch.ones(2, size, size, dtype=runtime.dtype, device=runtime.device)
+    # Random, since of ones a processor makes less heat and so more speed; but not by the run's own generator.
+    generator = torch.Generator(runtime.device).manual_seed(0)
+    a, b = torch.randn(2, size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
     seconds = []
     for _ in range(ROUNDS):
         runtime.synchronize()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from torch.autograd.profiler_util import FunctionEventAvg
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastalex.crops import Crops
@@ -21,6 +23,7 @@ WAIT, WARMUP, ACTIVE = 2, 2, 6  # steps before the profiler, under it unrecorded
 STEPS = WAIT + WARMUP + ACTIVE
 TOP = 20
 RANGES = ("input", "forward", "backward", "optimizer")
+_NO_OPERATORS = ("ProfilerStep", "autograd::engine", "Optimizer.")
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,25 @@ class Profile:
 
     Attributes:
         ranges: milliseconds a step within each part of the loop, as the host saw it.
-        operators: name, milliseconds a step of its own on the device, share of all operators', calls a step;
-            the greatest first.
+        operators: name, milliseconds a step of its own, share of all of them, calls a step; the greatest
+            first. On a GPU these are the kernels, copies and fills that ran there.
+        cuda: whether it was a GPU.
     """
 
     ranges: dict[str, float]
     operators: list[tuple[str, float, float, float]]
+    cuda: bool
 
     def table(self) -> str:
         """Return both as text."""
-        whole = sum(self.ranges.values())
-        lines = [f"{'part of the loop':<52}  {'ms/step':>9}  {'share':>6}"]
+        whole = sum(self.ranges.values()) or 1.0
+        part = "part of the loop" + (", on the host" if self.cuda else "")
+        operator = "kernel, on the GPU" if self.cuda else "operator, its own time"
+        lines = [f"{part:<52}  {'ms/step':>9}  {'share':>6}"]
         lines += [f"{name:<52}  {ms:9.2f}  {ms / whole:6.1%}" for name, ms in self.ranges.items()]
-        lines += ["", f"{'operator, its own time':<52}  {'ms/step':>9}  {'share':>6}  {'calls/step':>10}"]
+        lines += ["", f"{operator:<52}  {'ms/step':>9}  {'share':>6}  {'calls/step':>10}"]
         lines += [
-            f"{name[:52]:<52}  {ms:9.2f}  {share:6.1%}  {calls:10.1f}"
+            f"{short(name)[:52]:<52}  {ms:9.2f}  {share:6.1%}  {calls:10.1f}"
             for name, ms, share, calls in self.operators[:TOP]
         ]
         rest = self.operators[TOP:]
@@ -122,16 +129,48 @@ def _export(profiler: profile, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _summarise(averages: Sequence[FunctionEventAvg], cuda: bool) -> Profile:
-    ranges = dict.fromkeys(RANGES, 0.0)
-    operators = []
+def is_kernel(event: FunctionEvent | FunctionEventAvg) -> bool:
+    """Whether an event of the profiler is work of the GPU: a kernel, a copy or a fill.
+
+    What the host marks with ``record_function`` has an event of the same name on the GPU's side, from the
+    first kernel launched in it to the last; that one is none, and neither is the operator that launched a
+    kernel, though its device time is the kernel's. A kernel of a CUDA graph is one, and may have no operator.
+    """
+    return bool(event.device_type == DeviceType.CUDA and not event.is_user_annotation)
+
+
+def short(name: str) -> str:
+    """The name of a C++ kernel without its namespaces; any other name as it is."""
+    if not name.startswith("void "):
+        return name
+    return re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name.removeprefix("void "))
+
+
+def operators(
+    averages: Sequence[FunctionEventAvg], steps: int, cuda: bool
+) -> list[tuple[str, float, float, float]]:
+    """What ran on the device: kernels on a GPU, operators on the CPU; see :class:`Profile`.
+
+    Args:
+        averages: ``key_averages()`` of a profiler.
+        steps: how many it recorded.
+        cuda: whether the device is a GPU.
+    """
+    rows = []
     for event in averages:
         name = str(event.key)
-        if name in ranges:
-            ranges[name] = event.cpu_time_total / 1e3 / ACTIVE
-        elif not name.startswith(("ProfilerStep", "autograd::engine", "Optimizer.")):
-            own = event.self_device_time_total if cuda else event.self_cpu_time_total
-            operators.append((name, own / 1e3 / ACTIVE, event.count / ACTIVE))
-    whole = sum(own for _, own, _ in operators) or 1.0
-    operators.sort(key=lambda row: row[1], reverse=True)
-    return Profile(ranges, [(name, own, own / whole, calls) for name, own, calls in operators])
+        if cuda and is_kernel(event):
+            rows.append((name, event.self_device_time_total, event.count))
+        elif not (cuda or name in RANGES or name.startswith(_NO_OPERATORS)):
+            rows.append((name, event.self_cpu_time_total, event.count))
+    whole = sum(own for _, own, _ in rows) or 1.0
+    rows.sort(key=lambda row: row[1], reverse=True)
+    return [(name, own / 1e3 / steps, own / whole, calls / steps) for name, own, calls in rows]
+
+
+def _summarise(averages: Sequence[FunctionEventAvg], cuda: bool) -> Profile:
+    ranges = dict.fromkeys(RANGES, 0.0)
+    for event in averages:
+        if event.key in ranges and event.device_type == DeviceType.CPU:
+            ranges[event.key] += event.cpu_time_total / 1e3 / ACTIVE
+    return Profile(ranges, operators(averages, ACTIVE, cuda), cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
@@ -38,6 +39,18 @@ def test_it_leaves_the_network_alone() -> None:
     training_flops(network, (1, 3, 2, 2))
     assert network[1].weight.grad is None
     assert network[1].weight.device.type == "cpu"
+
+
+def test_the_matrix_product_is_of_random_numbers_that_are_not_the_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of constants a processor makes less heat, and a GPU keeps a higher clock."""
+    multiplied: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.extend((a, b)))
+    before = torch.get_rng_state()
+    matmul_flops_per_second(choose(RuntimeConfig(device="cpu", precision=Precision.fp32)))
+    assert min(float(x.std()) for x in multiplied) > 0.5
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_matrix_product_takes_time() -> None:

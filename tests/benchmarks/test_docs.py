@@ -13,6 +13,7 @@ from benchmarks import docs
 from benchmarks.charts import roofline_points
 from benchmarks.counts import totals
 from benchmarks.expected import fast_step
+from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import CONVOLUTIONS, PARTS
 from benchmarks.report import RESULTS, measurement_files, read_measurements, write_csv
 from benchmarks.step import Row
@@ -45,6 +46,8 @@ def step_rows() -> list[Row]:
         row = Row("training", program, "", 128, "images/s", *figures, times_reference=rate / 12.8)
         rows.append(replace(row, times_stock=rate / 32, gflop_per_s=6.5 * rate, fraction_of_matmul=rate / 80))
         rows.append(Row("peak memory", program, "", 128, "MB", 1234, 1234, 1234, 1, rate / 12.8))
+        for name in DEVICE_PEAKS:
+            rows.append(Row(name, program, "", 128, "MB", 4321, 4321, 4321, 1, rate / 12.8))
         if program != "stock":
             rows.append(Row("ten-crop evaluation", program, "", 128, "images/s", *figures, rate / 12.8))
             for i, part in enumerate(PARTS):
@@ -86,6 +89,8 @@ def test_page_shows_the_figures(results: Path) -> None:
     lines = docs.page(results).splitlines()
     assert "| fastalex | 64 | 63 to 65 | 5.00 | 2.00 | 416 | 80% |" in lines
     assert "| stock, peak memory | 1,234 | 2.50 |" in lines
+    assert "| stock, peak device memory, allocated | 4,321 | 2.50 |" in lines
+    assert "| stock, peak device memory, reserved | 4,321 | 2.50 |" in lines
     assert "| convolutions | 600 (24.0%) | 600 (24.0%) |" in lines
     assert "| all but convolutions and matrix products | 40.0% | 40.0% |" in lines
     assert "| relu_lrn, 128x96x55x55 | fastalex, Numba, bf16 | 31.2 | 30 to 32 | 61.50 | 87% |" in lines

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 
+from benchmarks.hardware import DEVICE
 from benchmarks.parts import (
     CONVOLUTIONS,
     INPUT,
@@ -19,7 +22,10 @@ from benchmarks.parts import (
     PRODUCTS,
     part_of,
     profile_step,
+    seconds_by_part,
 )
+from fastalex.kernels import augment_triton, lrn_triton
+from tests.profiler_events import STEPS, event, launched, on_gpu, recorded, training_steps
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,14 @@ from benchmarks.parts import (
         (["aten::mm", "aten::matmul", "Optimizer.step#FactoredSGD.step", "optimizer"], PRODUCTS),
         (["fastalex::augment", "input"], INPUT),
         (["sm90_xmma_fprop_implicit_gemm_bf16"], CONVOLUTIONS),
+        (["void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, float>(...)"], CONVOLUTIONS),
         (["_relu_lrn_pool_kernel"], LRN),
+        (["triton_poi_fused_convolution_relu_3", "CompiledFunction"], LRN),
+        (["triton_red_fused_convolution_backward_5"], CONVOLUTIONS),
+        (["triton_poi_fused_addmm_relu_7"], LRN),
+        (["triton_tem_fused_addmm_relu_8"], PRODUCTS),
+        (["Memcpy HtoD (Pinned -> Device)", "cudaMemcpyAsync", "aten::copy_", "aten::to", "input"], INPUT),
+        (["Memset (Device)"], OTHER),
         (["aten::empty"], OTHER),
     ],
 )
@@ -50,7 +63,69 @@ def test_part_of(names: list[str], part: str) -> None:
     assert part_of(names) == part
 
 
+@pytest.mark.parametrize(("module", "part"), [(lrn_triton, LRN), (augment_triton, INPUT)])
+def test_our_own_kernels_are_known_by_their_names(module: ModuleType, part: str) -> None:
+    """In a CUDA graph they have nothing else."""
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    assert len(names) >= 2
+    assert [part_of([name]) for name in names] == [part] * len(names)
+
+
+def test_kernels_count_once_with_an_operator_and_without() -> None:
+    """Microseconds a step: products 100 and 120, LRN 80 and 80, the second of each without an operator."""
+    seconds = seconds_by_part(training_steps(), cuda=True)
+    expected = {PRODUCTS: 100 + 120, LRN: 80 + 80, INPUT: 20}
+    assert {part: spent * 1e6 / STEPS for part, spent in seconds.items() if spent} == pytest.approx(expected)
+
+
+def test_a_kernel_belongs_to_the_operators_around_its_own() -> None:
+    """Kernels of one name, of which only the launching operator says what they are for."""
+    events = recorded(
+        event("input", 0, 100, is_user_annotation=True),
+        *launched(event("aten::copy_", 10, 20), on_gpu("copy_kernel", 200, 230)),
+        event("aten::conv2d", 110, 190),
+        *launched(event("aten::copy_", 120, 130), on_gpu("copy_kernel", 230, 240)),
+        on_gpu("copy_kernel", 240, 260),
+    )
+    seconds = seconds_by_part(events, cuda=True)
+    assert (seconds[INPUT], seconds[CONVOLUTIONS], seconds[OTHER]) == pytest.approx((30e-6, 10e-6, 20e-6))
+
+
+def test_a_kernel_that_two_claim_counts_once() -> None:
+    """A call of the CUDA library with the number of an operator is listed with its kernels, and before it."""
+    kernel = on_gpu("copy_kernel", 200, 230)
+    call = event("cudaDeviceSynchronize", 0, 5, thread=2)
+    call.append_kernel(kernel.name, 0, kernel.time_range.elapsed_us())
+    events = recorded(call, event("aten::conv2d", 10, 60), *launched(event("aten::copy_", 20, 30), kernel))
+    seconds = seconds_by_part(events, cuda=True)
+    assert sum(seconds.values()) == pytest.approx(30e-6)
+    assert seconds[CONVOLUTIONS] == pytest.approx(30e-6)
+
+
+def test_a_kernel_whose_operator_was_merged_into_another_is_not_lost() -> None:
+    """PyTorch merges an operator with the only one within it, of the same name, and drops its own kernels."""
+    events = recorded(
+        *launched(event("aten::mm", 0, 50), on_gpu("gemm", 100, 140)),
+        *launched(event("aten::mm", 10, 40), on_gpu("gemm", 140, 150)),
+    )
+    assert sum(e.device_type == DeviceType.CPU for e in events) == 1
+    assert seconds_by_part(events, cuda=True)[PRODUCTS] == pytest.approx(50e-6)
+
+
+@pytest.mark.gpu
+def test_a_replayed_cuda_graph_has_its_kernels_time() -> None:
+    a = torch.randn(4096, 4096, device="cuda")
+    torch.mm(a, a)  # cuBLAS may not start within a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.mm(a, a)
+    seconds = profile_step(graph.replay)
+    assert seconds[PRODUCTS] > 0
+    assert seconds[PRODUCTS] == pytest.approx(sum(seconds.values()) - seconds[OTHER])
+
+
 def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    model, images = model.to(DEVICE), images.to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def step() -> None:
@@ -73,7 +148,7 @@ def test_a_network_without_convolutions_has_no_time_in_them() -> None:
 
 def test_eager_normalisation_is_found_forward_and_backward() -> None:
     """Under a 1x1 convolution of 3 channels nearly all of the time is LocalResponseNorm's."""
-    images = torch.randn(8, 3, 64, 64)
+    images = torch.randn(32 if DEVICE == "cuda" else 8, 3, 64, 64)
     model = nn.Sequential(nn.Conv2d(3, 96, 1), nn.ReLU(), nn.LocalResponseNorm(5))
     seconds = profile_step(step_of(model, images))
     operators = sum(seconds.values()) - seconds[OTHER]  # which is also whatever the machine did meanwhile

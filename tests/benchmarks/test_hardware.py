@@ -1,0 +1,178 @@
+"""How the benchmarks time a kernel, on a GPU that is made up, and what they measure the machine with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import hardware
+from benchmarks.hardware import Hardware, seconds_of
+from benchmarks.passes import seconds_by_pass
+from fastalex.kernels import relu_lrn
+
+FLUSH = 1e-4
+
+
+class Gpu:
+    """One that does in order what a host queues, each on a clock of its own; seconds.
+
+    Attributes:
+        host: what the host's clock shows.
+        free: when the GPU will have done all that is queued.
+        room: how many kernels the queue takes before the host has to wait.
+    """
+
+    def __init__(self, room: int = 1000) -> None:
+        self.host = self.free = 0.0
+        self.room = room
+        self.ends: list[float] = []
+        self.cold = False  # nothing of the inputs is in its cache
+
+    def launch(self, spent: float, dispatch: float = 5e-6) -> None:
+        if len(self.ends) >= self.room:
+            self.host = max(self.host, self.ends[-self.room])
+        self.host += dispatch
+        self.free = max(self.free, self.host) + spent
+        self.ends.append(self.free)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def kernel(self, spent: float, dispatch: float) -> Callable[..., str]:
+        """A call that launches one, which takes half as long when its inputs are in the cache."""
+
+        def call(*arguments: object) -> str:
+            self.launch(spent if self.cold else spent / 2, dispatch)
+            self.cold = False
+            return "result"
+
+        return call
+
+
+class Event:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.gpu.launch(0, dispatch=1e-6)
+        self.at = self.gpu.free
+
+    def query(self) -> bool:
+        return self.at <= self.gpu.host
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+def on(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Let `hardware` take it for the machine's."""
+
+    def flush() -> None:
+        gpu.launch(FLUSH)
+        gpu.cold = True
+
+    cuda = SimpleNamespace(
+        synchronize=gpu.synchronize,
+        _sleep=lambda cycles: gpu.launch(cycles / hardware.CYCLES_PER_SECOND),
+        Event=lambda enable_timing: Event(gpu),
+    )
+    empty = lambda *shape, **options: SimpleNamespace(zero_=flush)  # noqa: E731
+    monkeypatch.setattr(hardware, "torch", SimpleNamespace(cuda=cuda, empty=empty, uint8=torch.uint8))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
+    monkeypatch.setattr(hardware, "DEVICE", "cuda")
+    return gpu
+
+
+def test_a_kernels_time_is_the_gpus_however_long_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = on(Gpu(), monkeypatch)
+    short, long = gpu.kernel(40e-6, dispatch=300e-6), gpu.kernel(90e-6, dispatch=10e-6)
+    assert seconds_of(short, long) == pytest.approx([40e-6, 90e-6])
+
+
+def test_a_call_that_is_slower_to_launch_than_it_seemed_is_timed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = on(Gpu(), monkeypatch)
+    dispatch = iter([1e-6, 1e-6, *[5e-3] * 1000])  # once the first is over
+    assert seconds_of(lambda: gpu.kernel(40e-6, next(dispatch))()) == pytest.approx([40e-6])
+
+
+def test_a_call_of_many_kernels_does_not_overflow_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = on(Gpu(), monkeypatch)
+    kernel = gpu.kernel(2e-6, dispatch=5e-6)
+
+    def many() -> None:
+        for _ in range(300):
+            kernel()
+
+    assert seconds_of(many) == pytest.approx([2e-6 + 299 * 1e-6])
+
+
+def test_a_call_that_waits_for_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = on(Gpu(), monkeypatch)
+
+    def waits() -> None:
+        gpu.kernel(40e-6, dispatch=5e-6)()
+        gpu.synchronize()
+
+    with pytest.raises(RuntimeError, match="wait for the GPU"):
+        seconds_of(waits)
+
+
+def test_each_call_is_given_the_result_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "DEVICE", "cpu")
+    given: list[int] = []
+
+    def second(x: int) -> int:
+        given.append(x)
+        return 2
+
+    spent = seconds_of(lambda: 1, second, given.append)
+    assert given == [1, 2]
+    assert len(spent) == 3
+    assert min(spent) >= 0
+
+
+def test_the_passes_are_those_of_the_operator() -> None:
+    x = torch.ones(3, requires_grad=True)
+    seen: list[Tensor] = []
+    x.register_hook(seen.append)
+    spent = seconds_by_pass(lambda: x * 2, [x], torch.full((3,), 5.0))
+    assert spent["forward + backward"] == spent["forward"] + spent["backward"] > 0
+    assert seen[0].tolist() == [10.0] * 3
+
+
+@pytest.mark.gpu
+def test_a_gpu_can_be_kept_busy_while_both_passes_are_queued() -> None:
+    x = torch.randn(16, 96, 55, 55, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for function in (relu_lrn, torch.compile(lambda x: x.sigmoid() * x)):
+        spent = seconds_by_pass(partial(function, x), [x], torch.randn_like(x))
+        assert min(spent.values()) > 0
+    with pytest.raises(RuntimeError, match="wait for the GPU"):
+        seconds_of(lambda: x.sum().item())
+
+
+def test_the_machine_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of constants a processor makes less heat, and a GPU keeps a higher clock."""
+    monkeypatch.setattr(hardware, "MATMUL_SIZES", {hardware.DEVICE: (8, 64)})
+    monkeypatch.setattr(hardware, "COPY_BYTES", {hardware.DEVICE: 1 << 20})
+    multiplied: list[Tensor] = []
+    product = torch.mm
+
+    def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        multiplied.extend((a, b))
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    machine = Hardware()
+    assert machine.matmul_flops_per_second() > 0
+    assert machine.copy_bytes_per_second() > 0
+    assert {len(x) for x in multiplied} == {8, 64}
+    assert min(float(x.float().std()) for x in multiplied) > 0.5
+    assert len(machine.source.unique()) == 256
+    assert torch.equal(machine.source, machine.target)
