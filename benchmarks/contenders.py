@@ -5,21 +5,29 @@ python -m benchmarks.contenders NAME ROOT BATCH_SIZE       answers requests on s
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from benchmarks import memory, reference
 from benchmarks.hardware import DEVICE, KIND, KINDS, Hardware, seconds
+from benchmarks.kernel_table import kernel_times
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
 from fastalex import crops
@@ -30,7 +38,7 @@ from fastalex.distributed import ALONE, World
 from fastalex.evaluation import TEN_CROP
 from fastalex.metrics import predict
 from fastalex.models import create_model
-from fastalex.runtime import choose
+from fastalex.runtime import Runtime, choose
 from fastalex.trainer import Trainer
 
 
@@ -116,6 +124,13 @@ class FirstBatches:
         return islice(iter(self.loader), self.batches)
 
 
+class WithoutGraphs(Runtime):
+    """Compiles, but launches each kernel by itself."""
+
+    def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
+        return super().compiled(model, variants=variants, graphs=False)
+
+
 class Fastalex:
     """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, in epochs of one turn each.
 
@@ -124,10 +139,16 @@ class Fastalex:
         batch_size: of all processes together.
         overrides: KEY=VALUE, as on the command line.
         world: the processes that train together, each with its own of these.
+        graphs: whether a GPU records passes as CUDA graphs, where the runtime would.
     """
 
     def __init__(
-        self, root: Path, batch_size: int, overrides: Sequence[str] = (), world: World = ALONE
+        self,
+        root: Path,
+        batch_size: int,
+        overrides: Sequence[str] = (),
+        world: World = ALONE,
+        graphs: bool = True,
     ) -> None:
         register()
         with initialize_config_module("fastalex.configs", version_base="1.3"):
@@ -136,6 +157,8 @@ class Fastalex:
         config.train.batch_size = batch_size
         config.train.epochs = 1_000_000  # the schedule needs a length, and no turn may be the last
         self.runtime = choose(config.runtime, world)
+        if not graphs:
+            self.runtime = WithoutGraphs(**vars(self.runtime))
         splits = load_splits(config.data, config.seed)
         model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
         self.runtime.place(model)
@@ -174,6 +197,32 @@ class Fastalex:
         self.loader.batches = steps
         self.trainer.run_epoch()
 
+    def host_seconds(self, steps: int) -> float:
+        """How long Python takes to enqueue a step: the median over steps between which no loss is looked at."""
+        before, found = time.perf_counter(), []
+
+        def on_step(step: int, loss: float | None) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            if loss is None:  # else the host has waited for the device
+                found.append(now - before)
+            before = time.perf_counter()
+
+        with mock.patch.object(self.trainer, "on_step", on_step):
+            self.train(steps)
+        return median(found or [math.nan])
+
+    def waits(self, steps: int) -> int:
+        """How often the host waits for the GPU in so many steps, by PyTorch's own count."""
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.train(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
     def evaluate(self, batches: int) -> None:
         predict(self.trainer.network, islice(self.ten_crops, batches), self.runtime)
         self.runtime.synchronize()
@@ -190,7 +239,18 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
     "reference": Reference,
     "stock": Stock,
     "fastalex": Fastalex,
+    "fastalex without graphs": partial(Fastalex, graphs=False),
+    "fastalex eager": partial(Fastalex, overrides=["runtime.compile=false"]),
 }
+
+
+def kernels(train: Callable[[int], None], steps: int) -> list[tuple[str, float, float, float]]:
+    """What `kernel_times` finds in so many training steps, for each step."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        train(steps)
+        torch.cuda.synchronize()
+    return [(name, calls / steps, ms / steps, share) for name, calls, ms, share in kernel_times(profiler)]
 
 
 def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]]:
@@ -199,11 +259,14 @@ def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]
     if name == "hardware":
         hardware = Hardware()
         return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
-    contender = CONTENDERS[name](Path(root), int(batch_size))
+    contender: Any = CONTENDERS[name](Path(root), int(batch_size))
     return {
         "train": lambda steps: seconds(lambda: contender.train(steps)),
         "evaluate": lambda batches: seconds(lambda: contender.evaluate(batches)),
         "profile": lambda steps: profile_step(lambda: contender.train(steps), steps),
+        "host seconds": lambda steps: contender.host_seconds(steps),
+        "waits": lambda steps: contender.waits(steps),
+        "kernels": lambda steps: kernels(contender.train, steps),
         "forget peak memory": forget_peak_memory,
         "peak memory": memory.peak_bytes,
         **memory.DEVICE_PEAKS,

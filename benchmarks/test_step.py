@@ -29,13 +29,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.contenders import CONTENDERS
 from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.step import Bench
 from fastalex.files import write_text
 
 BATCH = 128
+PROGRAMS = ("reference", "stock", "fastalex")
 MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "step by part"}
 
 
@@ -43,7 +43,7 @@ MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "s
 def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
     """Its rows are written when all is measured, so that a part does not replace the whole."""
     rounds = request.config.getoption("rounds")
-    with closing(Bench(root, rounds, BATCH, tuple(CONTENDERS))) as bench:
+    with closing(Bench(root, rounds, BATCH, PROGRAMS)) as bench:
         yield bench
     for row in bench.rows:
         times = f", {row.times_reference:.2f} times the reference" if row.times_reference else ""

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import ranks
 from benchmarks.images import generate
+from benchmarks.turns import Rounds
 from fastalex.models import count_parameters, create_model
-from tests.benchmarks.rounds import Rounds
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from benchmarks import step
 from benchmarks.images import generate
 from benchmarks.parts import PARTS
 from benchmarks.step import Bench, ratio
-from tests.benchmarks.rounds import Rounds
+from benchmarks.turns import Rounds
 
 ROUNDS = 1
 

@@ -1,0 +1,177 @@
+"""Everything that is worth measuring on a GPU, by one command.
+
+    python -m benchmarks.card [--minutes M] [--data-root ROOT] [--out FOLDER] [--rehearse] [PHASE ...]
+
+Needs no network, and no environment but a Python with fastalex's requirements. Each phase is a process group
+of its own with a time limit: one that fails or hangs costs its own time alone. What a phase leaves is in the
+folder, by default ``benchmarks/results/card/CARD-DATE``, as soon as it is over, so that a harvest which is
+cut off keeps what came before: ``phases.json`` says how each phase ended, ``NAME.log`` what it printed,
+``NAME.json`` holds its figures, ``runs/`` is what trainings left, without weights. The benchmarks'
+``*_cuda.csv`` are where they always are.
+
+``--rehearse`` runs the same phases on a CPU at toy size, to a folder that is deleted: no phase may fail for a
+spelling mistake. ``python -m benchmarks.docs`` turns the results into docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.card.phases import PHASES, Command, Phase, Place
+from benchmarks.hardware import DEVICE
+from benchmarks.images import generate
+from benchmarks.report import RESULTS
+from fastalex.files import write_text
+
+ROOT = Path(__file__).parents[2]
+LEFT_OUT = ("*.pt", "*.safetensors", "trace.json", "tensorboard", "*.tmp")  # of the runs: what is large
+LEAST = 10  # seconds: a phase for which less is left does not begin
+
+
+class Group:
+    """Commands in a process group of their own.
+
+    Args:
+        commands: as in :class:`Phase`.
+        together: as there.
+        log: takes what they print.
+        environment: theirs.
+    """
+
+    def __init__(
+        self, commands: list[Command], together: bool, log: Path, environment: dict[str, str]
+    ) -> None:
+        lines = [subprocess.list2cmdline(command) for command in commands]
+        separator = " & " if together else " && "
+        script = separator.join(lines)
+        if together:  # wait for all, and fail where one does
+            waits = "; ".join("wait -n || failed=1" for _ in lines)
+            script = f"{script} & {waits}; exit $((failed))"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                ["bash", "-c", script],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float) -> str:
+        """How they ended, within the seconds; whatever is left of them is killed."""
+        try:
+            status = f"status {self._process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        return status
+
+
+def environment(phase: Phase, scratch: Path, toy: bool) -> dict[str, str]:
+    """Of a phase's processes."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found["PYTHONPATH"] = os.pathsep.join(path)
+    if phase.cold:
+        found["TRITON_CACHE_DIR"] = str(scratch / "triton")
+        found["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    if toy:
+        found["TORCHDYNAMO_DISABLE"] = "1"  # a compilation takes a CPU longer than all the rest
+    return found
+
+
+def harvest(place: Place, names: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Run the phases of these names within so many seconds; how each ended."""
+    deadline = time.monotonic() + seconds
+    ended: list[dict[str, Any]] = []
+    for name in names:
+        phase, left = PHASES[name], deadline - time.monotonic()
+        if left < LEAST:
+            ended.append({"phase": name, "status": "not begun", "seconds": 0.0})
+        else:
+            began = time.monotonic()
+            with tempfile.TemporaryDirectory() as scratch:
+                around = environment(phase, Path(scratch), place.toy)
+                log = place.folder / f"{name}.log"
+                group = Group(phase.commands(place), phase.together, log, around)
+                status = group.wait(min(phase.seconds, left))
+            ended.append({"phase": name, "status": status, "seconds": round(time.monotonic() - began, 1)})
+            slim(place.folder / "runs")
+        write_text(place.folder / "phases.json", json.dumps(ended, indent=1) + "\n")
+        print(f"{name}: {ended[-1]['status']}, {ended[-1]['seconds']} s", flush=True)
+    return ended
+
+
+def slim(runs: Path) -> None:
+    """Delete what is large of the runs."""
+    for pattern in LEFT_OUT:
+        for path in list(runs.rglob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.card", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "phases", nargs="*", metavar="PHASE", help=f"of {', '.join(PHASES)}; all if none is given"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="that all phases have together")
+    parser.add_argument("--data-root", type=Path, help="of CIFAR-10; generated images if not given")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, keeping nothing")
+    given = parser.parse_args()
+    unknown = [name for name in given.phases if name not in PHASES]
+    if unknown:
+        parser.error(f"no phase {unknown[0]!r}: choose from {', '.join(PHASES)}")
+    if given.data_root is not None and not given.data_root.is_dir():
+        parser.error(f"--data-root {given.data_root}: is not a folder")
+    if DEVICE == "cpu" and not given.rehearse:
+        parser.error("PyTorch sees no GPU here; --rehearse runs the phases on the CPU, at toy size")
+    return given
+
+
+def main() -> int:
+    given = arguments()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if given.rehearse:
+            root, folder = generate(scratch / "images", train=16, test=4), scratch / "results"
+        else:
+            card = torch.cuda.get_device_name().lower().replace(" ", "-")
+            root = given.data_root or generate(scratch / "images")
+            folder = RESULTS / "card" / f"{card}-{date.today().isoformat()}"
+        folder = (given.out or folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        place = Place(folder, root.absolute(), given.rehearse)
+        ended = harvest(place, given.phases or list(PHASES), 60 * given.minutes)
+        failed = [phase["phase"] for phase in ended if phase["status"] != "status 0"]
+        for name in failed:
+            log = folder / f"{name}.log"
+            tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+            print(f"\n{name}:", *tail, sep="\n    ", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Images a second by the size of the batch: ``python -m benchmarks.card.batches FOLDER ROOT [--toy]``.
+
+Writes ``batches.json``, anew after each size, with the memory that PyTorch had reserved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.contenders import Fastalex
+from benchmarks.hardware import DEVICE, seconds
+from fastalex.files import write_text
+
+SIZES = (128, 256, 512, 1024)
+IMAGES = 25_600  # of a turn
+TURNS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.batches")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    found = []
+    for size in (4,) if given.toy else SIZES:
+        steps = 1 if given.toy else IMAGES // size
+        program = Fastalex(given.root, size)
+        program.train(steps)
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        turn = partial(program.train, steps)
+        rate = median(steps * size / seconds(turn) for _ in range(TURNS))
+        reserved = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else None
+        found.append({"batch": size, "images_per_second": rate, "reserved_bytes": reserved})
+        print(found[-1], flush=True)
+        write_text(given.folder / "batches.json", json.dumps(found, indent=1) + "\n")
+        del program
+
+
+if __name__ == "__main__":
+    main()

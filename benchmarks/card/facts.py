@@ -1,0 +1,57 @@
+"""What machine this is, and what it can do at best: ``python -m benchmarks.card.facts FOLDER ROOT [--toy]``.
+
+Writes ``facts.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.hardware import DEVICE, Hardware
+from benchmarks.report import machine
+from fastalex.files import write_text
+
+# Fields of `nvidia-smi --query-gpu`.
+QUERIES = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+
+
+def card() -> dict[str, Any]:
+    """Of the GPU: what PyTorch and the driver say of it."""
+    properties = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **dict(zip(QUERIES, (field.strip() for field in answer.split(",")), strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.facts")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    facts: dict[str, Any] = machine(DEVICE)
+    if DEVICE == "cuda":
+        facts |= card()
+    hardware = Hardware()
+    facts["copy_bytes_per_second"] = hardware.copy_bytes_per_second()
+    facts["matmul_flops_per_second"] = hardware.matmul_flops_per_second()
+    write_text(given.folder / "facts.json", json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The phases of ``python -m benchmarks.card``: what each runs, and how long it may take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Command = list[str]
+PYTHON = [sys.executable, "-m"]
+# Of a rehearsal: a network and images that a CPU is done with in seconds.
+TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=32", "loader=resident"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the phases read and write.
+
+    Attributes:
+        folder: of the results.
+        root: of CIFAR-10.
+        toy: whether this is a rehearsal on a CPU, at a size whose figures mean nothing.
+    """
+
+    folder: Path
+    root: Path
+    toy: bool
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the harvest.
+
+    Attributes:
+        seconds: that it may take before it is ended.
+        commands: run one after another, or side by side; the first that fails ends the phase.
+        together: whether they run side by side. Nothing that they time means anything then.
+        cold: whether compiled kernels of earlier phases are out of reach, as on a machine that is new to fastalex.
+    """
+
+    seconds: float
+    commands: Callable[[Place], list[Command]]
+    together: bool = False
+    cold: bool = False
+
+
+def module(name: str) -> Callable[[Place], list[Command]]:
+    """A module of this package, which writes ``NAME.json``."""
+
+    def commands(place: Place) -> list[Command]:
+        toy = ["--toy"] if place.toy else []
+        return [[*PYTHON, f"benchmarks.card.{name}", str(place.folder), str(place.root), *toy]]
+
+    return commands
+
+
+def training(place: Place, run: str, *settings: str, row: str | None = None) -> Command:
+    """A run of ``fastalex.train`` in the folder ``run``, without checkpoints on the way."""
+    config = [f"--config-name=row/{row}"] if row else []
+    places = [f"data.root={place.root}", f"hydra.run.dir={place.folder}/runs/{run}"]
+    toy = [*TOY, "train.stages=[]"] if place.toy else []
+    return [*PYTHON, "fastalex.train", *config, *places, "checkpoint.every_steps=0", *settings, *toy]
+
+
+def rows(*names: str) -> Callable[[Place], list[Command]]:
+    return lambda place: [training(place, name, row=name) for name in names]
+
+
+def seeds(row: str, *numbers: int) -> Callable[[Place], list[Command]]:
+    return lambda place: [training(place, f"{row}_seed{n}", f"seed={n}", row=row) for n in numbers]
+
+
+def tests(place: Place) -> list[Command]:
+    """The gpu tests; in a rehearsal they are collected and skipped."""
+    workers = str(min(os.cpu_count() or 1, 14))
+    command = [*PYTHON, "pytest", "-m", "gpu", "-n", workers, "--dist", "load", "-q", "-v"]
+    where = [
+        "tests/data/test_resident.py" if place.toy else "tests/kernels",
+        "tests/kernels/test_augment_triton.py",
+    ]
+    return [[*command, *where, f"--junitxml={place.folder}/tests.xml"]]
+
+
+def kernels(place: Place) -> list[Command]:
+    """The kernels' benchmarks, which write ``benchmarks/results/*_cuda.csv``."""
+    options = ["--benchmark-enable", "-s", "-q"]
+    if place.toy:  # on a CPU they take minutes: that they are found is enough
+        options = ["--collect-only", "-q"]
+    return [[*PYTHON, "pytest", f"benchmarks/test_{name}.py", *options] for name in ("augment", "lrn")]
+
+
+def profile(place: Place) -> list[Command]:
+    return [training(place, "profile", "profile=true")]
+
+
+def variants(place: Place) -> list[Command]:
+    """What works otherwise on a GPU: fp16 with its scaler, another normalisation, parts of a batch, no graphs."""
+    short = ["train.epochs=2", "data.resize=128", "data.crop=112"]
+    return [
+        training(place, "fp16", *short, *([] if place.toy else ["runtime.precision=fp16"])),
+        training(place, "batch_norm", *short, "model=alexnet_bn"),
+        training(place, "accumulate", *short, "train.accumulate=4"),
+        training(place, "eager", *short, "runtime.compile=false"),
+        training(place, "torchvision", *short, "loader=torchvision"),
+    ]
+
+
+def recipe(place: Place) -> list[Command]:
+    """The study's recipe to its end."""
+    return [training(place, "alexnet_seed_recipe", "train.epochs=90", row="alexnet_seed_recipe")]
+
+
+# In the order of what they are worth. A phase gets its seconds, or what is left of all.
+PHASES = {
+    "facts": Phase(40, module("facts")),
+    "agreement": Phase(150, module("agreement")),
+    "throughput": Phase(200, module("throughput")),
+    "alexnet": Phase(240, rows("alexnet"), cold=True),
+    "kernels": Phase(150, kernels),
+    "profile": Phase(60, profile),
+    "recipe": Phase(300, recipe),
+    "seeds": Phase(240, seeds("alexnet", 1, 2), together=True),
+    "batches": Phase(120, module("batches")),
+    "resnet18": Phase(240, rows("resnet18")),
+    "tests": Phase(200, tests),
+    "variants": Phase(150, variants, together=True),
+}

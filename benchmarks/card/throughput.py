@@ -1,0 +1,71 @@
+"""The training step on a card: how fast, beside plain PyTorch, and where its time goes.
+
+    python -m benchmarks.card.throughput FOLDER ROOT [--toy]
+
+The programs of ``benchmarks/test_step.py`` and two more, fastalex without CUDA graphs and fastalex not compiled at
+all, take turns of 200 steps each. Of fastalex also: how long Python takes to enqueue a step, how often the host
+waits for the card, and which kernels a step runs. Writes ``throughput.json``, anew after each part, and
+``benchmarks/results/step_cuda.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.hardware import DEVICE, KIND
+from benchmarks.report import RESULTS, write_csv
+from benchmarks.step import GPU_TURN, Bench
+from benchmarks.turns import Rounds
+from fastalex.files import write_text
+
+BATCH = 128
+PROGRAMS = ("reference", "stock", "fastalex", "fastalex without graphs", "fastalex eager")
+PROFILED = 20  # steps
+
+
+def measure(folder: Path, root: Path, toy: bool) -> None:
+    programs, batch = (PROGRAMS[::2], 8) if toy else (PROGRAMS, BATCH)
+    result: dict[str, Any] = {}
+
+    def write(**parts: Any) -> None:
+        result.update(parts)
+        write_text(folder / "throughput.json", json.dumps(result, indent=1) + "\n")
+
+    with closing(Bench(root, 1 if toy else 3, batch, programs)) as bench:
+        rounds = Rounds()
+        bench.training(rounds)
+        write(rows=[asdict(row) for row in bench.rows])
+        fastalex = bench.workers["fastalex"]
+        steps = 1 if toy else GPU_TURN
+        write(host_seconds=fastalex.ask("host seconds", steps=steps))
+        if DEVICE == "cuda":
+            write(waits_a_step=fastalex.ask("waits", steps=GPU_TURN) / GPU_TURN)
+            write(kernels=fastalex.ask("kernels", steps=PROFILED))
+            write(kernels_stock=bench.workers["stock"].ask("kernels", steps=PROFILED))
+        if not toy:
+            bench.evaluation(rounds)
+            bench.parts(rounds)
+            write(rows=[asdict(row) for row in bench.rows])
+            write_csv(bench.rows, RESULTS / f"step_{KIND}.csv", DEVICE)
+    for row in bench.rows:
+        print(f"{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.throughput")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    assert set(PROGRAMS) <= set(CONTENDERS)
+    measure(given.folder, given.root, given.toy)
+
+
+if __name__ == "__main__":
+    main()
