@@ -110,7 +110,7 @@ def diagnose(model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime)
         for hook in hooks:
             hook.remove()
     logits.retain_grad()
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
     loss.backward()
     layers = [_measure(name, activation, weighted[name].weight.grad) for name, activation in inputs.items()]
     layers.append(_measure("logits", logits, None))
