@@ -57,6 +57,17 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, as it is now, without waiting for what the device is still busy with.
+
+    A copy to a GPU waits for it unless it is from pinned memory. PyTorch keeps the pinned copy, which may be
+    overwritten by nobody, until the device has read it.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class PlannedLoader(ABC):
     """The part of a loader that is the same in all of them: the arguments, and the plan of an epoch."""
 
