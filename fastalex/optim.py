@@ -269,12 +269,11 @@ class WeightAverage:
         """Take the weights after step number ``step``, counted from 1, into the average."""
         if step % AVERAGE_EVERY:
             return
-        pairs = zip(_tensors(self._averaged), _tensors(self._model), strict=True)
-        kinds: dict[tuple[type, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-        for averaged, current in pairs:
-            kinds.setdefault((type(current), current.dtype), []).append((averaged, current))
-        for alike in kinds.values():
-            averages, currents = (list(tensors) for tensors in zip(*alike, strict=True))
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for pair in zip(_tensors(self._averaged), _tensors(self._model), strict=True):
+            alike.setdefault(pair[0].dtype, []).append(pair)
+        for pairs in alike.values():
+            averages, currents = (list(tensors) for tensors in zip(*pairs, strict=True))
             if self._begun:
                 self._mix(averages, currents, 0)
             else:
