@@ -28,6 +28,7 @@ from fastalex.config import Config, model_options, register
 from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
 from fastalex.distributed import ALONE, World
 from fastalex.evaluation import TEN_CROP
+from fastalex.memory import room_for_images
 from fastalex.metrics import predict
 from fastalex.models import create_model
 from fastalex.runtime import choose
@@ -138,8 +139,9 @@ class Fastalex:
         self.runtime = choose(config.runtime, world)
         splits = load_splits(config.data, config.seed)
         model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+        room = room_for_images(model, config, self.runtime, world)
+        loader = resolve_loader(config.loader, splits, room)
         self.runtime.place(model)
-        loader = resolve_loader(config.loader, splits, self.runtime.device)
         placed: dict[str, Any] = {
             "device": self.runtime.device,
             "dtype": self.runtime.dtype,
