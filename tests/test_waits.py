@@ -225,23 +225,36 @@ def test_no_batch_of_a_validation_waits() -> None:
     assert waits.found == []
 
 
-def test_what_is_sent_to_a_card_is_pinned_first() -> None:
-    class Recorded:
-        def __init__(self) -> None:
-            self.calls: list[Any] = []
+def test_what_is_sent_to_a_card_is_copied_to_pinned_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
 
-        def pin_memory(self) -> Recorded:
-            self.calls.append("pinned")
-            return self
+    def empty_like(tensor: Tensor, pin_memory: bool = False) -> Tensor:
+        calls.append("pinned" if pin_memory else "pageable")
+        return torch.empty(tensor.shape)
 
-        def to(self, device: torch.device, non_blocking: bool = False) -> Recorded:
-            self.calls.append((device, non_blocking))
-            return self
+    def to(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        calls.append((device, non_blocking))
+        return tensor
 
-    tensor: Any = Recorded()
-    device = torch.device("cuda", 1)
-    sent(tensor, device)
-    assert tensor.calls == ["pinned", (device, True)]
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(Tensor, "to", to)
+    device, ring_buffer = torch.device("cuda", 1), torch.ones(3)
+    found = sent(ring_buffer, device)
+    ring_buffer.zero_()
+    assert found.tolist() == [1.0, 1.0, 1.0]
+    assert calls == ["pinned", (device, True)]
+
+
+@pytest.mark.gpu
+def test_what_is_sent_to_a_card_is_what_it_was_then() -> None:
+    """Though the card is busy, and what was sent from is pinned and is overwritten at once."""
+    ring_buffer = torch.ones(1 << 20, pin_memory=True)
+    busy = torch.ones(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy
+    found = sent(ring_buffer, torch.device("cuda"))
+    ring_buffer.zero_()
+    assert bool((found == 1).all())
 
 
 @pytest.mark.gpu

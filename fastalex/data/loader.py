@@ -60,11 +60,12 @@ class Loader(Protocol):
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device, as it is now, without waiting for what the device is still busy with.
 
-    A copy to a GPU waits for it unless it is from pinned memory. PyTorch keeps the pinned copy, which may be
-    overwritten by nobody, until the device has read it.
+    A copy to a GPU waits for it unless it is from pinned memory. That is memory of its own even where the
+    tensor is pinned: the tensor may be overwritten before the device has read it, and PyTorch keeps this
+    until then.
     """
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
     return tensor.to(device, non_blocking=True)
 
 
