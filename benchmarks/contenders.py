@@ -36,6 +36,7 @@ from fastalex.config import Config, model_options, register
 from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
 from fastalex.distributed import ALONE, World
 from fastalex.evaluation import TEN_CROP
+from fastalex.memory import room_for_images
 from fastalex.metrics import predict
 from fastalex.models import create_model
 from fastalex.runtime import Runtime, choose
@@ -161,8 +162,9 @@ class Fastalex:
             self.runtime = WithoutGraphs(**vars(self.runtime))
         splits = load_splits(config.data, config.seed)
         model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+        room = room_for_images(model, config, self.runtime, world)
+        loader = resolve_loader(config.loader, splits, room)
         self.runtime.place(model)
-        loader = resolve_loader(config.loader, splits, self.runtime.device)
         placed: dict[str, Any] = {
             "device": self.runtime.device,
             "dtype": self.runtime.dtype,

@@ -24,6 +24,7 @@ from fastalex.cli import command
 from fastalex.config import AlexNetConfig, Config, Init, ModelConfig, model_options, validate
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.files import write_text
+from fastalex.memory import explained, room_for_images
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runtime import Runtime
 
@@ -110,7 +111,7 @@ def diagnose(model: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime)
         for hook in hooks:
             hook.remove()
     logits.retain_grad()
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
     loss.backward()
     layers = [_measure(name, activation, weighted[name].weight.grad) for name, activation in inputs.items()]
     layers.append(_measure("logits", logits, None))
@@ -200,10 +201,15 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     check_batch(config.model.name, config.train.batch_size, config.data.crop)
     runtime = runtimes.choose(config.runtime)
     splits = load_splits(config.data, config.seed)
+
+    def network(model_config: ModelConfig) -> nn.Module:
+        torch.manual_seed(config.seed)
+        return create_model(model_config.name, len(splits.classes), **model_options(model_config))
+
     loader = build_loader(
         splits.train,
         config.data,
-        resolve_loader(config.loader, splits, runtime.device),
+        resolve_loader(config.loader, splits, room_for_images(network(config.model), config, runtime)),
         views=Views.random,
         batch_size=config.train.batch_size,
         seed=config.seed,
@@ -216,9 +222,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     print(f"{runtime}\n{config.model.name}, a batch of {len(labels)} training images of {splits.source}\n")
     diagnoses = {}
     for name, model_config in initialisations(config.model).items():
-        torch.manual_seed(config.seed)
-        model = create_model(model_config.name, len(splits.classes), **model_options(model_config))
-        diagnoses[name] = diagnose(runtime.place(model), images, labels, runtime)
+        diagnoses[name] = diagnose(runtime.place(network(model_config)), images, labels, runtime)
     conclusion = conclude(diagnoses)
     content = {
         "model": config.model.name,
@@ -239,7 +243,8 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
 @command("diagnose", Config)
 def main(config: Config, run_dir: Path) -> None:
     """Diagnose an initialisation."""
-    run(config, run_dir)
+    with explained(config):
+        run(config, run_dir)
 
 
 if __name__ == "__main__":

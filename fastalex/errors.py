@@ -36,6 +36,12 @@ class DivergedError(FastalexError):
     exit_status = 1
 
 
+class DeviceMemoryError(FastalexError):
+    """The memory of a card is full."""
+
+    exit_status = 1
+
+
 class LostProcessError(FastalexError):
     """Another process of the run has ended or does not answer."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.sgd import sgd
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastalex.config import Optimizer, Scaling, Schedule, TrainConfig
 from fastalex.errors import MissingDependencyError
@@ -115,6 +117,9 @@ class FactoredSGD(torch.optim.SGD):
         weight_decay: float,
     ) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        # PyTorch sets it where `fused` is given for all groups at once. It has GradScaler tell the kernel
+        # whether a gradient overflowed; without, the host waits to be told, in each step.
+        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
         self._layers = layers
         # Now, and not in the first step: among its activations they would be in the way of later ones. All of
         # them, since PyTorch's fused step takes either all of the buffers or none.
@@ -254,19 +259,31 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
-        self._average = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(decay**AVERAGE_EVERY), use_buffers=True
-        )
+        self._averaged = copy.deepcopy(model)
+        self._begun = False
+        self._mix = get_ema_multi_avg_fn(decay**AVERAGE_EVERY)
 
+    # Not PyTorch's AveragedModel: it counts its updates in a tensor, and the host waits for it in each.
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Take the weights after step number ``step``, counted from 1, into the average."""
-        if step % AVERAGE_EVERY == 0:
-            self._average.update_parameters(self._model)
+        if step % AVERAGE_EVERY:
+            return
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for pair in zip(_tensors(self._averaged), _tensors(self._model), strict=True):
+            alike.setdefault(pair[0].dtype, []).append(pair)
+        for pairs in alike.values():
+            averages, currents = (list(tensors) for tensors in zip(*pairs, strict=True))
+            if self._begun:
+                self._mix(averages, currents, 0)
+            else:
+                torch._foreach_copy_(averages, currents)
+        self._begun = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Exchange the network's weights for their average, once there is one, and back at the end."""
-        if not self._average.n_averaged:
+        if not self._begun:
             yield
             return
         self._exchange()
@@ -278,7 +295,7 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         # Values, not tensors: the optimizer, and a compiled network, hold the tensors.
-        averaged = self._average.module.state_dict()
+        averaged = self._averaged.state_dict()
         for name, tensor in self._model.state_dict().items():
             held = tensor.clone()
             tensor.copy_(averaged[name])
@@ -287,10 +304,15 @@ class WeightAverage:
     @property
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The state dict of the average; None before the first update."""
-        return self._average.module.state_dict() if self._average.n_averaged else None
+        return self._averaged.state_dict() if self._begun else None
 
     def load(self, weights: dict[str, torch.Tensor] | None) -> None:
         """Go on from an average that another process kept."""
         if weights is not None:
-            self._average.module.load_state_dict(weights)
-            self._average.n_averaged.fill_(1)  # all that matters is that there is something to average with
+            self._averaged.load_state_dict(weights)
+            self._begun = True
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield a network's weights and buffers, as they are."""
+    return (tensor.detach() for tensor in chain(model.parameters(), model.buffers()))

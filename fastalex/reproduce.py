@@ -10,6 +10,7 @@ from pathlib import Path
 import hydra
 import torch
 
+from fastalex import memory
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import from_plain, plain
 from fastalex.cli import command, to_dataclass
@@ -125,23 +126,27 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     """Training images/s on random pixels."""
     options = model_options(config.model)
     key = (config.model.name, *options.values(), crop, config.train.batch_size)
-    if key not in rates:
+    if key in rates:
+        return rates[key]
+    with memory.explained(config):
         runtime = runtimes.choose(config.runtime)
         images = PROBE_STEPS * config.train.batch_size
         data = DataConfig("synthetic", resize=crop, crop=crop, images=images)
         splits = load_splits(data, 0, progress=False)
+        torch.manual_seed(0)
+        model = create_model(config.model.name, len(splits.classes), **options)
+        room = memory.room_for_images(model, replace(config, data=data), runtime)
         loader = build_loader(
             splits.train,
             data,
-            resolve_loader(config.loader, splits, runtime.device),
+            resolve_loader(config.loader, splits, room),
             views=Views.random,
             batch_size=config.train.batch_size,
             device=runtime.device,
             dtype=runtime.dtype,
             channels_last=runtime.channels_last,
         )
-        torch.manual_seed(0)
-        model = runtime.place(create_model(config.model.name, len(splits.classes), **options))
+        runtime.place(model)
         # A rate at which no network diverges.
         recipe = replace(config.train, epochs=1, stages=[], lr=1e-6)
         rates[key] = Trainer(model, recipe, loader, None, runtime).run_epoch().images_per_second

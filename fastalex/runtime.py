@@ -112,6 +112,8 @@ def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
     device = _device(config.device)
     if device.type == "cuda" and world.size > 1 and device.index is None:
         device = _device(f"cuda:{world.local_rank}")
+    if device.type == "cuda" and device.index is not None:
+        # Else what names no card, such as memory that is pinned, opens a context of 500 MB on the first one.
         torch.cuda.set_device(device)
     threads = config.threads
     if not threads and world.local_size > 1:  # torchrun leaves each process one thread

@@ -156,11 +156,13 @@ class CheckpointWriter:
         ready: torch.cuda.Event | None,
     ) -> None:
         if ready is not None:
-            # On a stream of its own: the copy to the host must not stand in the way of the next steps.
-            stream = torch.cuda.Stream()
-            stream.wait_event(ready)
-            with torch.cuda.stream(stream):
-                checkpoint = checkpoint.snapshot("cpu")
+            # On a stream of its own: the copy to the host must not stand in the way of the next steps. And on
+            # the card of the state: a thread begins on the first one, and would open a context there.
+            with torch.cuda.device(ready.device):
+                stream = torch.cuda.Stream()
+                stream.wait_event(ready)
+                with torch.cuda.stream(stream):
+                    checkpoint = checkpoint.snapshot("cpu")
         try:
             if then is not None:
                 then(checkpoint)

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastalex import crops, distributed
+from fastalex import crops, distributed, memory
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint, plain, read_weights, save_weights
 from fastalex.cli import asked_for, command
@@ -111,14 +111,15 @@ def _take_part(
     try:
         beginning = world.on_main(where_to_begin)
         resumed, checkpoint = beginning or (config, None)
-        trainer, splits = _prepare(resumed, signals, world)
-        if checkpoint is not None:
-            _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them
-        if not world.main:
-            with signals.deferred():
-                return Follower(resumed, splits, trainer, run_dir).take_part()
-        folder = _folder(resumed, run_dir, given, found, trainer)
-        return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
+        with memory.explained(resumed):
+            trainer, splits = _prepare(resumed, signals, world)
+            if checkpoint is not None:
+                _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them
+            if not world.main:
+                with signals.deferred():
+                    return Follower(resumed, splits, trainer, run_dir).take_part()
+            folder = _folder(resumed, run_dir, given, found, trainer)
+            return _lead(Run(resumed, splits, trainer, folder, found, began), signals)
     finally:
         if found is not None:
             found.lock.release()
@@ -175,11 +176,12 @@ def _prepare(config: Config, signals: StopSignals, world: World) -> tuple[Traine
             f"data.root={config.data.root}: has {len(splits.validation)} validation and {len(splits.test)} "
             f"test images, and each of {world.size} processes needs one; use at most {fewest} processes"
         )
-    config.loader = resolve_loader(config.loader, splits, runtime.device)
-    if world.main:
-        print(_describe(config, splits))
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+    room = memory.room_for_images(model, config, runtime, world)
+    config.loader = resolve_loader(config.loader, splits, room)
+    if world.main:
+        print(_describe(config, splits))
     runtime.place(model)
     trainer = Trainer(
         model,

@@ -475,7 +475,9 @@ class Trainer:
         """
         with record_function("forward"), self.runtime.autocast():
             logits = self.network(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            # The logits' own softmax would be one of eight bits, where autocast does not see to it.
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(wide, labels, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(labels) / batch)  # the last part may be a smaller one
         with record_function("backward"):
             self.scaler.scale(loss).backward()

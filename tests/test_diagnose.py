@@ -132,6 +132,18 @@ def test_dropout_is_off_and_batch_normalisation_uses_the_batch() -> None:
     assert layers["3"].activation_rms == pytest.approx(1, abs=1e-4)
 
 
+def test_the_loss_of_bf16_logits_is_computed_in_fp32() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
+    images, labels = torch.randn(8, 3, 2, 2), torch.randint(0, 100, (8,))
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, channels_last=False))
+    with runtime.autocast():
+        logits = network(images).detach()
+    exact = F.cross_entropy(logits.double(), labels).item()
+    assert F.cross_entropy(logits, labels).item() != pytest.approx(exact, rel=1e-4)
+    assert diagnose(network, images, labels, runtime).loss == pytest.approx(exact, rel=1e-6)
+
+
 def test_the_default_is_beside_what_differs_from_it() -> None:
     paper = AlexNetConfig(init=Init.paper, groups=2)
     assert initialisations(paper) == {"paper": paper, "default": replace(paper, init=Init.default)}

@@ -62,3 +62,13 @@ def test_predict_averages_the_views_of_an_image_in_evaluation_mode() -> None:
     torch.testing.assert_close(probabilities, expected)
     assert torch.equal(returned, labels)
     assert network.training  # as it came
+
+
+def test_the_softmax_of_bf16_logits_is_computed_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 100, generator=generator).bfloat16()
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    probabilities, _ = predict(nn.Identity(), [(logits, torch.zeros(8, dtype=torch.int64))], runtime)
+    exact = logits.double().softmax(dim=1)
+    assert (logits.softmax(dim=1).double() / exact - 1).abs().max() > 1e-3
+    torch.testing.assert_close(probabilities.double(), exact, rtol=1e-5, atol=0)

@@ -61,3 +61,16 @@ def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
 def test_what_cannot_work_is_refused(config: RuntimeConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(config)
+
+
+def test_a_card_that_is_named_is_the_one_that_is_used_where_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is asked for anything: whatever does not name it would go to the first one."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
+    for name, answer in (("get_device_capability", (8, 0)), ("get_device_name", "card")):
+        monkeypatch.setattr(torch.cuda, name, lambda device, a=answer: calls.append(f"ask {device}") or a)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    assert choose(RuntimeConfig(device="cuda:1")).device == torch.device("cuda", 1)
+    assert calls == ["set cuda:1", "ask cuda:1", "ask cuda:1"]

@@ -35,17 +35,21 @@ _LOADERS = {
 }
 
 
-def resolve_loader(loader: LoaderConfig, splits: DataSplits, device: torch.device) -> LoaderConfig:
-    """Replace ``loader.name=auto`` by ``resident`` where the decoded images fit the device's memory.
+def resolve_loader(loader: LoaderConfig, splits: DataSplits, room: int | None) -> LoaderConfig:
+    """Replace ``loader.name=auto`` by ``resident`` where the decoded images of all splits fit the device.
 
     Where they do not, or are files of many sizes, it becomes ``torchvision``.
+
+    Args:
+        loader: as it was asked for.
+        splits: of the data set.
+        room: bytes for images on the device, of :func:`fastalex.memory.room_for_images`; None for a CPU.
     """
     if loader.name != "auto":
         return loader
     from fastalex.data.resident import fits
 
-    resident = all(fits(images, device) for images in (splits.train, splits.validation, splits.test))
-    return replace(loader, name="resident" if resident else "torchvision")
+    return replace(loader, name="resident" if fits(splits, room) else "torchvision")
 
 
 def build_loader(

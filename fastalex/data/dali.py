@@ -76,21 +76,22 @@ class DaliLoader(PlannedLoader):
         plan = self.plan()
         self._rewind()
         self._source.start(plan, self.start_batch)
-        labels = torch.from_numpy(self.images.labels)
+        # All of the epoch at once: the host waits for such a copy.
+        labels = torch.from_numpy(self.images.labels)[plan.indices].to(self.device)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         for number in range(self.start_batch, len(self)):
-            indices = plan.batch(number, self.batch_size).indices
+            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
             try:
                 (output,) = self._pipeline.run(stream)
             except Exception as error:
                 self._pipeline = None  # DALI's pipelines do not survive an error
                 if isinstance(error, RuntimeError):
-                    raise _explain(error, self.images, indices) from error
+                    raise _explain(error, self.images, plan.indices[rows]) from error
                 raise
             batch = torch.from_dlpack(output.as_tensor()).flatten(0, -4)
             if self.channels_last:
                 batch = batch.permute(0, 3, 1, 2)
-            yield batch.to(self.dtype), labels[indices].to(self.device)
+            yield batch.to(self.dtype), labels[rows]
 
     def _exact_edges(self) -> Edges:
         pixels, margin = self.images.pixels, self.data.resize - self.data.crop

@@ -13,11 +13,12 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import types
 from torch import Tensor
 
 from fastalex.data.beton import ensure_beton, threads_kept
-from fastalex.data.loader import PlannedLoader, Views
+from fastalex.data.loader import PlannedLoader, Views, sent
 from fastalex.data.workers import num_workers
 from fastalex.kernels import augment, ten_crop
 
@@ -92,24 +93,24 @@ class FfcvLoader(PlannedLoader):
             "std": self.data.std,
             "dtype": self.dtype,
         }
+        on_device = plan.to(self.device)  # of the whole epoch at once: the host waits for such a copy
         with threads_kept():
             batches = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
             first = next(batches)  # by then FFCV's thread has done what it does to the process
         try:
             for number in range(self.start_batch, len(self)):
-                # Views of a ring buffer: `augment` reads them before FFCV is asked for the next batch.
+                # Views of a ring buffer, which FFCV fills again: read, or copied by the host, before the next
+                # batch is asked for.
                 pixels, labels = first if number == self.start_batch else next(batches)
-                pixels = pixels.to(self.device)
+                pixels = sent(pixels, self.device)
                 if self.views is Views.ten_crop:
                     images = ten_crop(pixels, mirror=self.num_views == 10, **geometry)
                 else:
-                    rows = plan.batch(number, self.batch_size)
-                    images = augment(
-                        pixels, rows.offsets.to(self.device), rows.flips.to(self.device), **geometry
-                    )
+                    rows = on_device.batch(number, self.batch_size)
+                    images = augment(pixels, rows.offsets, rows.flips, **geometry)
                 yield (
                     images if self.channels_last else images.contiguous(),
-                    labels.flatten().to(self.device, copy=True),
+                    sent(labels.flatten().clone(), self.device),
                 )
         finally:
             batches.close()  # else an epoch that is left early leaves its thread behind
@@ -121,6 +122,8 @@ class _Epoch(EpochIterator):
     error: Exception | None = None
 
     def run(self) -> None:
+        if torch.cuda.is_available():  # a thread begins on card 0, and would open a context there
+            torch.cuda.set_device(self.cuda_streams[0].device)
         try:
             super().run()
         except Exception as error:

@@ -57,6 +57,18 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, as it is now, without waiting for what the device is still busy with.
+
+    A copy to a GPU waits for it unless it is from pinned memory. That is memory of its own even where the
+    tensor is pinned: the tensor may be overwritten before the device has read it, and PyTorch keeps this
+    until then.
+    """
+    if device.type == "cuda":
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
 class PlannedLoader(ABC):
     """The part of a loader that is the same in all of them: the arguments, and the plan of an epoch."""
 

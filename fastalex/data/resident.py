@@ -21,28 +21,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastalex.crops import Crops
-from fastalex.data.imageset import ImageSet
+from fastalex.data.imageset import DataSplits
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
 from fastalex.errors import DataError
 from fastalex.kernels import ten_crop
 from fastalex.kernels.augment import ten_crop_views
 
-MEMORY_SHARE = 0.25  # of a GPU's memory that one split may take
 
+def fits(splits: DataSplits, room: int | None) -> bool:
+    """Whether a data set can be resident: decoded, of one size, and all of it in so many bytes.
 
-def fits(images: ImageSet, device: torch.device | str) -> bool:
-    """Whether a split can be resident: decoded, of one size, and at most ``MEMORY_SHARE`` of a GPU's memory.
-
-    On the CPU the decoded images are in memory already.
+    Args:
+        splits: all of them, for they are on the device together: a run keeps the images that it trained and
+            validated on while it is tested.
+        room: bytes for images; None where they are in memory already, as on a CPU.
     """
-    if images.pixels is None:
-        return False
-    device = torch.device(device)
-    if device.type != "cuda":
-        return True
-    _, total = torch.cuda.mem_get_info(device)
-    return bool(images.pixels.nbytes <= MEMORY_SHARE * total)
+    pixels = [images.pixels for images in (splits.train, splits.validation, splits.test)]
+    decoded = {id(array): array.nbytes for array in pixels if array is not None}  # splits may share theirs
+    return all(array is not None for array in pixels) and (room is None or sum(decoded.values()) <= room)
 
 
 class ResidentLoader(PlannedLoader):

@@ -32,6 +32,10 @@ class EpochPlan:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def to(self, device: torch.device) -> EpochPlan:
+        """The same rows on a device."""
+        return EpochPlan(self.indices.to(device), self.offsets.to(device), self.flips.to(device))
+
     def batch(self, number: int, batch_size: int) -> EpochPlan:
         """The rows of one batch; the last may be short."""
         rows = slice(number * batch_size, (number + 1) * batch_size)

@@ -50,6 +50,9 @@ class TorchvisionLoader(PlannedLoader):
             worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # its own: the global one belongs to the network's dropout
         )
+        # Here and not with each batch: the host waits for such a copy. (channels, 1, 1)
+        mean, std = torch.tensor([self.data.mean, self.data.std], dtype=torch.float32)[..., None, None]
+        self._mean, self._std = mean.to(self.device), std.to(self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan()
@@ -81,7 +84,7 @@ class TorchvisionLoader(PlannedLoader):
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         images = F.to_dtype(images, torch.float32, scale=True)
-        images = F.normalize(images, self.data.mean, self.data.std, inplace=True)
+        images = images.sub_(self._mean).div_(self._std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return (
             images.to(self.dtype).contiguous(memory_format=layout),

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.data import ImageSet, Views, build_loader
-from fastalex.data import resident as resident_module
-from fastalex.data.resident import MEMORY_SHARE, ResidentLoader, fits
+from fastalex.data import DataSplits, ImageSet, Views, build_loader, resolve_loader
+from fastalex.data.resident import ResidentLoader
 from fastalex.errors import DataError
 from fastalex.kernels import augment_reference
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 
 
 def images(count: int = 20) -> ImageSet:
@@ -103,14 +102,31 @@ def test_files_of_their_own_sizes_are_refused(tmp_path: Path) -> None:
         build(files, Views.center)
 
 
-def test_fits_in_a_share_of_the_devices_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    split = images()
-    assert split.pixels is not None
-    assert fits(split, CPU)
-    assert not fits(ImageSet(np.zeros(1, np.int64), paths=(tmp_path / "a.jpg",)), CPU)
-    for total, expected in ((split.pixels.nbytes / MEMORY_SHARE, True), (split.pixels.nbytes, False)):
-        monkeypatch.setattr(resident_module.torch.cuda, "mem_get_info", lambda device, t=total: (0, t))
-        assert fits(split, GPU) is expected
+def splits(train: ImageSet, validation: ImageSet, test: ImageSet) -> DataSplits:
+    return DataSplits(train, validation, test, classes=tuple("abcdefg"))
+
+
+def test_auto_is_resident_where_all_splits_fit_together(tmp_path: Path) -> None:
+    """Each alone would fit: a third is too little room, and a byte too little as well."""
+    parts = images(20), images(8), images(5)
+    size = 33 * 8 * 10 * 3
+
+    def chosen(data: DataSplits, room: int | None) -> str:
+        return resolve_loader(LoaderConfig(name="auto"), data, room).name
+
+    for room, expected in ((size, "resident"), (size - 1, "torchvision"), (-1, "torchvision")):
+        assert chosen(splits(*parts), room) == expected
+    assert chosen(splits(*parts), None) == "resident"  # a CPU's memory has them already
+    files = ImageSet(np.zeros(1, np.int64), paths=(tmp_path / "a.jpg",))
+    for room in (None, 2 * size):
+        assert chosen(splits(*parts[:2], files), room) == "torchvision"
+
+
+def test_images_that_splits_share_count_once() -> None:
+    test = images(8)
+    auto = LoaderConfig(name="auto")
+    assert resolve_loader(auto, splits(images(20), test, test), 28 * 240).name == "resident"
+    assert resolve_loader(auto, splits(images(20), test, images(8)), 28 * 240).name == "torchvision"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,198 @@
+"""What a training takes of a card, and how a run ends that a card has no room for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import MobileNetV3
+
+from fastalex import diagnose, evaluate, train
+from fastalex.config import Config, DataConfig, ModelConfig, RuntimeConfig, Stage, TrainConfig
+from fastalex.memory import PEAK, room_for_images, training_bytes
+from fastalex.models import create_model
+from fastalex.runtime import Runtime, choose
+
+# As PyTorch says it; more lines may follow.
+FIGURES = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
+    "1.01 GiB is free. Of the allocated memory 13.93 GiB is allocated by PyTorch"
+)
+QUICK = [
+    "data=digits",
+    "model=mobilenet_v3_small",
+    "data.resize=36",
+    "data.crop=32",
+    "train.epochs=1",
+    "train.accumulate=2",
+    "runtime.precision=fp32",
+    "hydra.run.dir=run",
+]
+
+
+def config(train: TrainConfig, crop: int = 16) -> Config:
+    return Config(model=ModelConfig("resnet18"), data=DataConfig("digits", crop=crop), train=train)
+
+
+class Layers(nn.Module):
+    """Two layers, of which a forward pass keeps 3 x 16 x 16 + 8 numbers of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * 16 * 16, 8)
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images.flatten(1)))
+
+
+WEIGHTS = 4 * (3 * 256 * 8 + 8 + 8 * 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "copies", "images"),
+    [
+        ({"batch_size": 10}, 1, 5, 10),
+        ({"batch_size": 10, "ema_decay": 0.9}, 1, 7, 10),
+        ({"batch_size": 12, "accumulate": 3}, 1, 5, 4),
+        ({"batch_size": 12, "accumulate": 3}, 2, 5, 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_takes_copies_of_the_weights_and_what_a_part_of_a_batch_keeps(
+    recipe: dict[str, Any], processes: int, copies: int, images: int, dtype: torch.dtype
+) -> None:
+    kept = images * (3 * 256 + 8) * dtype.itemsize
+    found = training_bytes(Layers(), config(TrainConfig(**recipe)), dtype, processes)
+    assert found == copies * WEIGHTS + PEAK * kept
+
+
+def test_what_a_pass_keeps_is_what_autograd_really_saves() -> None:
+    """Of AlexNet, at its largest stage: the same count of a pass that computes."""
+    recipe = TrainConfig(batch_size=4, stages=[Stage(1, 96, 80)])
+    model = create_model("alexnet", dropout=0.0)
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(torch.randn(4, 3, 80, 80))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    found = training_bytes(model, config(recipe, crop=64), torch.float32) - 5 * weights
+    assert logits.requires_grad
+    assert found == pytest.approx(PEAK * sum(kept.values()), rel=0.02)
+
+
+def card(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocated: int = 0) -> Runtime:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    runtime = choose(RuntimeConfig(device="cpu"))
+    return replace(runtime, device=torch.device("cuda", 0), dtype=torch.float32)
+
+
+def test_the_room_is_what_is_free_less_what_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(TrainConfig(batch_size=10))
+    taken = training_bytes(Layers(), run, torch.float32)
+    assert room_for_images(Layers(), run, card(monkeypatch, taken + 7)) == 7
+    assert room_for_images(Layers(), run, card(monkeypatch, taken + 7, reserved=5, allocated=3)) == 9
+    assert room_for_images(Layers(), run, card(monkeypatch, 0)) == -taken
+    assert room_for_images(Layers(), run, choose(RuntimeConfig(device="cpu"))) is None
+
+
+def full(
+    monkeypatch: pytest.MonkeyPatch, when: Callable[[nn.Module], bool], error: Exception | None = None
+) -> None:
+    """Have the network find the card full where ``when`` says so."""
+    forward = MobileNetV3.forward
+
+    def full_or_forward(self: MobileNetV3, images: Tensor) -> Tensor:
+        if images.device.type != "meta" and when(self):
+            raise error or torch.OutOfMemoryError(f"{FIGURES}\nException raised from malloc")
+        return forward(self, images)
+
+    monkeypatch.setattr(MobileNetV3, "forward", full_or_forward)
+
+
+def end_of(main: Callable[[], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastalex", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+LINE = (
+    f"fastalex: error: {FIGURES} -- lower train.batch_size=128, raise train.accumulate=2, which divides a "
+    "batch, or lower data.resize=36 and with it data.crop=32\n"
+)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_a_full_card_is_one_line_of_a_run(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    full(monkeypatch, lambda network: network.training is training)
+    assert end_of(train.main, QUICK, monkeypatch) == 1
+    assert capsys.readouterr().err.endswith(LINE)
+
+
+def test_a_full_card_is_one_line_of_the_other_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fastalex", *QUICK])
+    train.main()
+    capsys.readouterr()
+    full(monkeypatch, lambda network: True)
+    assert end_of(evaluate.main, ["checkpoint=run/checkpoint.pt"], monkeypatch) == 1
+    assert capsys.readouterr().err == LINE
+    assert end_of(diagnose.main, QUICK, monkeypatch) == 1
+    assert capsys.readouterr().err == LINE
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"],
+)
+def test_a_library_that_finds_the_card_full_is_heard_too(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    full(monkeypatch, lambda network: True, RuntimeError(message))
+    assert end_of(diagnose.main, QUICK, monkeypatch) == 1
+    assert capsys.readouterr().err == LINE.replace(FIGURES, message)
+
+
+def test_any_other_error_of_a_network_stays_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    full(monkeypatch, lambda network: True, RuntimeError("shapes do not match"))
+    monkeypatch.setattr(sys, "argv", ["fastalex", *QUICK])
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        diagnose.main()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_run_on_the_second_card_leaves_the_first_alone(tmp_path: Path) -> None:
+    arguments = ["fastalex", *QUICK, "runtime.device=cuda:1", "checkpoint.every_steps=2"]
+    code = (
+        "import sys, torch; from fastalex import train; "
+        f"sys.argv = {arguments}; train.main(); "
+        "assert torch._C._cuda_hasPrimaryContext(1); assert not torch._C._cuda_hasPrimaryContext(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

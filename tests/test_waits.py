@@ -1,0 +1,286 @@
+"""Between two looks at the loss the host never waits for the device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, TrainConfig
+from fastalex.data import CutMixLoader, ImageSet, Loader, Views, build_loader
+from fastalex.data.loader import PlannedLoader, sent
+from fastalex.metrics import predict
+from fastalex.runtime import Runtime, choose
+from fastalex.trainer import WARMUP_STEPS, Trainer
+from tests.waits import CARD, Waits, card, none_allowed
+
+CPU = torch.device("cpu")
+CLASSES, BATCH, STEPS = 7, 6, 20
+PACKAGES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+DATA = DataConfig(name="test", resize=20, crop=16)
+
+
+class Stopped(Exception):
+    """Ends an epoch before its end, where the loss is looked at."""
+
+
+class Made:
+    """A loader over made-up batches on a device.
+
+    Args:
+        device: of the batches.
+        poison: number of the batch whose pixels are infinite.
+    """
+
+    num_samples = STEPS * BATCH
+
+    def __init__(self, device: torch.device, poison: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            (
+                torch.randn(BATCH, 3, 8, 8, generator=generator).to(device),
+                torch.arange(BATCH, device=device) % CLASSES,
+            )
+            for _ in range(STEPS)
+        ]
+        if poison is not None:
+            self.batches[poison][0].fill_(torch.inf)
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def images(count: int = 5 * BATCH) -> ImageSet:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, 8, 10, 3), dtype=np.uint8)
+    return ImageSet(np.arange(count, dtype=np.int64) % CLASSES, pixels=pixels)
+
+
+def network(device: torch.device) -> nn.Module:
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES)
+    return nn.Sequential(*layers).to(device)
+
+
+def between_looks(
+    loader: Loader, runtime: Runtime, warm: Callable[[], None], scaled: bool = False, **recipe: Any
+) -> None:
+    """Take an epoch's steps but the last, and call ``warm`` after those of the warm-up."""
+
+    def on_step(step: int, loss: float | None) -> None:
+        if step == WARMUP_STEPS + 1:
+            warm()
+        if step == STEPS - 1:
+            raise Stopped
+
+    config = TrainConfig(epochs=2, lr=1e-3, batch_size=BATCH, **recipe)
+    trainer = Trainer(network(runtime.device), config, loader, None, runtime, log_every=1000, on_step=on_step)
+    if scaled:
+        trainer.scaler = torch.amp.GradScaler(runtime.device.type)
+    with pytest.raises(Stopped):
+        trainer.run_epoch()
+
+
+def test_the_stand_in_sees_what_would_wait() -> None:
+    with Waits() as waits:
+        values = torch.zeros(3, device=CARD)
+        assert waits.found == []
+        float(values.sum())
+        bool(values.sum() > 1)
+        values[values > 0]
+        values.nonzero()
+        values.cpu()
+        torch.zeros(3).to(CARD)
+        values.copy_(torch.zeros(3))
+        torch.as_tensor([1.0], device=CARD)
+        torch.zeros(3).to(CARD, non_blocking=True)
+        values.copy_(torch.zeros(3), non_blocking=True)
+    copies = [
+        "_to_copy from meta to cpu",
+        "_to_copy from cpu to meta",
+        "copy_ from cpu to meta",
+        "as_tensor on meta",
+    ]
+    assert waits.found == ["_local_scalar_dense"] * 2 + ["index by a mask", "nonzero", *copies]
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"clip_norm": 1e-3},
+    "in parts": {"accumulate": 3},
+    "averaged": {"ema_decay": 0.9},
+    "all of it": {"clip_norm": 1e-3, "accumulate": 2, "ema_decay": 0.9, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 0.5], ids=["", "mixed"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_no_step_waits(
+    recipe: dict[str, Any], scaled: bool, cutmix: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch has a fused SGD for real devices only, and here it computes nothing.
+    monkeypatch.setattr(
+        sys.modules[torch.optim.SGD.__module__], "_device_dtype_check_for_fused", lambda parameter: None
+    )
+    loader: Loader = Made(CARD)
+    if cutmix:
+        torch.manual_seed(0)
+        loader = CutMixLoader(loader, CLASSES, cutmix)
+    with Waits() as waits:
+        between_looks(loader, card(), waits.found.clear, scaled, **recipe)
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_step_whose_gradient_overflows_is_left_out(clip_norm: float) -> None:
+    """As GradScaler has it, though it is the optimizer now that leaves it out."""
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    states: list[list[Tensor]] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
+
+    def on_step(step: int, loss: float | None) -> None:
+        momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+        states.append([tensor.detach().clone() for tensor in (*model.parameters(), *momentum)])
+        if step == 6:
+            raise Stopped
+
+    config = TrainConfig(epochs=1, lr=1e-3, clip_norm=clip_norm)
+    trainer = Trainer(model, config, Made(CPU, poison=4), None, runtime, log_every=1000, on_step=on_step)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with pytest.raises(Stopped):
+        trainer.run_epoch()
+    before, poisoned, after = states[3:]
+    assert len(before) == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, poisoned, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(poisoned, after, strict=True))
+    assert all(tensor.isfinite().all() for tensor in after)
+    assert trainer.scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_a_scaled_gradient_is_the_same_step(scale: float) -> None:
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
+        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+        trainer = Trainer(model, TrainConfig(epochs=1, lr=1e-2), Made(CPU), None, runtime)
+        trainer.scaler = scaler or trainer.scaler
+        trainer.run_epoch()
+        weights.append(model[1].weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
+
+
+def epoch_of(name: str, views: Views, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Loader:
+    """A loader onto the stand-in for a card, of whose generator its plan cannot be drawn."""
+    if name in PACKAGES and not installed(PACKAGES[name]):
+        pytest.skip(f"{PACKAGES[name]} is not installed: .ci/install-loaders does that")
+    plan = PlannedLoader.plan
+    monkeypatch.setattr(
+        PlannedLoader, "plan", lambda self, device="cpu": plan(self, "cpu").to(torch.device(device))
+    )
+    return loader_of(name, views, CARD, tmp_path)
+
+
+def loader_of(name: str, views: Views, device: torch.device, tmp_path: Path) -> Loader:
+    config = LoaderConfig(name=name, workers=0, beton=str(tmp_path))
+    return build_loader(images(), DATA, config, views=views, batch_size=BATCH, device=device)
+
+
+def installed(package: str) -> bool:
+    parent = package.partition(".")[0]
+    return find_spec(parent) is not None and find_spec(package) is not None
+
+
+@pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
+@pytest.mark.parametrize("name", ["resident", "torchvision", "dali", "ffcv"])
+def test_no_batch_waits(name: str, views: Views, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But the first of an epoch, with which its plan may be sent."""
+    batches = iter(epoch_of(name, views, monkeypatch, tmp_path))
+    next(batches)
+    with Waits() as waits:
+        rest = list(batches)
+    assert len(rest) == 4
+    assert all(labels.device == CARD for _, labels in rest)
+    assert waits.found == []
+
+
+def test_no_batch_of_a_validation_waits() -> None:
+    model, batches = network(CARD), Made(CARD).batches
+    with Waits() as waits:
+        predict(model, batches, card())
+    assert waits.found == []
+
+
+def test_what_is_sent_to_a_card_is_copied_to_pinned_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def empty_like(tensor: Tensor, pin_memory: bool = False) -> Tensor:
+        calls.append("pinned" if pin_memory else "pageable")
+        return torch.empty(tensor.shape)
+
+    def to(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        calls.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(Tensor, "to", to)
+    device, ring_buffer = torch.device("cuda", 1), torch.ones(3)
+    found = sent(ring_buffer, device)
+    ring_buffer.zero_()
+    assert found.tolist() == [1.0, 1.0, 1.0]
+    assert calls == ["pinned", (device, True)]
+
+
+@pytest.mark.gpu
+def test_what_is_sent_to_a_card_is_what_it_was_then() -> None:
+    """Though the card is busy, and what was sent from is pinned and is overwritten at once."""
+    ring_buffer = torch.ones(1 << 20, pin_memory=True)
+    busy = torch.ones(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy
+    found = sent(ring_buffer, torch.device("cuda"))
+    ring_buffer.zero_()
+    assert bool((found == 1).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16], ids=lambda p: p.value)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_no_step_waits_for_a_card(recipe: dict[str, Any], precision: Precision, compiled: bool) -> None:
+    """CUDA itself says what waits; the steps before are those in which kernels are made."""
+    runtime = choose(RuntimeConfig(device="cuda", precision=precision, compile=compiled))
+    torch.manual_seed(0)
+    loader = CutMixLoader(Made(runtime.device), CLASSES, 0.0 if compiled else 0.5)
+    with ExitStack() as context:
+        between_looks(loader, runtime, lambda: context.enter_context(none_allowed()), **recipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
+@pytest.mark.parametrize("name", ["resident", "torchvision", "dali", "ffcv"])
+def test_no_batch_waits_for_a_card(name: str, views: Views, tmp_path: Path) -> None:
+    if name in PACKAGES and not installed(PACKAGES[name]):
+        pytest.skip(f"{PACKAGES[name]} is not installed: .ci/install-loaders does that")
+    loader = loader_of(name, views, torch.device("cuda"), tmp_path)
+    list(loader)  # which makes the kernels
+    batches = iter(loader)
+    next(batches)
+    with none_allowed():
+        rest = list(batches)
+    torch.cuda.synchronize()
+    assert [len(labels) for _, labels in rest] == [BATCH] * 4
