@@ -352,8 +352,9 @@ def test_a_drawing_that_fails_is_reported_and_the_last_one_made_all_the_same(
         folder.epoch(an_epoch(3))
         with pytest.raises(OutputError, match=r"losses\.png: cannot be written"):
             folder.finish()
-    folder.epoch(an_epoch(4))
-    folder.finish()
+        folder.epoch(an_epoch(4))
+        folder._drawing._thread.submit(int).result()
+    folder.finish()  # there is room again
     folder.close()
     assert (folder.path / "losses.png").is_file()
     assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 4
