@@ -215,7 +215,8 @@ class DistributedConfig:
 class CheckpointConfig:
     """When a run saves its state; the newest is ``checkpoint.pt``, older ones ``checkpoint-STEP.pt``."""
 
-    every_steps: int = 0  # beside the end of each epoch; 0: only there
+    every_seconds: float = 120.0  # after the first step that ends so long after the last checkpoint began
+    every_steps: int = 0  # beside that, after each so many steps, however fast they are; 0: not
     keep: int = 2  # the newest so many; the one before is what a damaged file falls back on
     on_error: OnWriteError = OnWriteError.stop
 
@@ -351,6 +352,7 @@ def validate(config: Config) -> None:
         ("train.patience", float(train.patience), 0.0, math.inf),
         ("runtime.threads", float(config.runtime.threads), 0.0, 4096.0),
         ("loader.workers", float(config.loader.workers), -1.0, math.inf),
+        ("checkpoint.every_seconds", config.checkpoint.every_seconds, 0.0, math.inf),
         ("checkpoint.every_steps", float(config.checkpoint.every_steps), 0.0, math.inf),
     ):
         if not low <= value < high:

@@ -12,7 +12,9 @@ from fastalex.errors import OutputError
 
 
 @contextmanager
-def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def replacing(
+    path: Path, before: Callable[[], None] = lambda: None, *, durable: bool = True
+) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; on success it takes the place of ``path``.
 
     The file is flushed to the disk before it is renamed, and the folder after, so that a crash at any moment
@@ -21,6 +23,8 @@ def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator
     Args:
         path: of the file.
         before: called when the new file is whole and on the disk, and the old one still in its place.
+        durable: flush as said. Without, a crash of the machine may cost the file, that of a process may not;
+            and nobody waits for the disk.
 
     Raises:
         OutputError: if the file cannot be written; ``path`` is then as it was.
@@ -35,11 +39,12 @@ def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator
     temporary = Path(name)
     try:
         yield temporary
-        _flush(temporary)
+        if durable:
+            _flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are their owner's alone
         before()
         temporary.replace(path)
-        if os.name == "posix":
+        if durable and os.name == "posix":
             _flush(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -49,9 +54,9 @@ def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a text file as a whole, as :func:`replacing` does it."""
+    with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from fastalex.tracking import RunLock, is_finished
 
 # What may be set anew: where the data lie, and what does not change the result.
 CHANGEABLE = (
+    "checkpoint.every_seconds",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.on_error",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastalex.checkpoint import Checkpoint
+from fastalex.background import Background
+from fastalex.checkpoint import Checkpoint, read_weights, save_weights
 from fastalex.config import CheckpointConfig, OnWriteError
 from fastalex.errors import CheckpointError, OutputError
 
@@ -89,16 +93,92 @@ class OutputPolicy:
                 print(f"\nfastalex: warning: {error}; training goes on", file=sys.stderr)
 
 
-class CheckpointWriter:
+@dataclass(frozen=True)
+class _Kept:
+    """Weights, a copy of their own, and what is known of them."""
+
+    weights: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class BestWeights:
+    """The weights of the least validation error so far: kept in memory until they are written.
+
+    Args:
+        path: of their file.
+        config: of the run, as plain values.
+        classes: in the order of the outputs.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], classes: list[str]) -> None:
+        self.path = path
+        self.error: float | None = None
+        self._config = config
+        self._classes = classes
+        self._waiting: _Kept | None = None
+        self._lock = threading.Lock()  # of what waits: it is kept by one thread and written by another
+
+    def improved_by(self, error: float) -> bool:
+        """Whether a top-1 error is less than the best."""
+        return self.error is None or error < self.error
+
+    def keep(self, weights: Mapping[str, Tensor], epoch: int, error: float) -> None:
+        """Copy weights where they are, which on a GPU waits for nothing; they replace what waits."""
+        copy = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self.error = error
+        with self._lock:
+            self._waiting = _Kept(copy, {"epoch": epoch, "validation_top1_error": error})
+
+    def write(self) -> None:
+        """Write what was kept last, if it was not written yet, and let go of it.
+
+        Raises:
+            OutputError: if it cannot be written; it is kept for the next time.
+        """
+        self.writing()()
+
+    def writing(self) -> Callable[[], None]:
+        """Return what :meth:`write` would do now, for another thread to do later."""
+        kept = self._waiting
+
+        def write() -> None:
+            if kept is None:
+                return
+            save_weights(kept.weights, self.path, self._config, self._classes, **kept.facts)
+            with self._lock:
+                if self._waiting is kept:
+                    self._waiting = None
+
+        return write
+
+    def read(self, consequence: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the file: the weights, their epoch and error.
+
+        Args:
+            consequence: what follows if they are lost, for a warning.
+
+        Returns:
+            None if they are lost.
+        """
+        try:
+            weights, facts = read_weights(self.path)
+            return weights, {key: facts[key] for key in ("epoch", "validation_top1_error")}
+        except (CheckpointError, KeyError):
+            print(f"fastalex: warning: {self.path}: is missing or damaged; {consequence}", file=sys.stderr)
+            return None
+
+
+class CheckpointWriter(Background):
     """Writes a run's checkpoints in a thread, from a copy of the state: training waits for the copy only.
 
-    A save waits for the write before it, so that there are never two copies. The newest file is always
+    A save waits for the write before it, so that there are never two copies; who does not want to wait asks
+    whether one is :attr:`due`. The newest file is always
     ``checkpoint.pt``; it takes that name when it is whole and on the disk. The one that had the name is kept
     as ``checkpoint-STEP.pt``, with its step in six digits.
 
     Args:
         folder: of the run.
-        config: how many to keep.
+        config: how often one is due, and how many to keep.
         policy: for what cannot be written.
         step: of the ``checkpoint.pt`` that is there and that the run goes on from; None if there is none.
     """
@@ -106,66 +186,42 @@ class CheckpointWriter:
     def __init__(
         self, folder: Path, config: CheckpointConfig, policy: OutputPolicy, step: int | None = None
     ) -> None:
+        super().__init__("checkpoint", config.every_seconds)
         self.path = folder / NEWEST
         self.written = step  # the step of checkpoint.pt
         self.stalls: list[float] = []  # seconds that training waited, for each checkpoint
         self._config = config
         self._policy = policy
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
 
-    def save(self, checkpoint: Checkpoint, then: Callable[[Checkpoint], None] | None = None) -> None:
+    def save(self, checkpoint: Checkpoint, before: Callable[[], None] = lambda: None) -> None:
         """Copy the state and have it written.
 
         Args:
             checkpoint: of the live state.
-            then: what else to write of the copy, before it.
+            before: what else to write, before it, in the same thread; where it fails the checkpoint is lost.
 
         Raises:
             OutputError: the write before this one failed.
         """
         began = time.perf_counter()
         self.wait()
-        copy = checkpoint.snapshot()
-        self._pending = self._thread.submit(self._write, copy, then, _copied_when())
+        copy, ready = checkpoint.snapshot(), _copied_when()
+        self.start(lambda: self._write(copy, before, ready))
         self.stalls.append(time.perf_counter() - began)
 
-    def check(self) -> None:
-        """Raise the error of a write that has ended, without waiting for one that has not."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
-
     def wait(self) -> None:
-        """Wait for the write that is under way, if there is one, and raise its error."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            with self._policy.applied():
-                pending.result()
-
-    def close(self) -> None:
-        """Wait for the last write and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        """Wait for the write that is under way, if there is one; the policy decides about its error."""
+        with self._policy.applied():
+            super().wait()
 
     def _write(
-        self,
-        checkpoint: Checkpoint,
-        then: Callable[[Checkpoint], None] | None,
-        ready: torch.cuda.Event | None,
+        self, checkpoint: Checkpoint, before: Callable[[], None], ready: torch.cuda.Event | None
     ) -> None:
-        if ready is not None:
-            # On a stream of its own: the copy to the host must not stand in the way of the next steps. And on
-            # the card of the state: a thread begins on the first one, and would open a context there.
-            with torch.cuda.device(ready.device):
-                stream = torch.cuda.Stream()
-                stream.wait_event(ready)
-                with torch.cuda.stream(stream):
-                    checkpoint = checkpoint.snapshot("cpu")
         try:
-            if then is not None:
-                then(checkpoint)
+            with _beside_training(ready):
+                before()
+                if ready is not None:
+                    checkpoint = checkpoint.snapshot("cpu")
             checkpoint.save(self.path, before_replacing=self._keep_older)
         except OutputError as error:
             last = "none was written before" if self.written is None else f"that of step {self.written} stays"
@@ -204,3 +260,21 @@ def _copied_when() -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record()
     return event
+
+
+@contextmanager
+def _beside_training(ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Context whose copies to the host do not stand in the way of a GPU's next steps: on a stream of its own.
+
+    Args:
+        ready: when what is to be copied is; None without a GPU.
+    """
+    if ready is None:
+        yield
+        return
+    # A thread begins on the first card, and would open a context there: the event knows the state's.
+    with torch.cuda.device(ready.device):
+        stream = torch.cuda.Stream()
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            yield

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastalex import plots
+from fastalex.background import Background
 from fastalex.config import Config
 from fastalex.errors import ConfigError, OutputError
 from fastalex.files import remove_partial, write_text
 from fastalex.trainer import Epoch
 
 SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
+DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and Python's lock from the training for as long
 VERSIONS = ("fastalex", "torch", "torchvision", "numba", "numpy")
 
 
@@ -86,6 +89,8 @@ class RunFolder:
         self.path = path
         self._lock = lock
         self.epochs = list(history)
+        self._drawing = Background("drawing", DRAW_EVERY)
+        self._drawn = 0  # epochs in losses.png
         remove_partial(path)
         purge = step + 1 if step else None
         self._writer: SummaryWriter | None = None
@@ -129,15 +134,34 @@ class RunFolder:
         self._tell(lambda writer: writer.add_scalar("loss/train", value, step))
 
     def epoch(self, epoch: Epoch) -> None:
-        """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and ``losses.png`` drawn anew.
+        """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and from time to time ``losses.png``.
 
         Raises:
             OutputError: if a file cannot be written; the epoch is recorded with the next one.
         """
         self.epochs.append(epoch)
-        self._write_metrics()
-        plots.losses(self.epochs, self.path / "losses.png")
+        # Not flushed: that may take as long as the checkpoint which is being written to the same disk, and a
+        # run that goes on writes this file anew from its checkpoint.
+        self._write_metrics(durable=False)
         self._tell(lambda writer: _add_epoch(writer, epoch))
+        self._drawing.check()
+        if self._drawing.due:
+            self._draw()
+
+    def finish(self) -> None:
+        """Record that there are no more epochs: ``metrics.jsonl`` and ``losses.png`` have all of them.
+
+        Raises:
+            OutputError: if one of them cannot be written.
+        """
+        if not self.epochs:
+            return
+        self._write_metrics()
+        with suppress(OutputError):  # of an earlier drawing, which the last one takes the place of
+            self._drawing.wait()
+        if self._drawn < len(self.epochs):
+            self._draw()
+            self._drawing.wait()
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -146,13 +170,25 @@ class RunFolder:
     def close(self) -> None:
         """Close the TensorBoard file and let others have the folder."""
         try:
+            with suppress(OutputError):  # :meth:`finish` has raised it, or the run has a greater error
+                self._drawing.close()
             self._tell(SummaryWriter.close)
         finally:
             self._lock.release()
 
-    def _write_metrics(self) -> None:
+    def _draw(self) -> None:
+        """Have the epochs so far drawn beside the training."""
+        epochs = tuple(self.epochs)
+
+        def draw() -> None:
+            plots.losses(epochs, self.path / "losses.png")
+            self._drawn = len(epochs)
+
+        self._drawing.start(draw)
+
+    def _write_metrics(self, *, durable: bool = True) -> None:
         lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in self.epochs]
-        write_text(self.path / "metrics.jsonl", "".join(lines))
+        write_text(self.path / "metrics.jsonl", "".join(lines), durable=durable)
 
     def _tell(self, write: Callable[[SummaryWriter], None]) -> None:
         """Write to TensorBoard's file, which is given up once it cannot be written."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from fastalex import crops, distributed, memory
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import Checkpoint, plain, read_weights, save_weights
+from fastalex.checkpoint import Checkpoint, plain, save_weights
 from fastalex.cli import asked_for, command
 from fastalex.config import Config, Stage, Strategy, model_options, validate
 from fastalex.data import (
@@ -47,7 +48,7 @@ from fastalex.models import check_batch, check_crop, count_parameters, create_mo
 from fastalex.profiling import STEPS, profile_steps
 from fastalex.resume import Found, find
 from fastalex.runtime import Runtime
-from fastalex.saving import NEWEST, CheckpointWriter, OutputPolicy
+from fastalex.saving import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
 from fastalex.signals import StopSignals
 from fastalex.tracking import RunFolder, versions
 from fastalex.trainer import Epoch, StopTraining, Trainer
@@ -271,7 +272,11 @@ class Follower:
         try:
             while not trainer.finished:
                 trainer.run_epoch()
-                self._save()
+                if trainer.world.any(False):
+                    trainer.weights()  # which are the best so far
+                if not trainer.finished and trainer.world.any(False):
+                    self._save()
+            self._save()
         except StopTraining:
             self._save()
             raise ReportedError(128 + signal.SIGTERM) from None
@@ -284,8 +289,7 @@ class Follower:
         return {}
 
     def _on_step(self, step: int, loss: float | None) -> None:
-        every = self.config.checkpoint.every_steps
-        if every and step % every == 0:
+        if _is_asked(self.config, step) or self.trainer.world.any(False):
             self._save()
 
     def _save(self) -> None:
@@ -327,8 +331,10 @@ class Run:
         before = found.checkpoint.training if found is not None else {}
         self._earlier_seconds: float = before.get("wall_seconds", 0.0)  # of processes before this one
         self._startup_seconds: float = before.get("startup_seconds", 0.0)
-        self._best_path = folder.path / "best.safetensors"
-        self._best_error = self._best_so_far()
+        self._between_seconds: float = before.get("between_epochs_seconds", 0.0)
+        self._trained = time.perf_counter()
+        self._best = BestWeights(folder.path / "best.safetensors", plain(config), self._classes)
+        self._find_best_so_far()
         self._progress = tqdm(
             total=STEPS if config.profile else config.train.epochs * len(trainer.train_loader),
             initial=trainer.step,
@@ -359,12 +365,19 @@ class Run:
         """Train to the end, or to where the trainer is told to stop; the state is then saved."""
         self._startup_seconds += time.perf_counter() - self._began
         try:
-            while not self.trainer.finished:
-                self._end_epoch(self.trainer.run_epoch())
-        except StopTraining:
+            with suppress(StopTraining):
+                while not self.trainer.finished:
+                    self._end_epoch(self.trainer.run_epoch())
+            self._trained = time.perf_counter()
             self._save()
+            with self.policy.applied():
+                self.folder.finish()
         except DivergedError as error:
+            # The state is worthless; what is good is that of the epochs before.
             self.writer.wait()
+            for write in (self._best.write, self.folder.finish):
+                with self.policy.applied():
+                    write()
             kept = (
                 "no checkpoint was written"
                 if self.writer.written is None
@@ -399,8 +412,7 @@ class Run:
             "input_wait_fraction": trainer.input_wait_fraction,
             "flops_utilization": trainer.flops_utilization,
             "checkpoint_stall_seconds": max(self.writer.stalls, default=0.0),
-            "startup_seconds": self._startup_seconds,
-            "wall_seconds": self.wall_seconds,
+            **self._seconds(),
             "parameters": count_parameters(trainer.model),
             "seed": self.config.seed,
             "hardware": runtime.hardware,
@@ -416,6 +428,20 @@ class Run:
         )
         return summary
 
+    def _seconds(self) -> dict[str, float]:
+        """Where the wall time went; the last is the sum of those before it."""
+        spent = self.trainer.spent
+        epochs = sum(epoch.seconds for epoch in self.folder.epochs)
+        return {
+            "startup_seconds": self._startup_seconds,
+            "warmup_seconds": spent.warmup,
+            "training_seconds": spent.seconds,
+            "validation_seconds": epochs - spent.warmup - spent.seconds,
+            "between_epochs_seconds": self._between_seconds,
+            "closing_seconds": time.perf_counter() - self._trained,
+            "wall_seconds": self.wall_seconds,
+        }
+
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the final weights on the test set, and those that were best on validation."""
         trainer, runtime = self.trainer, self.trainer.runtime
@@ -423,7 +449,7 @@ class Run:
             final = evaluate(network, self.splits.test, self.config, runtime, trainer.world)
         print(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
-        kept = self._read_best("its errors are left out") if self._best_error is not None else None
+        kept = self._best.read("its errors are left out") if self._best.error is not None else None
         if kept is not None:
             weights, facts = kept
             chosen = final
@@ -447,35 +473,30 @@ class Run:
         if self.config.profile:
             return
         self.writer.check()
-        every = self.config.checkpoint.every_steps
-        if every and step % every == 0:
+        if _is_asked(self.config, step) or self.trainer.world.any(self.writer.due):
             self._save()
 
     def _end_epoch(self, epoch: Epoch) -> None:
+        """Do what is done between epochs, which training waits for."""
+        began = time.perf_counter()
+        trainer = self.trainer
         with self.policy.applied():
             self.folder.epoch(epoch)
         self._progress.write(_line(epoch, self.config.train.epochs), file=sys.stdout)
         error = epoch.validation_top1_error
         # Errors at another resolution do not compare with those at the one that is asked for.
         early = epoch.epoch <= sum(stage.epochs for stage in self.config.train.stages)
-        if error is None or early or (self._best_error is not None and error >= self._best_error):
+        better = error is not None and not early and self._best.improved_by(error)
+        if trainer.world.any(better):
+            assert error is not None
+            weights = trainer.weights()
+            self._best.keep(trainer.averaged_weights() or weights, epoch.epoch, error)
+        # The end of the last epoch is that of the run, and saved as such.
+        if not trainer.finished and trainer.world.any(self.writer.due):
             self._save()
-            return
-        self._best_error = error
+        self._between_seconds += time.perf_counter() - began
 
-        def save_best(checkpoint: Checkpoint) -> None:
-            save_weights(
-                checkpoint.average or checkpoint.model,
-                self._best_path,
-                checkpoint.config,
-                checkpoint.classes,
-                epoch=epoch.epoch,
-                validation_top1_error=error,
-            )
-
-        self._save(save_best)
-
-    def _save(self, then: Callable[[Checkpoint], None] | None = None) -> None:
+    def _save(self) -> None:
         trainer = self.trainer
         training = {
             **trainer.state_dict(),
@@ -483,30 +504,28 @@ class Run:
             "train_images": len(self.splits.train),
             "wall_seconds": self.wall_seconds,
             "startup_seconds": self._startup_seconds,
+            "between_epochs_seconds": self._between_seconds,
         }
         checkpoint = Checkpoint(
             plain(self.config), self._classes, trainer.weights(), training, trainer.averaged_weights()
         )
-        self.writer.save(checkpoint, then)
+        # The best weights first: who goes on from a checkpoint finds those of the epochs in it.
+        self.writer.save(checkpoint, self._best.writing())
 
-    def _best_so_far(self) -> float | None:
-        """The best validation error of a run that goes on, if its weights are still there."""
+    def _find_best_so_far(self) -> None:
+        """Take up the best validation error of a run that goes on, if its weights are still there."""
         staged = sum(stage.epochs for stage in self.config.train.stages)
         if not any(epoch.validation_top1_error is not None for epoch in self.folder.epochs[staged:]):
-            return None
-        kept = self._read_best("the best on validation is sought among the epochs to come")
-        return kept[1]["validation_top1_error"] if kept is not None else None
+            return
+        kept = self._best.read("the best on validation is sought among the epochs to come")
+        if kept is not None:
+            self._best.error = kept[1]["validation_top1_error"]
 
-    def _read_best(self, consequence: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The weights best on validation; None, with a warning of what follows, if they are lost."""
-        try:
-            weights, facts = read_weights(self._best_path)
-            return weights, {key: facts[key] for key in ("epoch", "validation_top1_error")}
-        except (CheckpointError, KeyError):
-            print(
-                f"fastalex: warning: {self._best_path}: is missing or damaged; {consequence}", file=sys.stderr
-            )
-            return None
+
+def _is_asked(config: Config, step: int) -> bool:
+    """Whether a checkpoint after this step was asked for by number, whenever the last one was."""
+    every = config.checkpoint.every_steps
+    return every > 0 and step % every == 0
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> None:

@@ -169,8 +169,10 @@ def test_hybrid_of_one_process_is_refused(resume: str, tmp_path: Path) -> None:
 
 
 def start(run_dir: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Train with a checkpoint whenever the one before it is written, which the first process alone knows."""
+    options = [f"hydra.run.dir={run_dir}", "checkpoint.every_seconds=0", *arguments]
     return subprocess.Popen(
-        [*TORCHRUN, f"--max-restarts={restarts}", *TRAIN, f"hydra.run.dir={run_dir}", *arguments],
+        [*TORCHRUN, f"--max-restarts={restarts}", *TRAIN, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

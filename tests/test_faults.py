@@ -379,7 +379,7 @@ def test_a_full_disk(server: Server, whole: Path, repeat: int) -> None:
     disk = server.folder / f"disk-{repeat}"
     with small_disk(disk) as resize:
         run = disk / "run"
-        pid = server.start(*RUN, "checkpoint.keep=1", f"hydra.run.dir={run}")
+        pid = server.start(*RUN, "checkpoint.keep=1", "checkpoint.every_steps=8", f"hydra.run.dir={run}")
         wait_for(run / "checkpoint.pt", pid)
         server.stop(pid)
         before = Checkpoint.load(run / "checkpoint.pt").step

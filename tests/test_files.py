@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ def test_replaces_the_whole_file(tmp_path: Path) -> None:
     write_text(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_disk_is_waited_for_unless_the_file_may_be_lost_with_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    path = tmp_path / "a.txt"
+    write_text(path, "first", durable=False)
+    assert (path.read_text(), len(flushed)) == ("first", 0)
+    write_text(path, "second")
+    assert (path.read_text(), len(flushed)) == ("second", 2)  # the file and its folder
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastalex import evaluate, plots, train
+from fastalex import evaluate, plots, saving, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
@@ -60,7 +60,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch, (folder.parent / "out").open("w") as out:
-        patch.setattr(sys, "argv", ["fastalex", *QUICK, f"hydra.run.dir={folder}"])
+        patch.setattr(
+            sys, "argv", ["fastalex", *QUICK, "checkpoint.every_steps=8", f"hydra.run.dir={folder}"]
+        )
         patch.setattr(sys, "stdout", out)
         train.main()
     return folder, (folder.parent / "out").read_text()
@@ -268,14 +270,14 @@ def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> 
 def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = train.save_weights
+    save = saving.save_weights
 
     def fails_for_the_best(weights: dict[str, torch.Tensor], path: Path, *args: Any, **facts: Any) -> None:
         if path.name == "best.safetensors":
             raise OutputError(f"{path}: cannot be written (No space left on device)")
         save(weights, path, *args, **facts)
 
-    monkeypatch.setattr(train, "save_weights", fails_for_the_best)
+    monkeypatch.setattr(saving, "save_weights", fails_for_the_best)
     status, _, err = command(train.main, *QUICK, "checkpoint.on_error=warn", "hydra.run.dir=run")
     assert status == 0, err
     assert "run/best.safetensors: cannot be written (No space left on device)" in err
@@ -318,6 +320,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
             r"train.stages\[0\].crop=16: mobilenet_v3_small needs a crop of at least 32",
         ),
         (["checkpoint.keep=0"], r"checkpoint.keep=0: must be at least 1"),
+        (["checkpoint.every_seconds=nan"], r"checkpoint.every_seconds=nan: must be at least 0 and below inf"),
         (["checkpoint.every_steps=-1"], r"checkpoint.every_steps=-1: must be at least 0"),
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),
         (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, seed"),
