@@ -200,7 +200,7 @@ class Fastalex:
         self.trainer.run_epoch()
 
     def host_seconds(self, steps: int) -> float:
-        """How long Python takes to enqueue a step: the median over steps between which no loss is looked at."""
+        """How long Python takes to enqueue a step: the median over steps at which no loss is looked at."""
         before, found = time.perf_counter(), []
 
         def on_step(step: int, loss: float | None) -> None:

@@ -69,9 +69,9 @@ class Runtime:
 
         Args:
             model: on the device.
-            variants: how many combinations of batch shape, mode and gradient mode it will be called with. Each
-                is compiled; one more raises ``torch._dynamo.exc.FailOnRecompileLimitHit``, because all later
-                calls would otherwise run uncompiled, after a single warning.
+            variants: how many combinations of batch shape, mode and gradient mode it will be called with.
+                Each is compiled; one more raises ``torch._dynamo.exc.FailOnRecompileLimitHit``, because all
+                later calls would otherwise run uncompiled, after a single warning.
             graphs: whether a GPU may record a pass as a CUDA graph. What a pass returns, gradients included,
                 is then overwritten by the next pass, so a caller that keeps gradients over several passes has
                 to say no.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks.hardware import DEVICE
@@ -30,6 +30,8 @@ from fastalex.config import Precision, RuntimeConfig, TrainConfig
 from fastalex.data import CutMixLoader
 from fastalex.files import write_text
 from fastalex.models import create_model
+from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose
 from fastalex.trainer import StopTraining, Trainer
 
@@ -57,11 +59,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class Size:
-    """Of an epoch: images in a batch, pixels a side, steps."""
+    """Of an epoch: images in a batch, pixels a side, steps; of the network: units in a hidden layer."""
 
     batch: int
     crop: int
     steps: int
+    units: int = 4096
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,11 @@ def trainer(
     """A trainer that starts from the same weights as every other, and the list that its losses go to."""
     torch.manual_seed(1)
     runtime = choose(RuntimeConfig(precision=precision, compile=compiled))
-    model = runtime.place(create_model("alexnet", CLASSES, dropout=dropout, init="he"))
+    model: Any = create_model("alexnet", CLASSES, dropout=dropout, init="he")
+    if size.units != model.fc7.out_features:
+        model.fc6 = PooledLinear(256, 6, size.units)
+        model.fc7, model.fc8 = FactoredLinear(size.units, size.units), nn.Linear(size.units, CLASSES)
+    runtime.place(model)
     config = TrainConfig(**{"epochs": 2, "lr": 0.002, "clip_norm": 5.0, **settings})
     losses: list[float] = []
     data = batches(size, runtime.dtype)
@@ -192,7 +199,7 @@ def main() -> int:
     parser.add_argument("root", type=Path)
     parser.add_argument("--toy", action="store_true")
     given = parser.parse_args()
-    found = check(Size(4, 63, 3) if given.toy else Size(128, 112, 12))
+    found = check(Size(2, 63, 3, units=32) if given.toy else Size(128, 112, 12))
     compiler = {group: dict(Counter(counters[group])) for group in ("stats", "inductor", "graph_break")}
     result = {"checks": [asdict(one) for one in found], "compiler": compiler}
     write_text(given.folder / "agreement.json", json.dumps(result, indent=1) + "\n")

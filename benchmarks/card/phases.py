@@ -37,7 +37,7 @@ class Phase:
         seconds: that it may take before it is ended.
         commands: run one after another, or side by side; the first that fails ends the phase.
         together: whether they run side by side. Nothing that they time means anything then.
-        cold: whether compiled kernels of earlier phases are out of reach, as on a machine that is new to fastalex.
+        cold: whether what earlier phases compiled is out of reach, as on a machine that is new to fastalex.
     """
 
     seconds: float
@@ -96,7 +96,7 @@ def profile(place: Place) -> list[Command]:
 
 
 def variants(place: Place) -> list[Command]:
-    """What works otherwise on a GPU: fp16 with its scaler, another normalisation, parts of a batch, no graphs."""
+    """What works otherwise on a GPU: fp16 with its scaler, another normalisation, parts of a batch."""
     short = ["train.epochs=2", "data.resize=128", "data.crop=112"]
     return [
         training(place, "fp16", *short, *([] if place.toy else ["runtime.precision=fp16"])),

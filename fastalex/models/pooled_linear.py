@@ -59,7 +59,7 @@ class PooledLinear(FactoredLinear):
     def _pooled_weight(self, pooling: Tensor) -> Tensor:
         """Return W P, ``(out_features, channels * height * width)``, in the weight's own precision."""
         device = self.weight.device.type
-        # On "meta", where operations are counted, nothing is cast. Asking PyTorch whether it casts on a device
+        # On "meta", where operations are counted, nothing is cast. Asking PyTorch whether a device casts
         # would break torch.compile's graph before torch 2.14.
         uncast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
         with uncast:
