@@ -11,7 +11,7 @@ from pathlib import Path
 Command = list[str]
 PYTHON = [sys.executable, "-m"]
 # Of a rehearsal: a network and images that a CPU is done with in seconds.
-TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=32", "loader=resident"]
+TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=16", "loader=resident"]
 
 
 @dataclass(frozen=True)
