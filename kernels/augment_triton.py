@@ -313,8 +313,9 @@ def inspect_cases() -> list[KernelCase]:
         )
 
     return [
-        case("augment", 32, 32, 1, 1.05),
-        case("ten_crop", 32, 32, 10, 1.05),
+        # A program's 512 bytes of a row seldom begin where a sector does; it and its neighbour write that sector.
+        case("augment", 32, 32, 1, 1.1),
+        case("ten_crop", 32, 32, 10, 1.1),
         # Neighbouring programs share the source rows under the triangle, and both read them.
         case("augment_shrink", 375, 500, 1, 1.25),
     ]
