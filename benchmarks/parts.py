@@ -32,7 +32,7 @@ _OPTIMIZERS_PRODUCT = re.compile(r"^aten::(add)?mm$")
 _OPERATORS = {
     OTHER: re.compile(r"^aten::_?to(_copy)?$|dropout|entropy|nll|softmax", re.IGNORECASE),
     CONVOLUTIONS: re.compile(r"conv|cudnn|fprop|dgrad|wgrad", re.IGNORECASE),
-    PRODUCTS: re.compile(r"addmm|\bmm|matmul|linear|MmBackward|gemm|nvjet", re.IGNORECASE),
+    PRODUCTS: re.compile(r"addmm|\bmm|matmul|linear|MmBackward|gemm|gemv|nvjet", re.IGNORECASE),
     LRN: re.compile(
         r"relu|threshold|clamp_min|lrn|pool|^_(plain_)?(forward|backward|ratio)_kernel$", re.IGNORECASE
     ),

@@ -48,6 +48,7 @@ from tests.profiler_events import STEPS, event, launched, on_gpu, recorded, trai
         (["aten::mm", "aten::matmul", "Optimizer.step#FactoredSGD.step", "optimizer"], PRODUCTS),
         (["fastalex::augment", "input"], INPUT),
         (["sm90_xmma_fprop_implicit_gemm_bf16"], CONVOLUTIONS),
+        (["std::enable_if<!(false), void>::type internal::gemvx::kernel<int, int, float>"], PRODUCTS),
         (["void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, float>(...)"], CONVOLUTIONS),
         (["_relu_lrn_pool_kernel"], LRN),
         (["triton_poi_fused_convolution_relu_3", "CompiledFunction"], LRN),
