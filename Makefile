@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-ranks bench-compare \
+.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-ranks bench-compare card \
 	inspect faults setup clean
 
 # The embedded digits, unless ARGS names another data set or a row: make train ARGS="data=cifar10 train.epochs=2"
@@ -57,6 +57,11 @@ bench-step: $(STAMP)
 # Two processes beside one on the same cores, and the bytes they send: benchmarks/results/ranks_cpu.csv
 bench-ranks: $(STAMP)
 	$(RUN) -m pytest benchmarks/test_ranks.py --benchmark-enable -s $(ARGS)
+
+# Everything worth measuring on a GPU, in phases that each have a limit: benchmarks/results/card/CARD-DATE/.
+# make card ARGS="--minutes 8 --data-root DATA"; ARGS=--rehearse tries every phase on a CPU, in three minutes
+card: $(STAMP)
+	$(RUN) -m benchmarks.card $(ARGS)
 
 # What has moved since the results were last committed; make bench-compare ARGS=REV sets them against a commit
 bench-compare: $(STAMP)

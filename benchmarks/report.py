@@ -71,7 +71,7 @@ class Measurement:
 
     @property
     def less_is_better(self) -> bool:
-        return self.unit in ("ms", "MB")
+        return self.unit in ("s", "ms", "MB")
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

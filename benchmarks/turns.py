@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Worker:
-    """A process that runs `serve`, stopped except while it answers.
+    """A process that runs `serve`; from `start` on it is stopped except while it answers.
 
     Args:
         name: what an error calls it.
@@ -37,6 +37,9 @@ class Worker:
         self.name = name
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen([sys.executable, *command], text=True, cwd=ROOT, **pipes)
+
+    def start(self) -> None:
+        """Wait until it is ready for its first turn."""
         self._answer()
 
     def ask(self, do: str, **arguments: Any) -> Any:
@@ -65,6 +68,7 @@ class Worker:
         self._signal(signal.SIGKILL)
 
     def __enter__(self) -> Worker:
+        self.start()
         return self
 
     def __exit__(
@@ -86,8 +90,10 @@ class Programs:
         self._exits = ExitStack()
         with self._exits:  # closes what has been started if the next cannot be
             self.workers = {
-                name: self._exits.enter_context(Worker(name, command)) for name, command in commands.items()
+                name: self._exits.push(Worker(name, command)) for name, command in commands.items()
             }
+            for worker in self.workers.values():  # they get ready side by side
+                worker.start()
             self._exits = self._exits.pop_all()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -100,10 +101,15 @@ def _signature(
     return types, values, attributes
 
 
-def compile_launch(launch: Launch, arch: int) -> MachineCode:
-    """Compile a launch for compute capability arch / 10."""
+def compile_kernel(launch: Launch, arch: int) -> Any:
+    """Compile a launch's kernel for compute capability arch / 10."""
     source = ASTSource(launch.kernel, *_signature(launch))
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def compile_launch(launch: Launch, arch: int) -> MachineCode:
+    """Compile a launch's kernel for compute capability arch / 10, and read its machine code."""
+    compiled = compile_kernel(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

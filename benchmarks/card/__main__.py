@@ -16,6 +16,7 @@ spelling mistake. ``python -m benchmarks.docs`` turns the results into docs/gpu.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import date
 from pathlib import Path
@@ -38,8 +40,9 @@ from benchmarks.report import RESULTS
 from fastalex.files import write_text
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = ("*.pt", "*.safetensors", "trace.json", "tensorboard", "*.tmp")  # of the runs: what is large
+LEFT_OUT = ("*.pt", "*.safetensors", "tensorboard", "*.tmp")  # of the runs: what is large
 LEAST = 10  # seconds: a phase for which less is left does not begin
+REHEARSED_TOGETHER = 2  # phases
 
 
 class Group:
@@ -101,32 +104,43 @@ def harvest(place: Place, names: list[str], seconds: float) -> list[dict[str, An
     """Run the phases of these names within so many seconds; how each ended."""
     deadline = time.monotonic() + seconds
     ended: list[dict[str, Any]] = []
-    for name in names:
-        phase, left = PHASES[name], deadline - time.monotonic()
-        if left < LEAST:
-            ended.append({"phase": name, "status": "not begun", "seconds": 0.0})
-        else:
-            began = time.monotonic()
-            with tempfile.TemporaryDirectory() as scratch:
-                around = environment(phase, Path(scratch), place.toy)
-                log = place.folder / f"{name}.log"
-                group = Group(phase.commands(place), phase.together, log, around)
-                status = group.wait(min(phase.seconds, left))
-            ended.append({"phase": name, "status": status, "seconds": round(time.monotonic() - began, 1)})
-            slim(place.folder / "runs")
-        write_text(place.folder / "phases.json", json.dumps(ended, indent=1) + "\n")
-        print(f"{name}: {ended[-1]['status']}, {ended[-1]['seconds']} s", flush=True)
+    # Phases that are timed have the machine for themselves; a rehearsal times nothing.
+    with ThreadPoolExecutor(REHEARSED_TOGETHER if place.toy else 1) as pool:
+        for one in pool.map(lambda name: run(name, place, deadline), names):
+            ended.append(one)
+            write_text(place.folder / "phases.json", json.dumps(ended, indent=1) + "\n")
+            print(f"{one['phase']}: {one['status']}, {one['seconds']} s", flush=True)
     return ended
 
 
+def run(name: str, place: Place, deadline: float) -> dict[str, Any]:
+    """Run a phase, if there is time for it; how it ended."""
+    began = time.monotonic()
+    status = "not begun"
+    if deadline - began >= LEAST:
+        phase = PHASES[name]
+        with tempfile.TemporaryDirectory() as scratch:
+            around = environment(phase, Path(scratch), place.toy)
+            group = Group(phase.commands(place), phase.together, place.folder / f"{name}.log", around)
+            left = deadline - began
+            status = group.wait(left if place.toy else min(phase.seconds, left))
+        if not place.toy:
+            slim(place.folder / "runs")
+    return {"phase": name, "status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
 def slim(runs: Path) -> None:
-    """Delete what is large of the runs."""
+    """Delete what is large of the runs, and compress traces."""
     for pattern in LEFT_OUT:
         for path in list(runs.rglob(pattern)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+    for trace in runs.rglob("trace.json"):  # ui.perfetto.dev opens it as it is
+        with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
+            shutil.copyfileobj(plain, packed)
+        trace.unlink()
 
 
 def arguments() -> argparse.Namespace:
@@ -136,7 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "phases", nargs="*", metavar="PHASE", help=f"of {', '.join(PHASES)}; all if none is given"
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="that all phases have together")
+    parser.add_argument("--minutes", type=float, help="that all phases have together: 8; 30 of a rehearsal")
     parser.add_argument("--data-root", type=Path, help="of CIFAR-10; generated images if not given")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, keeping nothing")
@@ -164,7 +178,9 @@ def main() -> int:
         folder = (given.out or folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         place = Place(folder, root.absolute(), given.rehearse)
-        ended = harvest(place, given.phases or list(PHASES), 60 * given.minutes)
+        ended = harvest(
+            place, given.phases or list(PHASES), 60 * (given.minutes or (30 if given.rehearse else 8))
+        )
         failed = [phase["phase"] for phase in ended if phase["status"] != "status 0"]
         for name in failed:
             log = folder / f"{name}.log"

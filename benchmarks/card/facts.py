@@ -46,9 +46,10 @@ def main() -> None:
     facts: dict[str, Any] = machine(DEVICE)
     if DEVICE == "cuda":
         facts |= card()
-    hardware = Hardware()
-    facts["copy_bytes_per_second"] = hardware.copy_bytes_per_second()
-    facts["matmul_flops_per_second"] = hardware.matmul_flops_per_second()
+    if not given.toy:
+        hardware = Hardware()
+        facts["copy_bytes_per_second"] = hardware.copy_bytes_per_second()
+        facts["matmul_flops_per_second"] = hardware.matmul_flops_per_second()
     write_text(given.folder / "facts.json", json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 
