@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results/*.csv.
+"""Writes docs/benchmarks.md, its pictures, the README's table and what docs/gpu.md says of cards.
 
 python -m benchmarks.docs
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import charts, sections
+from benchmarks.card import page as cards
 from benchmarks.hardware import KINDS
 from benchmarks.report import RESULTS, Measurement, read_measurements
 from fastalex.errors import OutputError
@@ -17,6 +18,7 @@ from fastalex.files import replace_between, write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 README = Path(__file__).parents[1] / "README.md"
+GPU = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- python -m benchmarks.docs writes this -->", "<!-- to here -->"
 
 INTRODUCTION = """# Benchmarks
@@ -94,24 +96,40 @@ def readme(text: str, results: Path) -> str:
     return replace_between(text, BEGIN, END, "\n".join(sections.summary(measured))) if measured else text
 
 
+def gpu(text: str, results: Path) -> str:
+    """docs/gpu.md with what was measured on cards between its marks.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    measured = cards.section(results)
+    return replace_between(text, BEGIN, END, f"\n{measured}\n") if measured else text
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Write docs/benchmarks.md, its pictures and the README's table from the files in benchmarks/results."""
+    """Write docs/benchmarks.md, its pictures, the README's table and a part of docs/gpu.md from the files in
+    benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=main.__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the file to write")
     parser.add_argument("--readme", type=Path, default=README, help="the file to write a table into")
+    parser.add_argument("--gpu", type=Path, default=GPU, help="the file to write what cards did into")
     args = parser.parse_args(arguments)
+    changed = args.readme
     try:
         text = page(args.results)
         with_table = readme(args.readme.read_text(encoding="utf-8"), args.results)
+        changed = args.gpu
+        with_cards = gpu(args.gpu.read_text(encoding="utf-8"), args.results)
         draw(args.results)
         write_text(args.page, text)
         write_text(args.readme, with_table)
+        write_text(args.gpu, with_cards)
     except (ResultsError, OutputError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {args.readme}: {error}\n")
-    print(f"wrote {args.page} and {args.readme}")
+        parser.exit(2, f"{parser.prog}: error: {changed}: {error}\n")
+    print(f"wrote {args.page}, {args.readme} and {args.gpu}")
 
 
 if __name__ == "__main__":

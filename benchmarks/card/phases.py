@@ -126,6 +126,7 @@ PHASES = {
     "facts": Phase(40, module("facts")),
     "agreement": Phase(150, module("agreement")),
     "throughput": Phase(200, module("throughput")),
+    "tiling": Phase(90, module("tiling")),
     "alexnet": Phase(240, row("alexnet", rehearsed=True), cold=True),
     "kernels": Phase(150, kernels),
     "profile": Phase(60, profile),

@@ -97,9 +97,12 @@ def test_page_shows_the_figures(results: Path) -> None:
 
 
 def test_command_writes_page_and_pictures(results: Path) -> None:
-    page, readme = results / "benchmarks.md", results / "README.md"
+    page, readme, gpu = (results / name for name in ("benchmarks.md", "README.md", "gpu.md"))
     readme.write_text(f"# Title\n{docs.BEGIN}\nold\n{docs.END}\nThe end.\n")
-    docs.main(["--results", str(results), "--page", str(page), "--readme", str(readme)])
+    gpu.write_text("No card.\n")
+    given = ["--results", str(results), "--page", str(page), "--readme", str(readme), "--gpu", str(gpu)]
+    docs.main(given)
+    assert gpu.read_text() == "No card.\n"
     assert page.read_text() == docs.page(results)
     lines = readme.read_text().splitlines()
     assert lines[:2] == ["# Title", docs.BEGIN]
@@ -128,6 +131,8 @@ def test_the_page_is_made_of_the_committed_files() -> None:
     assert docs.PAGE.read_text() == docs.page(RESULTS), "run python -m benchmarks.docs"
     readme = docs.README.read_text()
     assert docs.readme(readme, RESULTS) == readme, "run python -m benchmarks.docs"
+    gpu = docs.GPU.read_text()
+    assert docs.gpu(gpu, RESULTS) == gpu, "run python -m benchmarks.docs"
 
 
 def test_a_kind_of_cpu_has_a_section_of_its_own(results: Path) -> None:
