@@ -24,7 +24,8 @@ from fastalex.cli import command
 from fastalex.config import AlexNetConfig, Config, Init, ModelConfig, model_options, validate
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.files import write_text
-from fastalex.memory import explained, room_for_images
+from fastalex.limits import explained
+from fastalex.memory import room_for_images
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runtime import Runtime
 

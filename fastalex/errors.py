@@ -42,6 +42,12 @@ class DeviceMemoryError(FastalexError):
     exit_status = 1
 
 
+class CompileLimitError(FastalexError):
+    """The network was called in more ways than it may be compiled for."""
+
+    exit_status = 1
+
+
 class LostProcessError(FastalexError):
     """Another process of the run has ended or does not answer."""
 

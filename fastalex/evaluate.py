@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from sklearn.metrics import confusion_matrix
 
-from fastalex import memory, plots
+from fastalex import limits, memory, plots
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint
 from fastalex.cli import command
@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
-    with memory.explained(run_config):
+    with limits.explained(run_config):
         room = memory.room_for_images(model, run_config, runtime)
         run_config.loader = resolve_loader(run_config.loader, splits, room)
         network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)

@@ -1,11 +1,8 @@
-"""A card's memory: what of it images may take beside a training, and how a run ends that has too little."""
+"""A card's memory: what of it images may take beside a training."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -13,15 +10,11 @@ from torch import Tensor, nn
 
 from fastalex.config import Config
 from fastalex.distributed import ALONE, World
-from fastalex.errors import DeviceMemoryError
 from fastalex.runtime import Runtime
 
 # What a step takes at its worst, in what its forward pass keeps for the backward one: that itself, and as
 # much again for gradients, cuDNN's work space and blocks that do not fit each other.
 PEAK = 2
-
-# How CUDA and its libraries say it where PyTorch's allocator is not asked.
-_FULL = re.compile(r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
 
 
 def room_for_images(model: nn.Module, config: Config, runtime: Runtime, world: World = ALONE) -> int | None:
@@ -81,26 +74,3 @@ def _kept_bytes(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) ->
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.empty(shape, dtype=dtype, device="meta"))
     return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
-
-
-@contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Context in which a card whose memory is full is an error of one line, with PyTorch's figures.
-
-    Args:
-        config: of the run, whose values the line names.
-
-    Raises:
-        DeviceMemoryError: saying what would take less.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not _FULL.search(str(error)):
-            raise
-        train, data = config.train, config.data
-        raise DeviceMemoryError(
-            f"{str(error).splitlines()[0]} -- lower train.batch_size={train.batch_size}, raise "
-            f"train.accumulate={train.accumulate}, which divides a batch, or lower data.resize={data.resize} "
-            f"and with it data.crop={data.crop}"
-        ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 import torch
 
-from fastalex import memory
+from fastalex import limits, memory
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import from_plain, plain
 from fastalex.cli import command, to_dataclass
@@ -128,7 +128,7 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     key = (config.model.name, *options.values(), crop, config.train.batch_size)
     if key in rates:
         return rates[key]
-    with memory.explained(config):
+    with limits.explained(config):
         runtime = runtimes.choose(config.runtime)
         images = PROBE_STEPS * config.train.batch_size
         data = DataConfig("synthetic", resize=crop, crop=crop, images=images)

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 from tqdm import tqdm
 
-from fastalex import crops, distributed, memory
+from fastalex import crops, distributed, limits, memory
 from fastalex import runtime as runtimes
 from fastalex.checkpoint import Checkpoint, plain, save_weights
 from fastalex.cli import asked_for, command
@@ -112,7 +112,7 @@ def _take_part(
     try:
         beginning = world.on_main(where_to_begin)
         resumed, checkpoint = beginning or (config, None)
-        with memory.explained(resumed):
+        with limits.explained(resumed):
             trainer, splits = _prepare(resumed, signals, world)
             if checkpoint is not None:
                 _restore(trainer, checkpoint, splits)  # in all at once: they divide the weights among them

@@ -34,8 +34,9 @@ from fastalex.runtime import Runtime
 # Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
 WARMUP_STEPS = 3
 # Each compiled for itself: in training a batch, or part of one, and the last of an epoch, whose last part may
-# be smaller still; in validation a batch and the last.
-PASSES_AT_A_CROP = 5
+# be smaller still, and each of these both made and unmade, where CutMix makes some; in validation a batch and
+# the last.
+PASSES_AT_A_CROP = 8
 
 
 @dataclass(frozen=True)

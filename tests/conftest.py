@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.compiling import Compiler
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
@@ -31,3 +33,13 @@ def same_default_dtype() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    """What torch.compile compiles with; the limits that a runtime sets for good are as before afterwards."""
+    config = torch._dynamo.config
+    limits = {name: getattr(config, name) for name in ("recompile_limit", "fail_on_recompile_limit_hit")}
+    with config.patch(limits):
+        yield Compiler(monkeypatch)
+    torch.compiler.reset()

@@ -337,3 +337,14 @@ def test_winograd_in_bf16_serves_what_was_measured_to_gain(
     with torch.no_grad(), runtime.autocast():
         layer(torch.zeros(images, channels, pixels, pixels, dtype=torch.bfloat16))
     assert used == ([channels] if serves else [])
+
+
+@pytest.mark.parametrize("crop", [63, 112, 224])
+def test_alexnet_is_one_graph_under_autocast(crop: int) -> None:
+    """At crops at which its first hidden layer pools the images up, pools the weight, and does neither."""
+    torch.manual_seed(0)
+    model = create_model("alexnet", init="he").eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    images = torch.randn(2, 3, crop, crop)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(images), model(images))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
-from fastalex.runtime import choose
+from fastalex.runtime import Runtime, choose
+from tests.compiling import Compiler
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +78,54 @@ def test_a_card_that_is_named_is_the_one_that_is_used_where_none_is(monkeypatch:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert choose(RuntimeConfig(device="cuda:1")).device == torch.device("cuda", 1)
     assert calls == ["set cuda:1", "ask cuda:1", "ask cuda:1"]
+
+
+def compiling(device: str = "cpu") -> Runtime:
+    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32, compile=True))
+    return replace(runtime, device=torch.device(device))
+
+
+def test_each_variant_is_compiled_and_one_more_is_an_error(compiler: Compiler) -> None:
+    """Not a call that runs uncompiled, as all after it would."""
+    network = compiling().compiled(nn.Linear(3, 2), variants=9)
+    for _ in range(2):
+        for size in range(1, 10):
+            network(torch.zeros(size, 3))
+    assert (compiler.graphs, compiler.calls) == (9, 18)
+    with pytest.raises(FailOnRecompileLimitHit):
+        network(torch.zeros(10, 3))
+
+
+def test_a_second_network_begins_as_the_first_did(compiler: Compiler) -> None:
+    """Its variants are not counted with those of the first, whose code is the same."""
+    for variants in (3, 2):
+        layer = nn.Linear(3, 2)
+        network = compiling().compiled(layer, variants=variants)
+        for size in range(1, variants + 1):
+            images = torch.randn(size, 3)
+            assert torch.equal(network(images), layer(images))
+        with pytest.raises(FailOnRecompileLimitHit):
+            network(torch.zeros(variants + 1, 3))
+    assert compiler.graphs == 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "mode"),
+    [
+        ("cuda", True, "reduce-overhead"),
+        ("cuda", False, "default"),
+        ("cpu", True, "default"),
+        ("cpu", False, "default"),
+    ],
+)
+def test_cuda_graphs_are_recorded_on_a_card_for_who_allows_them(
+    device: str, graphs: bool, mode: str, compiler: Compiler
+) -> None:
+    compiling(device).compiled(nn.Linear(3, 2), variants=1, graphs=graphs)
+    assert compiler.asked == [{"dynamic": False, "mode": mode}]
+
+
+def test_nothing_is_compiled_where_the_runtime_says_so(compiler: Compiler) -> None:
+    layer = nn.Linear(3, 2)
+    assert replace(compiling(), compile=False).compiled(layer, variants=1) is layer
+    assert compiler.asked == []

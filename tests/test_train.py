@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastalex import evaluate, plots, saving, train
-from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
+from fastalex import evaluate, plots, saving, train, trainer
+from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, RuntimeConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
+from fastalex.runtime import choose
 from fastalex.tracking import RunFolder
+from tests.compiling import Compiler
 
 # A network that takes two seconds, on images that come with scikit-learn.
 QUICK = [
@@ -450,6 +453,35 @@ def test_what_the_user_did_is_one_line(
 
     monkeypatch.setattr(evaluate, "run", refuse)
     assert command(evaluate.main, "checkpoint=x") == (status, "", f"fastalex: error: {line}\n")
+
+
+def test_more_kinds_of_batches_than_are_compiled_is_one_line(
+    command: Command, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "PASSES_AT_A_CROP", 1)
+    monkeypatch.setattr(trainer, "EVALUATION_PASSES", 0)
+    status, _, err = command(train.main, *QUICK, "runtime.compile=true", "hydra.run.dir=run")
+    assert status == 1
+    assert compiler.graphs == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        "fastalex: error: torch.compile has compiled the network for 1 kinds of batches, and the run has one "
+        "more; train with runtime.compile=false"
+    )
+
+
+def test_hybrid_with_fp16_is_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a card nor a second process is needed to refuse it: they are made up."""
+    halves = replace(choose(RuntimeConfig(device="cpu")), dtype=torch.float16)
+    monkeypatch.setattr(train.runtimes, "choose", lambda *_: halves)
+    monkeypatch.setattr(train, "_check", lambda *_: None)
+    status, out, err = command(train.main, *QUICK, "distributed.strategy=hybrid", "hydra.run.dir=run")
+    assert (status, out) == (2, "")
+    assert err == (
+        "fastalex: error: distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
+        "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp\n"
+    )
+    assert not Path("run").exists()
 
 
 def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:

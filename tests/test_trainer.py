@@ -6,17 +6,23 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional as F
 
-from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
+from fastalex.config import Precision, RuntimeConfig, Schedule, Stage, TrainConfig
+from fastalex.data import StagedLoader
+from fastalex.distributed import World
 from fastalex.errors import DivergedError
+from fastalex.metrics import predict
 from fastalex.models import create_model
 from fastalex.runtime import choose
 from fastalex.trainer import WARMUP_STEPS, Trainer
+from tests.compiling import Compiler
 
 
 class Batches:
@@ -327,3 +333,99 @@ def test_the_loss_of_bf16_logits_is_computed_in_fp32(smoothing: float) -> None:
     config = TrainConfig(lr=1e-3, label_smoothing=smoothing)
     epoch = Trainer(Logits(logits), config, Batches([(logits, labels)]), None, fp32()).run_epoch()
     assert epoch.train_loss == pytest.approx(exact, rel=1e-6)
+
+
+def of_sizes(*sizes: int, crop: int) -> Batches:
+    """Batches of those many images."""
+    return Batches(
+        [(torch.randn(size, 3, crop, crop), torch.zeros(size, dtype=torch.int64)) for size in sizes]
+    )
+
+
+def convolution() -> nn.Module:
+    """A network for any crop."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_staged_run_and_its_evaluation_are_compiled_throughout(accumulate: int, compiler: Compiler) -> None:
+    """No call of the network runs as it is, and none ends the run."""
+    runtime = replace(fp32(), compile=True)
+    train, validation = (
+        StagedLoader([of_sizes(*sizes, crop=crop) for crop in (8, 12)], epochs=[1])
+        for sizes in ((8, 8, 7), (8, 8, 5))
+    )
+    config = TrainConfig(epochs=3, lr=1e-3, accumulate=accumulate, stages=[Stage(1, 8, 8)])
+    trainer = Trainer(convolution(), config, train, validation, runtime)
+    for _ in range(3):
+        trainer.run_epoch()
+    parts = 4 if accumulate == 4 else 1  # of 2, 2, 2 and 1, of the last batch
+    assert compiler.calls == 3 * (3 * parts + 3)
+    with trainer.evaluated() as network:
+        for sizes in ((8, 8, 6), (10, 10, 3)):  # the centre crop of the test set, and ten
+            predict(network, of_sizes(*sizes, crop=12), runtime)
+    assert compiler.calls == 3 * (3 * parts + 3) + 6
+    assert compiler.graphs == 2 * (2 + 2) + 3
+
+
+class Unmade:
+    """A batch of another type, as ``fastalex.crops.Crops`` is one; made in the network."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.images.shape
+
+    def chunk(self, chunks: int) -> list[Unmade]:
+        return [Unmade(images) for images in self.images.chunk(chunks)]
+
+
+class Making(nn.Module):
+    """A network that takes both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = convolution()
+
+    def forward(self, images: Tensor | Unmade) -> Tensor:
+        return self.network(images.images if isinstance(images, Unmade) else images)
+
+
+def test_the_most_kinds_of_batches_that_a_run_can_have_are_compiled(compiler: Compiler) -> None:
+    """Parts of three sizes, at each of two crops and made or not, and batches of two in each validation."""
+    runtime = replace(fp32(), compile=True)
+    batches: list[Batches] = []
+    for crop in (8, 12):
+        made, unmade = of_sizes(16, 7, crop=crop), of_sizes(16, 7, crop=crop)
+        unmade.batches = [(Unmade(images), labels) for images, labels in unmade.batches]
+        batches.append(Batches(made.batches + unmade.batches))
+    train = StagedLoader(batches, epochs=[1])
+    validation = StagedLoader([of_sizes(16, 5, crop=crop) for crop in (8, 12)], epochs=[1])
+    config = TrainConfig(epochs=2, lr=1e-3, accumulate=4, stages=[Stage(1, 8, 8)])
+    trainer = Trainer(Making(), config, train, validation, runtime)
+    trainer.run_epoch()
+    trainer.run_epoch()
+    with trainer.evaluated() as network:
+        for sizes in ((15, 6), (10, 3)):
+            predict(network, of_sizes(*sizes, crop=12), runtime)
+    assert compiler.graphs == 2 * (2 * 3 + 2) + 4
+    with pytest.raises(FailOnRecompileLimitHit):  # and the limit is not just a large number
+        network(torch.zeros(9, 3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "processes", "mode"),
+    [(1, 1, "reduce-overhead"), (2, 1, "default"), (1, 2, "default"), (2, 2, "default")],
+)
+def test_gradients_that_are_kept_over_passes_are_in_no_cuda_graph(
+    accumulate: int, processes: int, mode: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph's next pass overwrites what its last one returned."""
+    monkeypatch.setattr("fastalex.parallel.divide", lambda model, *rest: nn.Sequential(model))
+    card = replace(fp32(), compile=True, device=torch.device("cuda"))
+    config = TrainConfig(accumulate=accumulate)
+    loader = of_sizes(8, crop=8)
+    Trainer(convolution(), config, loader, None, card, world=replace(World(), size=processes))
+    assert {options["mode"] for options in compiler.asked} == {mode}
