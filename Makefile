@@ -5,7 +5,12 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train reproduce test lint format bench bench-kernels bench-loaders bench-step bench-ranks bench-compare card \
+# The oldest versions that setup.py allows, in an environment of their own
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+
+.PHONY: train reproduce test test-oldest test-gpu lint format bench bench-kernels bench-loaders bench-step \
+	bench-ranks bench-compare card \
 	inspect faults setup clean
 
 # The embedded digits, unless ARGS names another data set or a row: make train ARGS="data=cifar10 train.epochs=2"
@@ -20,7 +25,17 @@ reproduce: $(STAMP)
 # for another process; threads that wait for work would take the other's cores. In the order of their names: the
 # slow files have few tests, and would come last.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(call suite,$(RUN))
+
+suite = OMP_WAIT_POLICY=passive $(1) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The same with the oldest versions
+test-oldest: $(OLDEST_STAMP)
+	$(call suite,$(OLDEST)/bin/python)
+
+# What needs a GPU. Test by test over all cores: file by file, one worker would have nearly all of them
+test-gpu: $(STAMP)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -m gpu -n auto --dist load $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -83,5 +98,12 @@ $(STAMP): setup.py pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
+# Together, or the newest torchvision would bring the newest torch
+$(OLDEST_STAMP): setup.py pyproject.toml
+	@echo "Setting up $(OLDEST): PyTorch is several gigabytes, this takes some minutes once."
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache

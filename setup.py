@@ -28,9 +28,9 @@ setup(
     package_dir={"fastalex.kernels": "kernels", "fastalex.configs": "configs"},
     package_data={"fastalex.configs": ["*.yaml", "*/*.yaml"], "fastalex": ["py.typed"]},
     install_requires=[
-        "torch>=2.14",
-        "torchvision>=0.29",
-        "triton>=3.8; platform_system == 'Linux'",
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
         "hydra-core>=1.3.2",
         "matplotlib>=3.9",
         "numba>=0.61",

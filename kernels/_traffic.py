@@ -2,7 +2,7 @@
 
 With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, a program
 after the other, in NumPy. Every load and store then passes two methods with its addresses and its mask;
-`count` listens there. `nearest_even` mends the one thing in which the interpreter differs from a GPU for
+`count` listens there. `mended` mends the one thing in which the interpreter differs from a GPU for
 these kernels: it cuts fp32 to bf16 where a GPU rounds.
 
 `python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON;
@@ -94,22 +94,26 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _replaced(**methods: Callable[..., Any]) -> Iterator[None]:
-    """The interpreter with some of its methods replaced."""
-    builder = interpreter.InterpreterBuilder
-    originals = {name: getattr(builder, name) for name in methods}
-    for name, method in methods.items():
-        setattr(builder, name, method)
+def _replaced(where: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """A class or module of the interpreter with some of its functions replaced."""
+    originals = {name: getattr(where, name) for name in functions}
+    for name, function in functions.items():
+        setattr(where, name, function)
     try:
         yield
     finally:
-        for name, method in originals.items():
-            setattr(builder, name, method)
+        for name, function in originals.items():
+            setattr(where, name, function)
 
 
-def nearest_even() -> contextlib.AbstractContextManager[None]:
-    """Makes the interpreter round fp32 to bf16 to nearest, ties to even, as GPUs do."""
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+    """Makes the interpreter round fp32 to bf16 to nearest, ties to even, as GPUs do; and take an index.
+
+    Before Triton 3.8 it makes an index of a tensor as NumPy 2.5 no longer does.
+    """
     original = interpreter.InterpreterBuilder.cast_impl
+    patch_tensor = interpreter._patch_lang_tensor
 
     def cast(builder: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
@@ -117,7 +121,15 @@ def nearest_even() -> contextlib.AbstractContextManager[None]:
         rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
-    return _replaced(cast_impl=cast)
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with (
+        _replaced(interpreter.InterpreterBuilder, cast_impl=cast),
+        _replaced(interpreter, _patch_lang_tensor=patch_tensor_and_index),
+    ):
+        yield
 
 
 def count(case: KernelCase, launch: Launch) -> Traffic:
@@ -125,18 +137,18 @@ def count(case: KernelCase, launch: Launch) -> Traffic:
     if not is_interpreted():
         raise RuntimeError("counting needs TRITON_INTERPRET=1 in the environment before Triton is imported")
     recorder = _Recorder(launch.tensors, case.writes)
-    load = interpreter.InterpreterBuilder.create_masked_load
-    store = interpreter.InterpreterBuilder.create_masked_store
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
 
-    def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        mask = recorder.record(tuple(builder.grid_idx), pointers.data, mask, stores=False)
-        return load(builder, pointers, mask, *rest)
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        mask = recorder.record(tuple(self.grid_idx), pointers.data, mask, stores=False)
+        return load(self, pointers, mask, *rest)
 
-    def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask = recorder.record(tuple(builder.grid_idx), pointers.data, mask, stores=True)
-        return store(builder, pointers, value, mask, *rest)
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask = recorder.record(tuple(self.grid_idx), pointers.data, mask, stores=True)
+        return store(self, pointers, value, mask, *rest)
 
-    with nearest_even(), _replaced(create_masked_load=counted_load, create_masked_store=counted_store):
+    with mended(), _replaced(builder, create_masked_load=counted_load, create_masked_store=counted_store):
         launch.run()
     recorder.finish_program()
     written = np.concatenate([recorder.touched[name] for name in case.writes])
