@@ -313,7 +313,7 @@ def inspect_cases() -> list[KernelCase]:
         )
 
     return [
-        # A program's 512 bytes of a row seldom begin where a sector does; it and its neighbour write that sector.
+        # A program's 512 bytes of a row seldom begin where a sector does: its neighbour writes that one too.
         case("augment", 32, 32, 1, 1.1),
         case("ten_crop", 32, 32, 10, 1.1),
         # Neighbouring programs share the source rows under the triangle, and both read them.
