@@ -110,7 +110,7 @@ def pooled(kernel: str, height: int, channels: int, batch: int, device: str) -> 
 
     def launch(block: int, registers: int | None, rows: int) -> Launch:
         cut: dict[str, Any] = {"_BLOCK": block, "_WARPS": block // 32}
-        cut |= {"_FORWARD_ROWS": rows, "_BACKWARD_ROWS": rows, "_POOL_BACKWARD_REGISTERS": {2: registers}}
+        cut |= {"_FORWARD_ROWS": rows, "_BACKWARD_ROWS": rows, "_POOL_BACKWARD_REGISTERS": registers}
         with mock.patch.multiple(lrn_triton, **cut):
             if kernel == POOL_FORWARD:
                 return lrn_triton._pool_forward(x, y, argmax, **lrn_triton._PAPER)
