@@ -2,8 +2,8 @@
 
 With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, a program
 after the other, in NumPy. Every load and store then passes two methods with its addresses and its mask;
-`count` listens there. `mended` mends what the interpreter does otherwise than a GPU for these kernels: it cuts
-fp32 to bf16 where a GPU rounds; and it refuses an index with some versions of NumPy.
+`count` listens there. `mended` mends what the interpreter does otherwise than a GPU for these kernels: it
+cuts fp32 to bf16 where a GPU rounds; and it refuses an index with some versions of NumPy.
 
 `python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON;
 `inspect` runs that in a process of its own, because it compiles too and one process cannot do both.

@@ -497,9 +497,9 @@ def _pool_backward_kernel(
 # an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27 rows.
 _BLOCK, _WARPS = 128, 4  # one vector a thread
 _FORWARD_ROWS, _BACKWARD_ROWS = 3, 2  # in a lane's strip
-# Registers of the pooled backward. Left to itself ptxas aims, on some GPUs, for fewer than the kernel needs, and
-# spills the rest. A cap ends that: the lowest, in steps of eight, that does with Triton 3.6 and 3.8 everywhere.
-# At 64 the former spills 8 bytes in bf16 on sm_86 and sm_89; an H200, where it does not, is up to 3% faster then.
+# Of the pooled backward. Left to itself ptxas aims, on some GPUs, for too few registers, and spills the rest.
+# A cap ends that: the lowest, in steps of eight, that does. At 64 bf16 spills on sm_86 and sm_89 with Triton
+# 3.6, fp16 on sm_90 and sm_100 with 3.8; bf16 on an H200, which does not, is up to 3% faster then.
 _POOL_BACKWARD_REGISTERS = 72
 
 
