@@ -41,8 +41,8 @@ whose winner it was. Gathering is why there are no atomics, which would add in a
 every element of dx is written once, by one lane, in a fixed order.
 
 **Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they
-cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic,
-which is what these kernels are bound by.
+cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic. An
+H200 has the bandwidth for more: there the pooled kernels are bound by instructions in bf16 (docs/gpu.md).
 
 **Registers** decide how many threads a GPU can keep in flight. What was tried for the pooled backward, the
 hungriest (registers in bf16 on sm_90): all four windows of a quad loaded at once, 127; one position at a
@@ -50,7 +50,7 @@ time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp3
 which the compiler moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the
 loads are not all hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8%
 of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
-flight on an H100, from a quarter of what it can hold to a half.
+flight on an H100, from a quarter of what it can hold to a half. (In use is a cap of 72: see below, why.)
 
 **Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
 lane an element, a loop over the window, loads that the cache serves.

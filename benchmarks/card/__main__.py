@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.card.phases import PHASES, Command, Phase, Place
+from benchmarks.card.phases import PHASES, Command, Phase
+from benchmarks.card.place import Place
 from benchmarks.hardware import DEVICE
 from benchmarks.images import generate
 from benchmarks.report import RESULTS
@@ -90,13 +91,12 @@ class Group:
 def environment(phase: Phase, scratch: Path, toy: bool) -> dict[str, str]:
     """Of a phase's processes."""
     found = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found["PYTHONPATH"] = os.pathsep.join(path)
     if phase.cold:
         found["TRITON_CACHE_DIR"] = str(scratch / "triton")
         found["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     if toy:
         found["TORCHDYNAMO_DISABLE"] = "1"  # a compilation takes a CPU longer than all the rest
+        found["OMP_NUM_THREADS"] = "1"  # phases side by side would wait for each other's threads
     return found
 
 

@@ -10,7 +10,6 @@ fails.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -18,13 +17,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from benchmarks.card.place import given_place
 from benchmarks.hardware import DEVICE
 from fastalex.config import Precision, RuntimeConfig, TrainConfig
 from fastalex.data import CutMixLoader
@@ -194,11 +193,7 @@ def check(size: Size) -> list[Check]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.agreement")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
+    given = given_place("agreement")
     found = check(Size(4, 63, 3, units=32) if given.toy else Size(128, 112, 12))
     compiler = {group: dict(Counter(counters[group])) for group in ("stats", "inductor", "graph_break")}
     result = {"checks": [asdict(one) for one in found], "compiler": compiler}

@@ -5,14 +5,13 @@ Writes ``batches.json``, anew after each size, with the memory that PyTorch had 
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks.card.place import given_place
 from benchmarks.contenders import Fastalex
 from benchmarks.hardware import DEVICE, seconds
 from fastalex.files import write_text
@@ -23,11 +22,7 @@ TURNS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.batches")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
+    given = given_place("batches")
     found = []
     for size in (4,) if given.toy else SIZES:
         steps = 1 if given.toy else IMAGES // size

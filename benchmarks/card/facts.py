@@ -5,14 +5,13 @@ Writes ``facts.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.card.place import given_place
 from benchmarks.hardware import DEVICE, Hardware
 from benchmarks.report import machine
 from fastalex.files import write_text
@@ -38,11 +37,7 @@ def card() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.facts")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
+    given = given_place("facts")
     facts: dict[str, Any] = machine(DEVICE)
     if DEVICE == "cuda":
         facts |= card()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.card.phases import PHASES, Place
+from benchmarks.card.phases import PHASES
+from benchmarks.card.place import Place
 from benchmarks.card.tiling import BATCH, POOL_BACKWARD, POOL_FORWARD, Row, as_they_are, described
 from benchmarks.hardware import ARITHMETIC
 from benchmarks.sections import number, table, times
@@ -318,13 +319,14 @@ def alone(folder: Path) -> set[str]:
 def runs(folder: Path) -> list[str]:
     """The errors of the finished runs, and how long they took to the study's."""
     assert PUBLISHED is not None
+    by_themselves = alone(folder)
     lines = []
     for path in sorted((folder / "runs").glob("*")):
         run = read_run(path)
         if run is None:
             continue
         wall, reached = "", ""
-        if path.name in alone(folder):
+        if path.name in by_themselves:
             wall = number(str(run.summary["wall_seconds"]))
             time = measured(run, PUBLISHED[0])
             reached = f"{number(str(time.seconds))}" if time.kind == MEASURED else "not reached"

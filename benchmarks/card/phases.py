@@ -6,27 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from benchmarks.card.place import Place
 
 Command = list[str]
 PYTHON = [sys.executable, "-m"]
 # Of a rehearsal: a network and images that a CPU is done with in seconds.
 TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=16", "loader=resident"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the phases read and write.
-
-    Attributes:
-        folder: of the results.
-        root: of CIFAR-10.
-        toy: whether this is a rehearsal on a CPU, at a size whose figures mean nothing.
-    """
-
-    folder: Path
-    root: Path
-    toy: bool
 
 
 @dataclass(frozen=True)

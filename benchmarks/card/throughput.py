@@ -10,13 +10,13 @@ part, and ``benchmarks/results/step_cuda.csv``.
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.card.place import given_place
 from benchmarks.contenders import CONTENDERS
 from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, write_csv
@@ -58,11 +58,7 @@ def measure(folder: Path, root: Path, toy: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.throughput")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
+    given = given_place("throughput")
     assert set(PROGRAMS) <= set(CONTENDERS)
     measure(given.folder, given.root, given.toy)
 

@@ -7,7 +7,6 @@ without memory, and none is made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.card.place import given_place
 from benchmarks.hardware import DEVICE, seconds_of
 from fastalex.files import write_text
 from fastalex.kernels import augment_triton, lrn_triton
@@ -183,11 +183,7 @@ def measure(folder: Path, batch: int, timed: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card.tiling")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
+    given = given_place("tiling")
     timed = DEVICE == "cuda"
     if timed:
         compile_all()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.card import tiling
-from benchmarks.card.phases import PHASES, Place
+from benchmarks.card.phases import PHASES
+from benchmarks.card.place import Place
 from benchmarks.card.tiling import POOL_BACKWARD, POOL_FORWARD, described, launches
 from benchmarks.report import RESULTS
 from fastalex.kernels import lrn_triton
