@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_module
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
@@ -30,17 +30,18 @@ from benchmarks.hardware import DEVICE, KIND, KINDS, Hardware, seconds
 from benchmarks.kernel_table import kernel_times
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
-from fastalex import crops
-from fastalex.cli import to_dataclass
-from fastalex.config import Config, model_options, register
-from fastalex.data import Loader, Views, build_loader, load_splits, resolve_loader
-from fastalex.distributed import ALONE, World
-from fastalex.evaluation import TEN_CROP
-from fastalex.memory import room_for_images
-from fastalex.metrics import predict
+from fastalex.config import Config
+from fastalex.config.plain import model_options, to_dataclass
+from fastalex.config.schema import register
+from fastalex.data import Views, build_loader, load_splits, resolve_loader
+from fastalex.data.wrappers import FirstBatches
+from fastalex.distributed.processes import ALONE, World
 from fastalex.models import create_model
 from fastalex.runtime import Runtime, choose
-from fastalex.trainer import Trainer
+from fastalex.training.evaluation import TEN_CROP
+from fastalex.training.memory import room_for_images
+from fastalex.training.metrics import predict
+from fastalex.training.trainer import Trainer
 
 
 class Contender(Protocol):
@@ -107,24 +108,6 @@ class Stock(Reference):
             torch.cuda.synchronize()
 
 
-class FirstBatches:
-    """A loader whose epochs end after so many batches; see `fastalex.data.Loader`."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.batches = 1
-        self.num_samples = loader.num_samples
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        self.loader.set_epoch(epoch, start_batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor | crops.Crops, Tensor]]:
-        return islice(iter(self.loader), self.batches)
-
-
 class WithoutGraphs(Runtime):
     """Compiles, but launches each kernel by itself."""
 
@@ -165,26 +148,28 @@ class Fastalex:
         room = room_for_images(model, config, self.runtime, world)
         loader = resolve_loader(config.loader, splits, room)
         self.runtime.place(model)
-        placed: dict[str, Any] = {
-            "device": self.runtime.device,
-            "dtype": self.runtime.dtype,
-            "channels_last": self.runtime.channels_last,
-        }
-        placed["fold"] = crops.pays(model, splits.train, config.data, loader, self.runtime.device)
         train = build_loader(
             splits.train,
             config.data,
             loader,
             views=Views.random,
             batch_size=batch_size // world.size,
-            rank=world.rank,
-            world_size=world.size,
-            **placed,
+            runtime=self.runtime,
+            world=world,
+            network=model,
         )
         few = evaluation_batch(batch_size)
-        test = build_loader(splits.test, config.data, loader, views=Views.ten_crop, batch_size=few, **placed)
+        test = build_loader(
+            splits.test,
+            config.data,
+            loader,
+            views=Views.ten_crop,
+            batch_size=few,
+            runtime=self.runtime,
+            network=model,
+        )
         self.ten_crops = endless(test)
-        self.loader = FirstBatches(train)
+        self.loader = FirstBatches(train, 1)
         self.trainer = Trainer(
             model,
             config.train,
@@ -196,7 +181,7 @@ class Fastalex:
         )
 
     def train(self, steps: int) -> None:
-        self.loader.batches = steps
+        self.loader.count = steps
         self.trainer.run_epoch()
 
     def host_seconds(self, steps: int) -> float:

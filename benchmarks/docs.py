@@ -14,7 +14,8 @@ from benchmarks.card import page as cards
 from benchmarks.hardware import KINDS
 from benchmarks.report import RESULTS, Measurement, read_measurements
 from fastalex.errors import OutputError
-from fastalex.files import replace_between, write_text
+from fastalex.files import write_text
+from fastalex.markdown import replace_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 README = Path(__file__).parents[1] / "README.md"

@@ -15,7 +15,8 @@ import torch
 from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
 from benchmarks.parts import PARTS
-from fastalex.files import replace_between, write_text
+from fastalex.files import write_text
+from fastalex.markdown import replace_between
 from fastalex.models import create_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"

@@ -21,7 +21,8 @@ from xml.etree import ElementTree
 from benchmarks.report import FAULTS_FILE, RESULTS, machine
 from benchmarks.sections import table
 from fastalex.errors import OutputError
-from fastalex.files import replace_between, replacing, write_text
+from fastalex.files import replacing, write_text
+from fastalex.markdown import replace_between
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"

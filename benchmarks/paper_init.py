@@ -24,12 +24,12 @@ from torch import nn
 from fastalex import runtime as runtimes
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.data import ImageSet, Loader, Views, build_loader, load_splits
+from fastalex.data.wrappers import FirstBatches
 from fastalex.errors import DivergedError
 from fastalex.files import replacing, write_text
 from fastalex.models import create_model
-from fastalex.profiling import FirstBatches
 from fastalex.runtime import Runtime
-from fastalex.trainer import Trainer
+from fastalex.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[1] / "results" / "trials" / "paper_init.csv"
 VALIDATION_IMAGES = 2000
@@ -177,9 +177,7 @@ def _loader(
         views=views,
         batch_size=batch_size,
         seed=seed,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        channels_last=runtime.channels_last,
+        runtime=runtime,
     )
 
 

@@ -13,7 +13,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.hardware import DEVICE
-from fastalex.profiling import is_kernel
+from fastalex.training.profiling import is_kernel
 
 CONVOLUTIONS, PRODUCTS, LRN = "convolutions", "matrix products", "ReLU, LRN, pooling"
 INPUT, OPTIMIZER, OTHER = "input", "optimizer", "other"

@@ -25,7 +25,7 @@ from benchmarks.report import spread
 from benchmarks.scaling import network_bytes
 from benchmarks.step import ratio
 from benchmarks.turns import Programs, serve
-from fastalex.distributed import ALONE, World
+from fastalex.distributed.processes import ALONE, World
 
 STEPS, WARM_UP = 4, 2
 IDLE = 3600.0  # seconds that a process waits for the other, while both are stopped for the others' turns

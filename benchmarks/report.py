@@ -21,8 +21,8 @@ import torch
 from matplotlib.figure import Figure
 
 from fastalex.files import replacing
+from fastalex.runs.folder import versions
 from fastalex.runtime import cpu_name
-from fastalex.tracking import versions
 
 RESULTS = Path(__file__).parent / "results"
 FAULTS_FILE = "faults.csv"  # there too, but counts tries

@@ -307,7 +307,8 @@ def factored(measurements: list[Measurement], device: str) -> list[str]:
         "",
         "`make bench-kernels`; fc6 and fc7 alone: the product of gradient and input, clipping and the "
         "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
-        "(`ROWS` of `fastalex/optim.py`); the norm of factors takes products of all images with each other.",
+        "(`ROWS` of `fastalex/training/optim.py`); the norm of factors takes products of all images with "
+        "each other.",
         "",
         *table(heads, rows),
     ]

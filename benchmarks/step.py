@@ -15,8 +15,8 @@ from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import PARTS
 from benchmarks.report import spread
 from benchmarks.turns import Programs
-from fastalex.flops import training_flops
 from fastalex.models import create_model
+from fastalex.training.flops import training_flops
 
 CROP = 224
 # Of a turn, chosen so that turns take about as long; on a GPU a turn has to be long beside what a DataLoader

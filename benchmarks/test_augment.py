@@ -26,10 +26,10 @@ from torchvision.transforms.v2 import functional as F
 
 from benchmarks.hardware import DEVICE, KIND, seconds, seconds_of
 from benchmarks.report import RESULTS, percentiles, write_csv
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
 from fastalex.kernels import augment, ten_crop
-from fastalex.runtime import keep_pages
+from fastalex.runtime import choose, keep_pages
 
 DATA = DataConfig(name="synthetic", resize=256, crop=224)
 OPTIONS: dict[str, Any] = {
@@ -158,7 +158,12 @@ def epoch(name: str, images: Tensor) -> Contender:
     split = ImageSet(np.zeros(len(images), np.int64), pixels=images.numpy())
     config = LoaderConfig(name=name, workers=torch.get_num_threads())
     loader = build_loader(
-        split, DATA, config, views=Views.random, batch_size=128, device=DEVICE, dtype=torch.bfloat16
+        split,
+        DATA,
+        config,
+        views=Views.random,
+        batch_size=128,
+        runtime=choose(RuntimeConfig(device=DEVICE, precision=Precision.bf16)),
     )
 
     def run() -> None:

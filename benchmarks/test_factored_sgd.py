@@ -5,7 +5,7 @@
 The product of gradient and input, the clipping and the step of fc6 and fc7, for random ones of both, in the
 dtype that the machine trains in. `whole` makes each weight's gradient, as autograd does; the others keep its
 factors, which `FactoredSGD` multiplies out that many rows at a time: this is to find the best
-`fastalex.optim.ROWS`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
+`fastalex.training.optim.ROWS`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
 `factored_sgd_cpu_fp32.csv` on a CPU without bf16: milliseconds, and times `whole`'s.
 """
 
@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastalex.optim
+import fastalex.training.optim
 from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
+from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.factored_linear import FactoredLinear, Factors
-from fastalex.optim import create_optimizer
-from fastalex.parallel import clip_gradients
 from fastalex.runtime import choose
+from fastalex.training.optim import create_optimizer
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (64, 128)
@@ -74,7 +74,7 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             if rows is None:
                 layer.weight.grad = gradient.rows(0, layer.out_features)
             else:
-                monkeypatch.setattr(fastalex.optim, "ROWS", rows)
+                monkeypatch.setattr(fastalex.training.optim, "ROWS", rows)
                 layer.factors = [gradient]
         clip_gradients(model, CLIP_NORM)
         optimizer.step()

@@ -28,17 +28,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.hardware import KIND
 from benchmarks.memory import family, proportional_bytes
 from benchmarks.report import RESULTS, machine, write_csv
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader, load_splits
 from fastalex.files import replacing, write_text
-from fastalex.runtime import keep_pages
+from fastalex.runtime import choose
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 NAMES = ("torchvision", "dali", "ffcv", "resident")
@@ -109,7 +108,6 @@ class Server:
 
 def serve(name: str, source: Path) -> None:
     """Runs epochs for each line of standard input and answers with the images a second."""
-    keep_pages()
     data = DataConfig(name="benchmark", **GEOMETRY)
     if source.suffix == ".npy":
         pixels = np.load(source, mmap_mode="r")
@@ -125,7 +123,7 @@ def serve(name: str, source: Path) -> None:
         LoaderConfig(name=name, workers=WORKERS, beton=str(source.parent / "beton")),
         views=Views.random,
         batch_size=128,
-        dtype=torch.bfloat16,
+        runtime=choose(RuntimeConfig(device="cpu", precision=Precision.bf16)),
     )
     for _ in loader:  # compiles, starts workers, fills the page cache
         pass

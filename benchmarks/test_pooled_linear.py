@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
+from fastalex.distributed.strategies import clip_gradients
 from fastalex.models import create_model
 from fastalex.models.factored_linear import factored_layers, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.optim import create_optimizer
-from fastalex.parallel import clip_gradients
 from fastalex.runtime import Runtime, choose
+from fastalex.training.optim import create_optimizer
 
 CROPS = (64, 112, 128, 168)  # of which the last pool leaves 1, 2, 3 and 4 pixels a side
 BATCHES = (64, 128)

@@ -24,7 +24,8 @@ from benchmarks.hardware import KIND
 from benchmarks.report import RESULTS, read_measurements
 from fastalex.errors import ConfigError, FastalexError
 from fastalex.files import write_text
-from fastalex.reproduction import ROWS, Run, read_run
+from fastalex.study.results import FinishedRun, read_run
+from fastalex.study.rows import ROWS
 
 PUBLISHED = ROWS["alexnet"].published
 MEASURED, EXTRAPOLATED, NOT_MEASURED = "measured", "extrapolated", "not measured"
@@ -61,7 +62,7 @@ class TimeToError:
     note: str = ""
 
 
-def measured(run: Run, error: float) -> TimeToError:
+def measured(run: FinishedRun, error: float) -> TimeToError:
     """Read the time of a finished run."""
     hardware = run.summary["hardware"]
     epochs = run.epochs_to(error)
@@ -84,7 +85,7 @@ def measured(run: Run, error: float) -> TimeToError:
     )
 
 
-def extrapolated(study: Run | None, steps: Path, error: float) -> TimeToError:
+def extrapolated(study: FinishedRun | None, steps: Path, error: float) -> TimeToError:
     """Extrapolate the reference's time from its rate and the study's recipe."""
     rate, hardware, missing = None, "", []
     if steps.is_file():
@@ -118,7 +119,7 @@ def extrapolated(study: Run | None, steps: Path, error: float) -> TimeToError:
     )
 
 
-def _images(run: Run, epochs: int) -> int:
+def _images(run: FinishedRun, epochs: int) -> int:
     return int(run.epochs[epochs - 1]["step"] * run.config["train"]["batch_size"])
 
 

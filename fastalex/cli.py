@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,9 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastalex import config as schema
-from fastalex.distributed import is_main
-from fastalex.errors import ConfigError, FastalexError, ReportedError, StoppedError
+from fastalex.config import schema
+from fastalex.config.plain import flat, one_line, to_dataclass
+from fastalex.distributed.processes import is_main
+from fastalex.errors import FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
 
 T = TypeVar("T")
@@ -98,33 +98,11 @@ def command(
     return decorate
 
 
-def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
-    """Return what Hydra composed as an instance of the dataclass.
+def explicit_overrides() -> dict[str, Any]:
+    """Return the explicit overrides of this command line, expanded to dotted keys.
 
-    Raises:
-        ConfigError: if a mandatory key has no value, or ``+key=value`` added one that does not exist, or
-            ``${...}`` refers to what cannot stand there.
-    """
-    try:
-        missing = OmegaConf.missing_keys(composed)
-        if missing:
-            key = sorted(missing)[0]
-            raise ConfigError(f"{key}: has no value; give it as {key}=...")
-        # What ${...} stands for has no check of its type against a list's or a section's until it is merged.
-        config = OmegaConf.to_object(
-            OmegaConf.merge(composed, OmegaConf.to_container(composed, resolve=True))
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
-    _refuse_additions(composed, config, "")
-    return cast(T, config)
-
-
-def asked_for() -> dict[str, Any]:
-    """Return what this command asks for, by dotted keys.
-
-    That is what its overrides name; of ``model=`` the whole network, of ``recipe=`` what the recipe sets, of
-    another group its choice; and of ``--config-name`` the network, and what it changes of the default.
+    ``model=`` gives every key of the network, ``recipe=`` what the recipe changes, another group its choice;
+    ``--config-name`` gives the network, and what that configuration changes of the default.
     """
     job = HydraConfig.get()
     overrides = [override.lstrip("+~") for override in job.overrides.task]
@@ -155,26 +133,6 @@ def _composed(name: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _changes(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != default.get(key)}
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
-def _refuse_additions(composed: DictConfig, config: Any, prefix: str) -> None:
-    known = {f.name for f in dataclasses.fields(config)}
-    for key in map(str, composed):
-        if key not in known:
-            raise ConfigError(f"{prefix}{key}={composed[key]}: there is no such key; leave it out")
-        if dataclasses.is_dataclass(getattr(config, key)):
-            _refuse_additions(composed[key], getattr(config, key), f"{prefix}{key}.")
 
 
 def _folders_before(arguments: Sequence[str]) -> set[Path]:
@@ -219,13 +177,4 @@ def _one_line(error: Exception) -> str:
         if equals and value.strip("'\""):
             return f"{error.override}: Hydra reads this value otherwise; quote it: '{key}=\"{value}\"'"
         return f"{error.override}: is not of the form key=value; --help lists every key"
-    cause = error
-    while isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    full_key = getattr(cause, "full_key", None)
-    if full_key:
-        if getattr(cause, "object_type", None) is schema.Stage and "." not in full_key:
-            full_key = f"a stage of train.stages: {full_key}"  # OmegaConf checks it before it has a place
-        text = f"{full_key}: {text[0].lower()}{text[1:]}"
-    return f"{text}; --help lists every key"
+    return one_line(error)

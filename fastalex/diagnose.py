@@ -9,11 +9,15 @@ the same for PyTorch's default initialisation, to compare.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -21,13 +25,15 @@ from torchvision.ops import StochasticDepth
 from fastalex import plots
 from fastalex import runtime as runtimes
 from fastalex.cli import command
-from fastalex.config import AlexNetConfig, Config, Init, ModelConfig, model_options, validate
+from fastalex.config import AlexNetConfig, Config, Init, ModelConfig
+from fastalex.config.checks import validate
+from fastalex.config.plain import model_options
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.files import write_text
-from fastalex.limits import explained
-from fastalex.memory import room_for_images
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runtime import Runtime
+from fastalex.training.limits import explained
+from fastalex.training.memory import room_for_images
 
 # Random regularisers: off, for they would add differences between images that the images do not have.
 REGULARISERS = (nn.modules.dropout._DropoutNd, StochasticDepth)
@@ -214,9 +220,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
         views=Views.random,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        channels_last=runtime.channels_last,
+        runtime=runtime,
     )
     images, labels = next(iter(loader))
     assert isinstance(images, torch.Tensor)
@@ -236,9 +240,39 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
         "conclusion": conclusion,
     }
     write_text(folder / "diagnose.json", json.dumps(content, indent=2) + "\n")
-    plots.initialisations({name: d.layers for name, d in diagnoses.items()}, folder / "diagnose.png")
+    _draw({name: d.layers for name, d in diagnoses.items()}, folder / "diagnose.png")
     print(f"{table(diagnoses)}\n\n{conclusion}\ndiagnose.json and diagnose.png are in {folder}")
     return diagnoses
+
+
+def _draw(layers: Mapping[str, Sequence[Layer]], path: Path) -> None:
+    """Draw what each initialisation does from layer to layer: a panel for each quantity."""
+    figure = Figure(figsize=(16, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    names = [layer.name for layer in next(iter(layers.values()))]
+    quantities = (
+        ("activation_rms", "Input of the layer (rms)", "log"),
+        ("gradient_rms", "Gradient with respect to that input (rms, an image)", "log"),
+        ("weight_gradient_rms", "Gradient with respect to the weights (rms, the batch)", "log"),
+        ("dead_units", "Dead units of the input", "linear"),
+        ("image_dependence", "Dependence on the image (deviation over images / rms)", "log"),
+    )
+    for panel, (quantity, title, scale) in zip(panels, quantities, strict=False):
+        for (name, line), marker in zip(layers.items(), "osd^", strict=False):
+            # Zero has no place on a logarithmic axis, and the logits no weights: gaps in the line.
+            values = [getattr(layer, quantity) or (0.0 if scale == "linear" else np.nan) for layer in line]
+            panel.plot(names, values, marker=marker, label=name)
+        panel.set(title=title, yscale=scale)
+        if scale == "linear":
+            panel.set_ylim(-0.03, 1.03)
+            panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.grid(alpha=0.3)
+        panel.tick_params(
+            axis="x", rotation=45 if len(names) <= 12 else 90, labelsize=None if len(names) <= 12 else 5
+        )
+    panels[0].legend(title="initialisation")
+    panels[-1].axis("off")
+    plots.save(figure, path)
 
 
 @command("diagnose", Config)

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from sklearn.metrics import confusion_matrix
 
-from fastalex import limits, memory, plots
+from fastalex import plots
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import Checkpoint
 from fastalex.cli import command
 from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.evaluation import Evaluation, evaluate
 from fastalex.files import write_text
-from fastalex.metrics import EVALUATION_PASSES
+from fastalex.runs.checkpoint import Checkpoint
+from fastalex.training.evaluation import Evaluation, evaluate
+from fastalex.training.limits import explained
+from fastalex.training.memory import room_for_images
+from fastalex.training.metrics import EVALUATION_PASSES
 
 MISTAKES = 12
 
@@ -43,7 +45,7 @@ def run(config: EvaluateConfig) -> Evaluation:
     runtime = runtimes.choose(replace(run_config.runtime, device=config.runtime.device, precision=precision))
     print(runtime)
     splits = load_splits(run_config.data, run_config.seed)
-    if not splits.has_errors:
+    if not splits.is_measurable:
         raise ConfigError(f"checkpoint={path}: was trained on synthetic data, where an error means nothing")
     if list(splits.classes) != checkpoint.classes:
         raise CheckpointError(
@@ -52,8 +54,8 @@ def run(config: EvaluateConfig) -> Evaluation:
         )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
-    with limits.explained(run_config):
-        room = memory.room_for_images(model, run_config, runtime)
+    with explained(run_config):
+        room = room_for_images(model, run_config, runtime)
         run_config.loader = resolve_loader(run_config.loader, splits, room)
         network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)
         evaluation = evaluate(network, splits.test, run_config, runtime)

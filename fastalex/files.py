@@ -60,19 +60,6 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def replace_between(text: str, begin: str, end: str, content: str) -> str:
-    """Return ``text`` with ``content`` on the lines between the first two marks.
-
-    Raises:
-        ValueError: if ``text`` lacks them.
-    """
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"has no lines {begin!r} and {end!r}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
-
-
 def remove_partial(folder: Path) -> None:
     """Remove what processes that were killed while they wrote have left; nobody may be writing now."""
     for path in folder.glob(".*.partial-*"):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastalex.files import replacing
-
-if TYPE_CHECKING:
-    from fastalex.diagnose import Layer
-    from fastalex.trainer import Epoch
+from fastalex.training.trainer import Epoch
 
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
 
@@ -57,7 +54,7 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
         panel.grid(alpha=0.3)
     loss.legend()
     error.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -84,7 +81,7 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
                 axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
     axes.set(title="Confusion matrix (test images, counts)", xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
@@ -105,7 +102,7 @@ def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) 
         panel.imshow(image, interpolation="nearest")
         panel.set_title(caption, fontsize=9, parse_math=False)
     figure.suptitle("The most confident mistakes" if images else "No mistakes")
-    _save(figure, path)
+    save(figure, path)
 
 
 def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -121,39 +118,9 @@ def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
-def initialisations(layers: Mapping[str, Sequence[Layer]], path: Path) -> None:
-    """Draw what each initialisation does from layer to layer: a panel for each quantity."""
-    figure = Figure(figsize=(16, 6.4), layout="constrained")
-    panels = figure.subplots(2, 3).ravel()
-    names = [layer.name for layer in next(iter(layers.values()))]
-    quantities = (
-        ("activation_rms", "Input of the layer (rms)", "log"),
-        ("gradient_rms", "Gradient with respect to that input (rms, an image)", "log"),
-        ("weight_gradient_rms", "Gradient with respect to the weights (rms, the batch)", "log"),
-        ("dead_units", "Dead units of the input", "linear"),
-        ("image_dependence", "Dependence on the image (deviation over images / rms)", "log"),
-    )
-    for panel, (quantity, title, scale) in zip(panels, quantities, strict=False):
-        for (name, line), marker in zip(layers.items(), "osd^", strict=False):
-            # Zero has no place on a logarithmic axis, and the logits no weights: gaps in the line.
-            values = [getattr(layer, quantity) or (0.0 if scale == "linear" else np.nan) for layer in line]
-            panel.plot(names, values, marker=marker, label=name)
-        panel.set(title=title, yscale=scale)
-        if scale == "linear":
-            panel.set_ylim(-0.03, 1.03)
-            panel.yaxis.set_major_formatter(PercentFormatter(1))
-        panel.grid(alpha=0.3)
-        panel.tick_params(
-            axis="x", rotation=45 if len(names) <= 12 else 90, labelsize=None if len(names) <= 12 else 5
-        )
-    panels[0].legend(title="initialisation")
-    panels[-1].axis("off")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -10,17 +10,21 @@ from pathlib import Path
 import hydra
 import torch
 
-from fastalex import limits, memory
 from fastalex import runtime as runtimes
-from fastalex.checkpoint import from_plain, plain
-from fastalex.cli import command, to_dataclass
-from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig, model_options
+from fastalex.cli import command
+from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig
+from fastalex.config.plain import from_plain, load_config, model_options, plain, to_dataclass
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.errors import ConfigError, DivergedError
 from fastalex.models import create_model
-from fastalex.reproduction import NOT_RUN, ROWS, load_config, load_run, run_folder, write
-from fastalex.train import train
-from fastalex.trainer import WARMUP_STEPS, Trainer
+from fastalex.runs.launch import train
+from fastalex.study.report import write
+from fastalex.study.results import NOT_RUN, load_run
+from fastalex.study.rows import ROWS, run_folder
+from fastalex.training.limits import explained
+from fastalex.training.memory import room_for_images
+from fastalex.training.timing import WARMUP_STEPS
+from fastalex.training.trainer import Trainer
 
 QUICK = (
     "data=digits",
@@ -128,23 +132,21 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     key = (config.model.name, *options.values(), crop, config.train.batch_size)
     if key in rates:
         return rates[key]
-    with limits.explained(config):
+    with explained(config):
         runtime = runtimes.choose(config.runtime)
         images = PROBE_STEPS * config.train.batch_size
         data = DataConfig("synthetic", resize=crop, crop=crop, images=images)
         splits = load_splits(data, 0, progress=False)
         torch.manual_seed(0)
         model = create_model(config.model.name, len(splits.classes), **options)
-        room = memory.room_for_images(model, replace(config, data=data), runtime)
+        room = room_for_images(model, replace(config, data=data), runtime)
         loader = build_loader(
             splits.train,
             data,
             resolve_loader(config.loader, splits, room),
             views=Views.random,
             batch_size=config.train.batch_size,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            channels_last=runtime.channels_last,
+            runtime=runtime,
         )
         runtime.place(model)
         # A rate at which no network diverges.
@@ -153,10 +155,14 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     return rates[key]
 
 
-def _asked(config: ReproduceConfig) -> dict[str, str]:
+def _overrides(config: ReproduceConfig) -> dict[str, str]:
     """What was asked for beside the rows' settings: an interrupted run takes it, or says why not."""
-    asked = {} if config.data.root is None else {"data.root": config.data.root}
-    return asked if config.runtime.device == "auto" else asked | {"runtime.device": config.runtime.device}
+    overrides = {} if config.data.root is None else {"data.root": config.data.root}
+    return (
+        overrides
+        if config.runtime.device == "auto"
+        else overrides | {"runtime.device": config.runtime.device}
+    )
 
 
 def print_plan(jobs: list[Job]) -> None:
@@ -199,7 +205,7 @@ def run(config: ReproduceConfig) -> None:
             continue
         job.config.resume = "auto"  # where it was interrupted, if it was
         try:
-            train(job.config, job.folder, asked=_asked(config))
+            train(job.config, job.folder, overrides=_overrides(config))
         except DivergedError as error:
             diverged.append(f"{job}: {error}")
             print(diverged[-1], file=sys.stderr)

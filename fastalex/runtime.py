@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
-from fastalex.data.workers import available_cores
-from fastalex.distributed import ALONE, World
+from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import ConfigError
 from fastalex.models.winograd import WinogradConv2d
 
@@ -166,6 +166,13 @@ def _precision(precision: Precision, device: torch.device) -> Precision:
     if computes_bf16:
         return Precision.bf16
     return Precision.fp16 if device.type == "cuda" else Precision.fp32
+
+
+def available_cores() -> int:
+    """The cores this process may use, which in a container or under taskset are not all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_computes_bf16() -> bool:

@@ -8,10 +8,12 @@ operator (`lrn.py`, `augment.py`, `folded_conv.py`, `winograd.py`). `folded_bloc
 from .augment import augment, ten_crop
 from .folded_block import folded_conv2d_relu_lrn_max_pool
 from .folded_conv import folded_conv2d
+from .lazy_batch import LazyBatch
 from .lrn import local_response_norm, relu_lrn, relu_lrn_max_pool
 from .winograd import winograd_conv2d
 
 __all__ = [
+    "LazyBatch",
     "augment",
     "folded_conv2d",
     "folded_conv2d_relu_lrn_max_pool",

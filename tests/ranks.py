@@ -25,11 +25,11 @@ from fastalex.config import (
     Strategy,
     TrainConfig,
 )
-from fastalex.distributed import World, joined
+from fastalex.distributed.processes import World, joined
 from fastalex.models import create_model
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose
-from fastalex.trainer import Trainer
+from fastalex.training.trainer import Trainer
 
 BATCH, CROP, VALIDATION = 16, 63, 27  # 14 images in one process, 13 in the other, in batches of 7
 

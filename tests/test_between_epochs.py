@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from fastalex import background, plots, saving, tracking, train
-from fastalex.checkpoint import Checkpoint, read_weights
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.errors import DivergedError, OutputError
-from fastalex.saving import CheckpointWriter
-from fastalex.tracking import RunFolder
-from fastalex.trainer import Epoch, Trainer
+from fastalex.runs.checkpoint import Checkpoint, read_weights
+from fastalex.runs.checkpoint_writer import CheckpointWriter
+from fastalex.runs.folder import RunFolder
+from fastalex.training.trainer import Epoch, Trainer
 
 RUN = [
     "data=digits",

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastalex.checkpoint import Checkpoint, load_weights, plain, save_weights
 from fastalex.config import (
     AlexNetConfig,
     Config,
@@ -22,8 +21,10 @@ from fastalex.config import (
     Schedule,
     TrainConfig,
 )
+from fastalex.config.plain import plain
 from fastalex.errors import CheckpointError
-from fastalex.models import create_model
+from fastalex.models import create_model, load_weights
+from fastalex.runs.checkpoint import Checkpoint, save_weights
 
 CLASSES = ["cat", "dog", "eel"]
 

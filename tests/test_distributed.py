@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastalex.checkpoint import read_weights
 from fastalex.config import Optimizer, Scaling, TrainConfig
-from fastalex.distributed import World
-from fastalex.optim import LearningRate, create_optimizer
+from fastalex.distributed.processes import World
+from fastalex.runs.checkpoint import read_weights
+from fastalex.training.optim import LearningRate, create_optimizer
 from tests import ranks
 from tests.processes import has_ended
 

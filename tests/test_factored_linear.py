@@ -12,9 +12,9 @@ from fastalex import parallel
 from fastalex.config import Optimizer, Precision, RuntimeConfig, TrainConfig
 from fastalex.models.factored_linear import FactoredLinear, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.optim import ROWS, create_optimizer
 from fastalex.runtime import choose
-from fastalex.trainer import Trainer
+from fastalex.training.optim import ROWS, create_optimizer
+from fastalex.training.trainer import Trainer
 
 BATCH, CHANNELS, SIZE = 6, 5, 6
 UNITS = ROWS + 7  # two blocks of rows, the second a broken one

@@ -31,13 +31,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastalex import train
-from fastalex.checkpoint import Checkpoint, plain, read_weights
-from fastalex.cli import flat
 from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, OnWriteError
+from fastalex.config.plain import flat, plain
 from fastalex.data.cache import locked
 from fastalex.data.decode import decode_image
 from fastalex.errors import FastalexError
-from fastalex.saving import load_newest, older
+from fastalex.runs.checkpoint import Checkpoint, read_weights
+from fastalex.runs.checkpoint_writer import load_newest, older
 from tests.processes import has_ended
 
 T = TypeVar("T")

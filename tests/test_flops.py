@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
-from fastalex.flops import matmul_flops_per_second, training_flops
 from fastalex.models import create_model
 from fastalex.runtime import choose
+from fastalex.training.flops import matmul_flops_per_second, training_flops
 
 
 @pytest.mark.parametrize("groups", [1, 2])

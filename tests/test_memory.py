@@ -16,9 +16,9 @@ from torchvision.models import MobileNetV3
 
 from fastalex import diagnose, evaluate, train
 from fastalex.config import Config, DataConfig, ModelConfig, RuntimeConfig, Stage, TrainConfig
-from fastalex.memory import PEAK, room_for_images, training_bytes
 from fastalex.models import create_model
 from fastalex.runtime import Runtime, choose
+from fastalex.training.memory import PEAK, room_for_images, training_bytes
 
 # As PyTorch says it; more lines may follow.
 FIGURES = (

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastalex.config import Precision, RuntimeConfig
-from fastalex.metrics import errors, predict
 from fastalex.runtime import choose
+from fastalex.training.metrics import errors, predict
 
 
 def test_errors_agree_with_scikit_learn() -> None:

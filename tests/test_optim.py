@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Scaling, Schedule, Stage, TrainConfig
-from fastalex.optim import LearningRate, create_optimizer
+from fastalex.training.optim import LearningRate, create_optimizer
 
 
 def rates(config: TrainConfig, steps: int) -> list[float]:

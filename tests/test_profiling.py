@@ -6,7 +6,7 @@ import pytest
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList
 
-from fastalex.profiling import ACTIVE, RANGES, Profile, _summarise, is_kernel, short
+from fastalex.training.profiling import ACTIVE, RANGES, Profile, _summarise, is_kernel, short
 from tests.profiler_events import STEPS, event, on_gpu, training_steps
 
 

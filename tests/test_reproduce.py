@@ -16,15 +16,17 @@ from hydra import initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
 
-from fastalex import config as schema
-from fastalex import reproduce, reproduction, train
-from fastalex.checkpoint import plain
-from fastalex.cli import to_dataclass
-from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, validate
+from fastalex import reproduce, train
+from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, schema
+from fastalex.config.checks import validate
+from fastalex.config.plain import plain, to_dataclass
 from fastalex.errors import DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
-from fastalex.reproduction import BASE, BEGIN, END, ROWS
+from fastalex.study import report
+from fastalex.study.report import BEGIN, END
+from fastalex.study.results import load_run
+from fastalex.study.rows import BASE, ROWS, run_folder
 
 # Every row becomes a network that takes two seconds.
 TINY = (
@@ -279,7 +281,7 @@ def test_a_run_without_its_best_weights_is_refused(tmp_path: Path) -> None:
     del summary["best_on_validation"]
     path.write_text(json.dumps(summary))
     with pytest.raises(OutputError, match=r"alexnet: summary.json has no best_on_validation"):
-        reproduction.write(tmp_path, False, None)
+        report.write(tmp_path, False, None)
 
 
 def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +307,7 @@ def made_up_run(
     results: Path, name: str, seed: int, error: float, single: float | None = None
 ) -> dict[str, Any]:
     """Write the files of a run with this ten-crop error."""
-    folder = reproduction.run_folder(results, name, seed)
+    folder = run_folder(results, name, seed)
     folder.mkdir(parents=True)
     single = error + 0.01 if single is None else single
     crops = {"ten_crop": error, "single_crop": single}
@@ -345,7 +347,7 @@ def made_up_run(
 
 def test_a_row_of_one_run(tmp_path: Path) -> None:
     made_up_run(tmp_path, "alexnet", 0, 0.125)
-    content = reproduction.write(tmp_path, False, None)
+    content = report.write(tmp_path, False, None)
     text = (tmp_path / "reproduction.md").read_text()
     (line,) = (line for line in text.splitlines() if "(`alexnet`)" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -377,7 +379,7 @@ def test_rows_of_several_seeds_and_what_is_visible(tmp_path: Path) -> None:
     for name, errors in made.items():
         for seed, error in enumerate(errors):
             made_up_run(tmp_path, name, seed, error, error + 0.010 + 0.002 * seed)
-    content = reproduction.collect(tmp_path, False)
+    content = report.collect(tmp_path, False)
     figures = content["rows"][BASE]["statistics"]["ten_crop_top1_error"]
     assert figures["mean"] == pytest.approx(0.202)
     assert figures["standard_deviation"] == pytest.approx(math.sqrt(2) * 0.002)
@@ -398,7 +400,7 @@ def test_rows_of_several_seeds_and_what_is_visible(tmp_path: Path) -> None:
     assert single["difference"] == pytest.approx(0.011)
     assert single["bound"] == pytest.approx(2.776 * 0.001 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
     assert single["verdict"] == "visible"
-    text = reproduction.markdown(content)
+    text = report.markdown(content)
     assert "0.2020 ± 0.0028" in text
     assert "| without dropout | +0.0390 |" in text
     assert "| AlexNet at a smaller crop, without dropout (`ablation_no_dropout`) |" in text
@@ -407,18 +409,18 @@ def test_rows_of_several_seeds_and_what_is_visible(tmp_path: Path) -> None:
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     made_up_run(tmp_path, BASE, 0, 0.2)
     made_up_run(tmp_path, "ablation_no_lrn", 0, 0.3)
-    content = reproduction.collect(tmp_path, False)
+    content = report.collect(tmp_path, False)
     assert {comparison["verdict"] for comparison in content["comparisons"]} == {
         "no second seed, so the noise is not known"
     }
-    assert "(1 seed only)" in reproduction.markdown(content)
+    assert "(1 seed only)" in report.markdown(content)
 
 
 def test_the_readme_table_is_between_its_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
     made_up_run(tmp_path, "alexnet", 0, 0.125)
-    reproduction.write(tmp_path, False, readme)
+    report.write(tmp_path, False, readme)
     text = readme.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n| network |")
     caption = "*Top-1 / top-5 test error of the final weights on a data set.*"
@@ -426,16 +428,16 @@ def test_the_readme_table_is_between_its_markers(tmp_path: Path) -> None:
     assert "| AlexNet | 0.1397 / 0.0072 | 0.1250 / 0.0125 | 0.1350 / 0.0135 | 64, 96 | 3 |" in text
     assert "| ResNet-18 | 0.0970 / 0.0044 | not run | not run |  |  |" in text
     assert "old" not in text
-    reproduction.write(tmp_path, False, readme)
+    report.write(tmp_path, False, readme)
     assert readme.read_text() == text
     readme.write_text("no markers")
-    reproduction.write(tmp_path, False, readme)
+    report.write(tmp_path, False, readme)
     assert readme.read_text() == "no markers"
 
 
 def test_epochs_to_an_error(tmp_path: Path) -> None:
     made_up_run(tmp_path, "alexnet", 0, 0.1)
-    run = reproduction.load_run(tmp_path, "alexnet", 0)
+    run = load_run(tmp_path, "alexnet", 0)
     assert run is not None
     assert run.epochs_to(0.3) == 1
     assert run.epochs_to(0.12) == 2

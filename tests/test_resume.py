@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from fastalex import train
-from fastalex.checkpoint import Checkpoint, load_weights, read_weights
 from fastalex.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,12 +29,14 @@ from fastalex.config import (
     Stage,
     TrainConfig,
 )
-from fastalex.data import CutMixLoader, Loader, StagedLoader, Views, build_loader, load_splits
+from fastalex.data import CutMixLoader, Loader, StagedLoader, Views, load_splits
 from fastalex.errors import CheckpointError, OutputError
+from fastalex.runs.checkpoint import Checkpoint, load_weights, read_weights
+from fastalex.runs.checkpoint_writer import CheckpointWriter, OutputPolicy, load_newest
+from fastalex.runs.folder import RunLock
 from fastalex.runtime import choose
-from fastalex.saving import CheckpointWriter, OutputPolicy, load_newest
-from fastalex.tracking import RunLock
-from fastalex.trainer import Epoch, StopTraining, Trainer
+from fastalex.training.trainer import Epoch, StopTraining, Trainer
+from tests.runtimes import loader_on
 
 QUICK = [
     "data=digits",
@@ -85,7 +86,7 @@ def a_trainer(config: TrainConfig, **options: Any) -> Trainer:
     splits = load_splits(DATA, 0)
     shapes = [*((s.resize, s.crop) for s in config.stages), (DATA.resize, DATA.crop)]
     loaders = [
-        build_loader(
+        loader_on(
             splits.train,
             DataConfig("digits", resize=resize, crop=crop, flip=DATA.flip),
             LoaderConfig("resident"),
@@ -94,7 +95,7 @@ def a_trainer(config: TrainConfig, **options: Any) -> Trainer:
         )
         for resize, crop in shapes
     ]
-    validation = build_loader(
+    validation = loader_on(
         splits.validation, DATA, LoaderConfig("resident"), views=Views.center, batch_size=100
     )
     training: Loader = StagedLoader(loaders, [stage.epochs for stage in config.stages])

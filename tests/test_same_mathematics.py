@@ -14,7 +14,7 @@ from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.models import create_model
 from fastalex.runtime import choose
-from fastalex.trainer import Trainer
+from fastalex.training.trainer import Trainer
 
 STEPS, BATCH, CROP, LR = 20, 16, 63, 0.0004
 # Where the layers of ours are in the baseline's.

@@ -14,12 +14,12 @@ import torch
 import torchvision
 from PIL import Image, ImageFile
 
-from fastalex.checkpoint import Checkpoint
 from fastalex.config import DataConfig
 from fastalex.data import load_splits
 from fastalex.data.decode import decode_image
 from fastalex.errors import StoppedError
-from fastalex.signals import SIGNALS, StopSignals
+from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.signals import SIGNALS, StopSignals
 
 
 def interrupted_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals) -> None:

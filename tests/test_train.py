@@ -23,8 +23,8 @@ from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, Runti
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
+from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose
-from fastalex.tracking import RunFolder
 from tests.compiling import Compiler
 
 # A network that takes two seconds, on images that come with scikit-learn.
@@ -516,7 +516,7 @@ def test_a_run_is_resumed_whatever_its_settings_would_be_without_it(
         if trainer.step >= stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastalex.trainer.Trainer._stop_if_asked", stop)
+    monkeypatch.setattr("fastalex.training.trainer.Trainer._stop_if_asked", stop)
     options = [*QUICK, *synthetic, stages, "checkpoint.every_steps=1"]
     assert command(train.main, *options)[0] == 130
     stop_after = 1000

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from fastalex.config import Precision, RuntimeConfig, Schedule, Stage, TrainConfig
 from fastalex.data import StagedLoader
-from fastalex.distributed import World
+from fastalex.distributed.processes import World
 from fastalex.errors import DivergedError
-from fastalex.metrics import predict
 from fastalex.models import create_model
 from fastalex.runtime import choose
-from fastalex.trainer import WARMUP_STEPS, Trainer
+from fastalex.training.metrics import predict
+from fastalex.training.trainer import WARMUP_STEPS, Trainer
 from tests.compiling import Compiler
 
 
@@ -369,7 +369,7 @@ def test_a_staged_run_and_its_evaluation_are_compiled_throughout(accumulate: int
 
 
 class Unmade:
-    """A batch of another type, as ``fastalex.crops.Crops`` is one; made in the network."""
+    """A batch of another type, as ``fastalex.kernels.LazyBatch`` is one; made in the network."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -423,7 +423,7 @@ def test_gradients_that_are_kept_over_passes_are_in_no_cuda_graph(
     accumulate: int, processes: int, mode: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph's next pass overwrites what its last one returned."""
-    monkeypatch.setattr("fastalex.parallel.divide", lambda model, *rest: nn.Sequential(model))
+    monkeypatch.setattr("fastalex.distributed.strategies.divide", lambda model, *rest: nn.Sequential(model))
     card = replace(fp32(), compile=True, device=torch.device("cuda"))
     config = TrainConfig(accumulate=accumulate)
     loader = of_sizes(8, crop=8)

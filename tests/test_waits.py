@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, TrainConfig
-from fastalex.data import CutMixLoader, ImageSet, Loader, Views, build_loader
+from fastalex.data import CutMixLoader, ImageSet, Loader, Views
 from fastalex.data.loader import PlannedLoader, sent
-from fastalex.metrics import predict
 from fastalex.runtime import Runtime, choose
-from fastalex.trainer import WARMUP_STEPS, Trainer
+from fastalex.training.metrics import predict
+from fastalex.training.trainer import WARMUP_STEPS, Trainer
+from tests.runtimes import loader_on
 from tests.waits import CARD, Waits, card, none_allowed
 
 CPU = torch.device("cpu")
@@ -197,7 +198,7 @@ def epoch_of(name: str, views: Views, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def loader_of(name: str, views: Views, device: torch.device, tmp_path: Path) -> Loader:
     config = LoaderConfig(name=name, workers=0, beton=str(tmp_path))
-    return build_loader(images(), DATA, config, views=views, batch_size=BATCH, device=device)
+    return loader_on(images(), DATA, config, views=views, batch_size=BATCH, device=device)
 
 
 def installed(package: str) -> bool:

@@ -32,7 +32,7 @@ from fastalex.models import create_model
 from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose
-from fastalex.trainer import StopTraining, Trainer
+from fastalex.training.trainer import StopTraining, Trainer
 
 CLASSES = 10
 FACTOR = 2.0

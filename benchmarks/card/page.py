@@ -19,8 +19,8 @@ from benchmarks.hardware import ARITHMETIC
 from benchmarks.sections import number, table, times
 from benchmarks.time_to_error import MEASURED, PUBLISHED, measured
 from fastalex.kernels._triton_launch import dtype_name
-from fastalex.profiling import short
-from fastalex.reproduction import read_run
+from fastalex.study.results import read_run
+from fastalex.training.profiling import short
 
 NOTEWORTHY = 1.25  # of a measured time to a computed one
 SHORT = {dtype_name(dtype): name for dtype, name in ARITHMETIC.items()}

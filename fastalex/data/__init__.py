@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-import torch
+from torch import nn
 
 from fastalex.config import DataConfig, LoaderConfig
-from fastalex.data.cutmix import CutMixLoader
 from fastalex.data.datasets import DataSplits, ImageSet, load_splits
 from fastalex.data.loader import Loader, Views
-from fastalex.data.staged import StagedLoader
+from fastalex.data.wrappers import CutMixLoader, StagedLoader
+from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import ConfigError
+from fastalex.runtime import Runtime
 
 __all__ = [
     "CutMixLoader",
@@ -43,7 +44,8 @@ def resolve_loader(loader: LoaderConfig, splits: DataSplits, room: int | None) -
     Args:
         loader: as it was asked for.
         splits: of the data set.
-        room: bytes for images on the device, of :func:`fastalex.memory.room_for_images`; None for a CPU.
+        room: bytes for images on the device (:func:`fastalex.training.memory.room_for_images`); None for
+            a CPU.
     """
     if loader.name != "auto":
         return loader
@@ -59,25 +61,23 @@ def build_loader(
     *,
     views: Views,
     batch_size: int,
+    runtime: Runtime,
+    world: World = ALONE,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-    fold: bool = False,
+    network: nn.Module | None = None,
 ) -> Loader:
-    """The loader that ``loader.name`` names: see :class:`fastalex.data.loader.Loader` for what it yields.
+    """Build the loader that ``loader.name`` names; :class:`fastalex.data.loader.Loader` says what it yields.
 
     Args:
         images: the split to load.
         data: the geometry of the views (resize, crop, flip) and their normalisation.
+        loader: its name, not ``auto`` (see :func:`resolve_loader`), and its options.
         views: random for training; center or ten_crop for evaluation.
         batch_size: images a batch, on this rank; with ten_crop a batch has ten views of each.
+        runtime: the device, dtype and memory layout of the batches.
+        world: the ranks that share the epoch, and this one among them.
         seed: decides order, offsets and flips, together with the epoch.
-        device, dtype, channels_last: where and how the batches are to lie.
-        rank, world_size: this process among those that share the epoch.
-        fold: yield batches unmade, for a network that takes them (resident only; see `fastalex.crops.pays`).
+        network: that the batches are for; one that consumes lazy batches gets them where that is faster.
 
     Raises:
         ConfigError: no such loader, or a batch larger than the training set.
@@ -93,12 +93,9 @@ def build_loader(
         loader,
         views=views,
         batch_size=batch_size,
+        runtime=runtime,
+        world=world,
         seed=seed,
-        device=device,
-        dtype=dtype,
-        channels_last=channels_last,
-        rank=rank,
-        world_size=world_size,
-        fold=fold,
+        network=network,
     )
     return built

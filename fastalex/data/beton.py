@@ -28,9 +28,10 @@ from fastalex.config import DataConfig, LoaderConfig
 from fastalex.data.cache import cache_folder, locked
 from fastalex.data.decode import decode_image
 from fastalex.data.imageset import ImageSet
-from fastalex.data.workers import available_cores, map_unordered
+from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError, MissingDependencyError, OutputError
 from fastalex.files import replacing
+from fastalex.runtime import available_cores
 
 
 @contextmanager

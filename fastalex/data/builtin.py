@@ -43,4 +43,4 @@ def load_synthetic(config: DataConfig) -> DataSplits:
     images = ImageSet(np.arange(config.images, dtype=np.int64) % config.classes, pixels=pixels)
     held_out = images.select(np.arange(-(-config.images // 8)))
     classes = tuple(str(label) for label in range(config.classes))
-    return DataSplits(images, held_out, held_out, classes, has_errors=False, source="synthetic noise")
+    return DataSplits(images, held_out, held_out, classes, is_measurable=False, source="synthetic noise")

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastalex.data.decode import DamagedImageError, check_image, decode_image
-from fastalex.data.workers import available_cores, map_unordered
+from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError
+from fastalex.runtime import available_cores
 
 SMALL_IMAGE = 64 << 10  # bytes of a decoded image: 147 x 147 pixels
 DECODED = 4 << 30  # bytes of all of them

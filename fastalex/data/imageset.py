@@ -60,7 +60,7 @@ class DataSplits:
     Attributes:
         classes: the names, in the order of the labels.
         skipped: how many damaged files ``data.on_error=skip`` left out.
-        has_errors: whether an error figure on this data means anything; False for synthetic data.
+        is_measurable: whether an error figure on this data means anything; False for synthetic data.
         source: what the images are and where they were found, as a run reports it.
     """
 
@@ -69,5 +69,5 @@ class DataSplits:
     test: ImageSet
     classes: tuple[str, ...]
     skipped: int = 0
-    has_errors: bool = True
+    is_measurable: bool = True
     source: str = ""

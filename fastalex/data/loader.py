@@ -8,10 +8,9 @@ from enum import Enum
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.crops import Crops
 from fastalex.data.imageset import ImageSet
 from fastalex.data.sampling import (
     EpochPlan,
@@ -20,6 +19,9 @@ from fastalex.data.sampling import (
     training_plan,
     training_samples,
 )
+from fastalex.distributed.processes import ALONE, World
+from fastalex.kernels import LazyBatch
+from fastalex.runtime import Runtime
 
 
 class Views(Enum):
@@ -41,7 +43,8 @@ class Loader(Protocol):
     is ``none``: a network that never saw a mirror image must not be asked about one. The views of one image
     are adjacent.
 
-    A loader that was built with ``fold=True`` yields each batch of images unmade, as Crops.
+    Where the network consumes lazy batches faster (:func:`fastalex.data.resident.can_fold`), images are a
+    :class:`fastalex.kernels.LazyBatch`.
     """
 
     num_samples: int  # the images that this rank yields each epoch
@@ -54,7 +57,7 @@ class Loader(Protocol):
         """Chooses the epoch that the next iterations yield, without its first ``start_batch`` batches."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]: ...
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -80,13 +83,10 @@ class PlannedLoader(ABC):
         *,
         views: Views,
         batch_size: int,
+        runtime: Runtime,
+        world: World = ALONE,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        fold: bool = False,
+        network: nn.Module | None = None,
     ) -> None:
         self.images = images
         self.data = data
@@ -94,20 +94,19 @@ class PlannedLoader(ABC):
         self.views = views
         self.batch_size = batch_size
         self.seed = seed
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.channels_last = channels_last
-        self.rank = rank
-        self.world_size = world_size
-        self.fold = fold
+        self.device = runtime.device
+        self.dtype = runtime.dtype
+        self.channels_last = runtime.channels_last
+        self.world = world
+        self.network = network
         self.epoch = 0
         self.start_batch = 0
         if views is Views.random:
             self.num_samples = training_samples(
-                len(images), flip=data.flip, batch_size=batch_size, world_size=world_size
+                len(images), flip=data.flip, batch_size=batch_size, world_size=world.size
             )
         else:
-            self.num_samples = len(evaluation_plan(len(images), rank=rank, world_size=world_size))
+            self.num_samples = len(self._evaluation_plan())
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
@@ -123,6 +122,9 @@ class PlannedLoader(ABC):
             return 1
         return 5 if self.data.flip is Flip.none else 10
 
+    def _evaluation_plan(self) -> Tensor:
+        return evaluation_plan(len(self.images), rank=self.world.rank, world_size=self.world.size)
+
     def plan(self, device: torch.device | str = "cpu") -> EpochPlan:
         """This rank's whole current epoch, drawn on ``device``; ten_crop needs only its indices."""
         if self.views is Views.random:
@@ -133,14 +135,14 @@ class PlannedLoader(ABC):
                 seed=self.seed,
                 epoch=self.epoch,
                 batch_size=self.batch_size,
-                rank=self.rank,
-                world_size=self.world_size,
+                rank=self.world.rank,
+                world_size=self.world.size,
                 device=device,
             )
-        indices = evaluation_plan(len(self.images), rank=self.rank, world_size=self.world_size).to(device)
+        indices = self._evaluation_plan().to(device)
         offset = center_offset(self.data.resize, self.data.crop)
         offsets = torch.full((len(indices), 2), offset, dtype=torch.int32, device=device)
         return EpochPlan(indices, offsets, torch.zeros(len(indices), dtype=torch.bool, device=device))
 
     @abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]: ...

@@ -18,14 +18,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastalex.crops import Crops
-from fastalex.data.imageset import DataSplits
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
 from fastalex.errors import DataError
-from fastalex.kernels import ten_crop
+from fastalex.kernels import LazyBatch, ten_crop
 from fastalex.kernels.augment import ten_crop_views
 
 
@@ -40,6 +40,28 @@ def fits(splits: DataSplits, room: int | None) -> bool:
     pixels = [images.pixels for images in (splits.train, splits.validation, splits.test)]
     decoded = {id(array): array.nbytes for array in pixels if array is not None}  # splits may share theirs
     return all(array is not None for array in pixels) and (room is None or sum(decoded.values()) <= room)
+
+
+def can_fold(
+    network: nn.Module | None, images: ImageSet, data: DataConfig, loader: LoaderConfig, device: torch.device
+) -> bool:
+    """Whether the network takes lazy batches of these images, and is faster for it.
+
+    Its first convolution must be able to consume them, from the resident loader, on the CPU; and each image
+    must be enlarged by a whole multiple of the convolution's stride, or a crop has too many kinds of outputs.
+
+    Args:
+        network: that the batches are for; None for none in particular.
+        images: of one split.
+        data: gives the size that images are enlarged to.
+        loader: may forbid it (``loader.fold=false``).
+        device: of the batches.
+    """
+    stride = getattr(network, "stride_over_crops", None)
+    if stride is None or images.pixels is None or device.type != "cpu":
+        return False
+    whole = all(data.resize % (side * stride) == 0 for side in images.pixels.shape[1:3])
+    return loader.fold and loader.name == "resident" and whole
 
 
 class ResidentLoader(PlannedLoader):
@@ -60,32 +82,33 @@ class ResidentLoader(PlannedLoader):
             )
         self._pixels = _on_device(self.images.pixels, self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
+        self._lazy = can_fold(self.network, self.images, self.data, self.loader, self.device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
         plan = self.plan(self.device)
         for number in range(self.start_batch, len(self)):
             rows = plan.batch(number, self.batch_size)
-            images: Tensor | Crops
-            if self.fold:
+            images: Tensor | LazyBatch
+            if self._lazy:
                 images = self._crops(rows)
             elif self.views is Views.ten_crop:
                 images = ten_crop(
                     self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **self._geometry
                 )
             else:
-                images = self._crops(rows).make()
+                images = self._crops(rows).materialize()
             if isinstance(images, Tensor) and not self.channels_last:
                 images = images.contiguous()
             yield images, self._labels[rows.indices]
 
-    def _crops(self, rows: EpochPlan) -> Crops:
+    def _crops(self, rows: EpochPlan) -> LazyBatch:
         indices, offsets, flips = rows.indices, rows.offsets, rows.flips
         if self.views is Views.ten_crop:
             mirror = self.num_views == 10
             offsets, flips = ten_crop_views(self.data.resize, self.data.crop, mirror, self.device)
             offsets, flips = offsets.repeat(len(rows), 1), flips.repeat(len(rows))
             indices = indices.repeat_interleave(self.num_views)
-        return Crops(self._pixels.tensor, indices, offsets, flips, **self._geometry)
+        return LazyBatch(self._pixels.tensor, indices, offsets, flips, **self._geometry)
 
     @property
     def _geometry(self) -> dict[str, Any]:

@@ -15,16 +15,10 @@ import torch
 
 from fastalex.config import LoaderConfig
 from fastalex.errors import DataError
+from fastalex.runtime import available_cores
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-
-def available_cores() -> int:
-    """The cores this process may use, which in a container or under taskset are not all there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def num_workers(loader: LoaderConfig) -> int:

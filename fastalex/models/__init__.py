@@ -6,13 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
-from fastalex.errors import ConfigError
+from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models.alexnet import MIN_CROP, AlexNet
 from fastalex.models.winograd import allow_winograd
 
-__all__ = ["MODELS", "AlexNet", "check_batch", "check_crop", "count_parameters", "create_model"]
+__all__ = [
+    "MODELS",
+    "AlexNet",
+    "check_batch",
+    "check_crop",
+    "count_parameters",
+    "create_model",
+    "load_weights",
+]
 
 SMALLEST = 32  # crop: torchvision's networks halve it five times
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -84,3 +92,21 @@ def check_batch(name: str, images: int, crop: int) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy a state dict into a network of the same architecture.
+
+    Raises:
+        CheckpointError: naming the first tensor that does not fit.
+    """
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        ours = tuple(expected[name].shape) if name in expected else None
+        theirs = tuple(weights[name].shape) if name in weights else None
+        if ours != theirs:
+            raise CheckpointError(
+                f"the checkpoint is of another architecture: {name} is {theirs or 'absent'} there and "
+                f"{ours or 'absent'} in the network asked for"
+            )
+    model.load_state_dict(weights)

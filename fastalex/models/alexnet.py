@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastalex.crops import Crops
 from fastalex.errors import ConfigError
-from fastalex.kernels import relu_lrn, relu_lrn_max_pool
+from fastalex.kernels import LazyBatch, relu_lrn, relu_lrn_max_pool
 from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import WinogradConv2d
@@ -77,7 +76,7 @@ class AlexNet(nn.Module):
 
     Shape:
         input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
-        The input may be unmade: :class:`fastalex.crops.Crops`.
+        The input may be unmade: :class:`fastalex.kernels.LazyBatch`.
 
     Raises:
         ConfigError: for an option that does not exist or cannot work.
@@ -118,7 +117,7 @@ class AlexNet(nn.Module):
 
     @property
     def hidden_layers(self) -> tuple[str, str]:
-        """Names the layers that several processes may hold a part each of: see ``fastalex.parallel``."""
+        """Names of the layers that ``distributed.strategy=hybrid`` divides over the processes."""
         return "fc6", "fc7"
 
     @property
@@ -126,14 +125,14 @@ class AlexNet(nn.Module):
         """Says that batches may come unmade, and how far the first convolution moves over them."""
         return self.conv1.stride[0]
 
-    def _first_block(self, images: Tensor | Crops) -> Tensor:
+    def _first_block(self, images: Tensor | LazyBatch) -> Tensor:
         if isinstance(images, Tensor):
             return self.norm_pool1(self.conv1(images))
         if self.norm_pool1.is_fused:
             return images.convolve_and_pool(self.conv1, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         return self.norm_pool1(images.convolve(self.conv1))
 
-    def forward(self, images: Tensor | Crops) -> Tensor:
+    def forward(self, images: Tensor | LazyBatch) -> Tensor:
         x = self._first_block(images)
         x = self.norm_pool2(self.conv2(x))
         x = F.relu(self.conv3(x), inplace=True)

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.data import ImageSet, Loader, Views, build_loader
+from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.sampling import center_offset
+from tests.runtimes import loader_on
 
 FLOAT = 2e-3  # levels: float32 sums over the taps of a strong reduction
 UINT8 = 1.0 + FLOAT
@@ -58,7 +59,7 @@ def build(
     name: str, images: ImageSet, views: Views = Views.random, *, data: DataConfig, **options: object
 ) -> Loader:
     settings = {"batch_size": 8, "seed": 5, **options}
-    return build_loader(images, data, LoaderConfig(name=name, workers=0), views=views, **settings)  # type: ignore[arg-type]
+    return loader_on(images, data, LoaderConfig(name=name, workers=0), views=views, **settings)  # type: ignore[arg-type]
 
 
 def config(**options: object) -> DataConfig:

@@ -6,21 +6,22 @@ import torch
 from torch.nn import functional as F
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.crops import Crops
-from fastalex.data import CutMixLoader, ImageSet, Views, build_loader, load_splits
+from fastalex.data import CutMixLoader, ImageSet, Views, load_splits
+from fastalex.kernels import LazyBatch
+from tests.runtimes import Folding, loader_on
 
 CLASSES = 10
 DATA = DataConfig("digits", resize=20, crop=16, flip=Flip.alternate)
 
 
 def loader(batch_size: int = 64, fold: bool = False, images: ImageSet | None = None, data: DataConfig = DATA):
-    return build_loader(
+    return loader_on(
         images or load_splits(DATA, 0).train,
         data,
         LoaderConfig("resident"),
         views=Views.random,
         batch_size=batch_size,
-        fold=fold,
+        network=Folding() if fold else None,
     )
 
 
@@ -83,7 +84,7 @@ def test_only_batches_that_are_mixed_are_made() -> None:
     torch.manual_seed(0)
     folded = list(CutMixLoader(loader(fold=True), CLASSES, 0.5))
     for (images, labels), (others, classes) in zip(folded, mixed(0.5), strict=True):
-        assert isinstance(images, Crops) == (labels.dim() == 1)
-        torch.testing.assert_close(images.make() if isinstance(images, Crops) else images, others)
+        assert isinstance(images, LazyBatch) == (labels.dim() == 1)
+        torch.testing.assert_close(images.materialize() if isinstance(images, LazyBatch) else images, others)
         assert torch.equal(labels, classes)
     assert len({labels.dim() for _, labels in folded}) == 2

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from fastalex.config import DataConfig, LoaderConfig
-from fastalex.data import ImageSet, Views, build_loader
+from fastalex.data import ImageSet, Views
 from fastalex.errors import DataError, MissingDependencyError
+from tests.runtimes import loader_on
 
 dali = pytest.importorskip(
     "nvidia.dali", reason="NVIDIA DALI is not installed: .ci/install-loaders PYTHON", exc_type=ImportError
@@ -30,7 +31,7 @@ def dali_loader(
     images: ImageSet, views: Views = Views.center, data: DataConfig = DATA, **options: Any
 ) -> Any:
     settings = {"batch_size": 4, **options}
-    return build_loader(images, data, LoaderConfig(name="dali", workers=2), views=views, **settings)
+    return loader_on(images, data, LoaderConfig(name="dali", workers=2), views=views, **settings)
 
 
 def arrays(size: tuple[int, int], count: int = 8) -> ImageSet:

@@ -119,7 +119,7 @@ def test_synthetic() -> None:
     assert splits.train.pixels is not None
     assert splits.train.pixels.shape == (40, 16, 16, 3)
     assert set(splits.train.labels.tolist()) == set(range(7)) == set(range(len(splits.classes)))
-    assert not splits.has_errors
+    assert not splits.is_measurable
     assert len(splits.validation)
     assert len(splits.test)
     assert same_images(splits.train, load("synthetic", images=40, classes=7, resize=16, seed=5).train)

@@ -21,8 +21,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.data import ImageSet, Views, build_loader
+from fastalex.data import ImageSet, Views
 from fastalex.errors import DataError, MissingDependencyError, OutputError
+from tests.runtimes import loader_on
 
 installed = pytest.mark.skipif(
     find_spec("ffcv") is None, reason="FFCV is not installed: .ci/install-loaders PYTHON"
@@ -33,7 +34,7 @@ DATA = DataConfig(name="test", resize=40, crop=32, flip=Flip.none)
 def ffcv_loader(images: ImageSet, folder: Path, views: Views = Views.center, **options: Any) -> Any:
     settings = {"data": DATA, "workers": 1, "batch_size": 4, **options}
     loader = LoaderConfig(name="ffcv", workers=settings.pop("workers"), beton=str(folder))
-    return build_loader(images, settings.pop("data"), loader, views=views, **settings)
+    return loader_on(images, settings.pop("data"), loader, views=views, **settings)
 
 
 def arrays(count: int = 20, seed: int = 0) -> ImageSet:
@@ -55,9 +56,10 @@ def test_threads_are_left_as_they_were(tmp_path: Path) -> None:
     """In a process of its own, because only the first import of FFCV counts; even with too many workers."""
     program = f"""
 import numba, numpy as np, torch
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
-torch.set_num_threads(3)
+from fastalex.runtime import choose
+runtime = choose(RuntimeConfig(device="cpu", threads=3))
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 def threads():
     return torch.get_num_threads(), numba.get_num_threads()
@@ -66,7 +68,7 @@ images = ImageSet(np.arange(8), pixels=np.zeros((8, 32, 32, 3), np.uint8))
 for workers in (1, 2, 1000):
     loader = build_loader(images, DataConfig(name="test", resize=32, crop=32),
                           LoaderConfig(name="ffcv", workers=workers, beton={str(tmp_path)!r}),
-                          views=Views.center, batch_size=2)
+                          views=Views.center, batch_size=2, runtime=runtime)
     assert threads() == before, (workers, "built", threads())
     for _ in loader:
         assert threads() == before, (workers, "first batch", threads())

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.data import DataSplits, ImageSet, Views, build_loader, resolve_loader
+from fastalex.data import DataSplits, ImageSet, Views, resolve_loader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import DataError
 from fastalex.kernels import augment_reference
+from tests.runtimes import loader_on
 
 GPU = torch.device("cuda", 0)
 
@@ -29,7 +30,7 @@ def images(count: int = 20) -> ImageSet:
 def build(split: ImageSet, views: Views = Views.random, **options: Any) -> ResidentLoader:
     data = DataConfig(name="test", resize=20, crop=16, flip=options.pop("flip", Flip.random))
     settings = {"batch_size": 6, **options}
-    loader = build_loader(split, data, LoaderConfig(name="resident"), views=views, **settings)
+    loader = loader_on(split, data, LoaderConfig(name="resident"), views=views, **settings)
     assert isinstance(loader, ResidentLoader)
     return loader
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from fastalex.config import DataConfig, LoaderConfig
-from fastalex.data import StagedLoader, Views, build_loader, load_splits
+from fastalex.data import StagedLoader, Views, load_splits
+from tests.runtimes import loader_on
 
 
 def test_the_crop_grows_and_the_samples_stay() -> None:
     data = DataConfig(name="synthetic", images=40, resize=80, crop=72)
     images = load_splits(data, 0).train
     loaders = [
-        build_loader(
+        loader_on(
             images,
             DataConfig(name="synthetic", resize=size + 8, crop=size),
             LoaderConfig(name="resident"),
@@ -32,7 +33,7 @@ def test_the_crop_grows_and_the_samples_stay() -> None:
 
 def test_an_epoch_can_start_in_its_middle() -> None:
     data = DataConfig(name="synthetic", images=40, resize=80, crop=72)
-    loader = build_loader(
+    loader = loader_on(
         load_splits(data, 0).train, data, LoaderConfig(name="resident"), views=Views.random, batch_size=8
     )
     staged = StagedLoader([loader, loader], [1])

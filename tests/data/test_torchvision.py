@@ -19,9 +19,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.data import ImageSet, Loader, Views, build_loader
+from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.sampling import training_plan
 from fastalex.errors import DataError
+from tests.runtimes import loader_on
 
 MEAN, STD = [0.4, 0.5, 0.6], [1.0, 0.5, 0.25]
 
@@ -36,7 +37,7 @@ def build(images: ImageSet, views: Views = Views.random, *, workers: int = 0, **
     data = {key: options.pop(key) for key in ("resize", "crop", "flip") if key in options}
     config = DataConfig(name="test", **{"resize": 20, "crop": 16, "mean": MEAN, "std": STD, **data})  # type: ignore[arg-type]
     settings = {"batch_size": 4, **options}
-    return build_loader(images, config, LoaderConfig("torchvision", workers), views=views, **settings)  # type: ignore[arg-type]
+    return loader_on(images, config, LoaderConfig("torchvision", workers), views=views, **settings)  # type: ignore[arg-type]
 
 
 def epoch(loader: Loader, number: int = 0, start_batch: int = 0) -> tuple[Tensor, Tensor]:
@@ -252,8 +253,9 @@ def test_no_worker_outlives_its_loader() -> None:
 # Runs in another process: all threads at work before workers are forked, nothing tidied up at the end.
 _AFTER_THREADS = """
 import numba, numpy as np, torch
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
+from fastalex.runtime import choose
 
 @numba.njit(parallel=True)
 def total(x):
@@ -270,8 +272,11 @@ if __name__ == "__main__":
     busy()
     images = ImageSet(np.arange(64), pixels=np.zeros((64, 32, 32, 3), np.uint8))
     data = DataConfig(name="test", resize=256, crop=224)
+    runtime = choose(RuntimeConfig(device="cpu"))
     loaders = [
-        build_loader(images, data, LoaderConfig("torchvision", 2), views=views, batch_size=8)
+        build_loader(
+            images, data, LoaderConfig("torchvision", 2), views=views, batch_size=8, runtime=runtime
+        )
         for views in (Views.random, Views.center)
     ]
     for epoch in range(3):

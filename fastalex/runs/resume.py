@@ -1,21 +1,22 @@
-"""Which run to go on with, and with what configuration."""
+"""Which run to resume, and with what configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
-from fastalex.checkpoint import Checkpoint, plain
-from fastalex.cli import flat
 from fastalex.config import Config
+from fastalex.config.plain import flat, plain, set_key
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.saving import NEWEST, load_newest, older
-from fastalex.tracking import RunLock, is_finished
+from fastalex.files import remove_empty
+from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.checkpoint_writer import NEWEST, load_newest, older
+from fastalex.runs.folder import RunLock, is_finished
+from fastalex.training.trainer import Epoch
 
-# What may be set anew: where the data lie, and what does not change the result.
+# What may change on resume: where the data lie, and what does not change the result.
 CHANGEABLE = (
     "checkpoint.every_seconds",
     "checkpoint.every_steps",
@@ -30,13 +31,13 @@ CHANGEABLE = (
 
 
 @dataclass(frozen=True)
-class Found:
+class UnfinishedRun:
     """An unfinished run.
 
     Attributes:
         folder: of the run.
         lock: on it.
-        checkpoint: to go on from.
+        checkpoint: to resume from.
         path: of the checkpoint.
     """
 
@@ -45,50 +46,86 @@ class Found:
     checkpoint: Checkpoint
     path: Path
 
-    def configuration(self, asked: Mapping[str, Any]) -> Config:
-        """Return the run's configuration, with what was asked for anew.
+    def configuration(self, overrides: Mapping[str, Any]) -> Config:
+        """Return the run's configuration with the explicit overrides that may change.
 
         Args:
-            asked: values by their dotted keys, as :func:`fastalex.checkpoint.plain` has them.
+            overrides: values by their dotted keys, as :func:`fastalex.config.plain.plain` has them.
 
         Raises:
-            ConfigError: if one of them is another than the run's and cannot be changed.
+            ConfigError: if one of them differs from the run's and cannot be changed.
             CheckpointError: the configuration is of another version.
         """
         config = self.checkpoint.restore_config()
         ours = flat(plain(config))
-        for key, value in asked.items():
+        for key, value in overrides.items():
             if key in CHANGEABLE or key == "resume" or value == ours.get(key):
                 continue
             if (key, value) == ("loader.name", "auto"):  # the run has settled on one
                 continue
             raise ConfigError(
-                f"{key}={value}: the run in {self.folder} has {key}={ours.get(key)}, and goes on as it "
-                "began; leave out what sets it, or begin another run without resume"
+                f"{key}={value}: the run in {self.folder} has {key}={ours.get(key)}, and a resumed "
+                "run keeps it; leave out what sets it, or start another run without resume"
             )
         for key in CHANGEABLE:
-            if key in asked:
-                set_key(config, key, asked[key])
+            if key in overrides:
+                set_key(config, key, overrides[key])
         return config
 
+    def history(self) -> list[Epoch]:
+        """Return the epochs that are complete.
 
-def find(resume: str, run_dir: Path, given: bool) -> Found | None:
-    """Find the run that ``resume=auto|PATH`` means, and lock it.
+        Raises:
+            CheckpointError: the checkpoint lacks them.
+        """
+        try:
+            return [Epoch(**epoch) for epoch in self.checkpoint.training["history"]]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"resume={self.path}: lacks the epochs so far; train again") from error
+
+
+def find(resume: str, run_dir: Path, given: bool) -> UnfinishedRun | None:
+    """Find the run that ``resume=auto|PATH`` means, lock it, and say so.
 
     Args:
-        resume: ``auto``, a checkpoint or a run's folder.
+        resume: ``auto``, a checkpoint or a run's folder; empty for a new run.
         run_dir: where a new run would go: outputs/DATE/TIME, or hydra.run.dir.
         given: whether hydra.run.dir was given.
 
     Returns:
-        None where ``auto`` finds nothing to go on with.
+        None for a new run, also where ``auto`` finds nothing to resume.
 
     Raises:
         ConfigError: for a run that is finished, or in use.
         CheckpointError: for a path without a checkpoint, or none that is whole.
     """
-    if resume == "auto":
-        return _auto(run_dir, given)
+    if not resume:
+        return None
+    found = _auto(run_dir, given) if resume == "auto" else _named(resume, run_dir, given)
+    if found is None:
+        print("resume=auto: there is no unfinished run with a checkpoint; starting a new one")
+        return None
+    if found.folder.resolve() != run_dir.resolve():
+        remove_empty(run_dir)
+    print(f"resuming the run in {found.folder} from step {found.checkpoint.step}")
+    return found
+
+
+def resume_again(resume: str, given: bool) -> str:
+    """Return what to resume in a process that torchrun has restarted, such that no progress is lost.
+
+    Args:
+        resume: as it was asked for.
+        given: whether hydra.run.dir was given.
+    """
+    if resume == "auto" or not resume:
+        # Without a folder of that name, the newest unfinished run may be another command's.
+        return "auto" if given else resume
+    path = Path(resume)
+    return str(path.parent) if path.is_file() else resume
+
+
+def _named(resume: str, run_dir: Path, given: bool) -> UnfinishedRun:
     path = Path(resume)
     if not path.exists():
         raise CheckpointError(f"resume={resume}: there is no such run or checkpoint")
@@ -105,11 +142,11 @@ def find(resume: str, run_dir: Path, given: bool) -> Found | None:
     loaded = load_newest(path)
     if loaded is None:
         lock.release()
-        raise CheckpointError(f"resume={resume}: holds no checkpoint; begin another run without resume")
-    return Found(folder, lock, *loaded)
+        raise CheckpointError(f"resume={resume}: holds no checkpoint; start another run without resume")
+    return UnfinishedRun(folder, lock, *loaded)
 
 
-def _auto(run_dir: Path, given: bool) -> Found | None:
+def _auto(run_dir: Path, given: bool) -> UnfinishedRun | None:
     if given and is_finished(run_dir):
         raise ConfigError(f"hydra.run.dir={run_dir}: the run there is finished; name another folder")
     for folder in [run_dir] if given else _unfinished(run_dir.parent.parent):
@@ -122,7 +159,7 @@ def _auto(run_dir: Path, given: bool) -> Found | None:
             continue  # it is running
         loaded = load_newest(folder)
         if loaded is not None:
-            return Found(folder, lock, *loaded)
+            return UnfinishedRun(folder, lock, *loaded)
         lock.release()
     return None
 
@@ -136,13 +173,3 @@ def _unfinished(outputs: Path) -> list[Path]:
         if checkpoints and not is_finished(folder):
             written[folder] = max(path.stat().st_mtime_ns for path in checkpoints)
     return sorted(written, key=written.__getitem__, reverse=True)
-
-
-def set_key(config: Config, key: str, value: Any) -> None:
-    """Set what a dotted key names to a plain value."""
-    *sections, name = key.split(".")
-    target: Any = config
-    for section in sections:
-        target = getattr(target, section)
-    kind = type(getattr(target, name))
-    setattr(target, name, kind[value] if isinstance(kind, EnumMeta) else value)

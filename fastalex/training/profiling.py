@@ -5,19 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastalex.crops import Crops
-from fastalex.data import Loader
+from fastalex.data.wrappers import FirstBatches
 from fastalex.files import replacing, write_text
-from fastalex.trainer import Trainer
+from fastalex.training.trainer import Trainer
 
 WAIT, WARMUP, ACTIVE = 2, 2, 6  # steps before the profiler, under it unrecorded, and recorded
 STEPS = WAIT + WARMUP + ACTIVE
@@ -58,32 +56,6 @@ class Profile:
             ms, share = sum(row[1] for row in rest), sum(row[2] for row in rest)
             lines.append(f"{f'{len(rest)} others':<52}  {ms:9.2f}  {share:6.1%}")
         return "\n".join(lines)
-
-
-class FirstBatches:
-    """A loader's first batches, as an epoch of their own; those of the next epochs where one is too short."""
-
-    def __init__(self, loader: Loader, count: int) -> None:
-        self._loader = loader
-        self._count = count
-        self.num_samples = count * loader.num_samples // len(loader)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        self._loader.set_epoch(epoch, start_batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor | Crops, Tensor]]:
-        left, epoch = self._count, 0
-        while left:
-            for batch in self._loader:
-                yield batch
-                left -= 1
-                if not left:
-                    return
-            epoch += 1
-            self._loader.set_epoch(epoch)
 
 
 def profile_steps(trainer: Trainer, folder: Path) -> Profile:

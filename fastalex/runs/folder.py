@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastalex import plots
-from fastalex.background import Background
 from fastalex.config import Config
 from fastalex.errors import ConfigError, OutputError
 from fastalex.files import remove_partial, write_text
-from fastalex.trainer import Epoch
+from fastalex.runs.background import Background
+from fastalex.training.trainer import Epoch
 
 SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
 DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and Python's lock from the training for as long

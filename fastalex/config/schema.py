@@ -2,20 +2,17 @@
 
 Every key of ``python -m fastalex.train key=value`` is a field here. Hydra composes the YAML files of
 ``configs/`` onto these dataclasses, so an unknown key or a wrong type is refused before anything runs;
-:func:`validate` refuses the values that no type can (a crop larger than the image it is cut from, say).
+:func:`fastalex.config.checks.validate` refuses the values that no type can exclude, such as a crop larger
+than the image it is cut from.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
-
-from fastalex.errors import ConfigError
 
 
 class Init(Enum):
@@ -302,113 +299,3 @@ def register() -> None:
     store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
     store.store(group="data", name="schema", node=DataConfig)
     store.store(group="loader", name="schema", node=LoaderConfig)
-
-
-def validate(config: Config) -> None:
-    """Refuse values that cannot work.
-
-    Raises:
-        ConfigError: naming the key, its value and the remedy.
-    """
-    data, train = config.data, config.train
-    for key, count in (
-        ("data.resize", data.resize),
-        ("data.crop", data.crop),
-        ("data.images", data.images),
-        ("data.classes", data.classes),
-        ("train.epochs", train.epochs),
-        ("train.batch_size", train.batch_size),
-        ("train.accumulate", train.accumulate),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("log_every", config.log_every),
-    ):
-        if count < 1:
-            raise ConfigError(f"{key}={count}: must be at least 1")
-    if data.crop > data.resize:
-        raise ConfigError(
-            f"data.crop={data.crop}: larger than data.resize={data.resize}, the image it is cut from; "
-            "lower data.crop or raise data.resize"
-        )
-    _validate_stages(train, data)
-    if train.batch_size % train.accumulate:
-        raise ConfigError(
-            f"train.accumulate={train.accumulate}: does not divide train.batch_size={train.batch_size}; "
-            "choose one that does"
-        )
-    for key, value, high in (
-        ("train.lr", train.lr, math.inf),
-        ("data.validation_fraction", data.validation_fraction, 1.0),
-        ("distributed.timeout", config.distributed.timeout, math.inf),
-    ):
-        if not 0 < value < high:
-            raise ConfigError(f"{key}={value}: must lie between 0 and {high:g}, both left out")
-    for key, value, low, high in (
-        ("train.momentum", train.momentum, 0.0, 1.0),
-        ("train.weight_decay", train.weight_decay, 0.0, math.inf),
-        ("train.clip_norm", train.clip_norm, 0.0, math.inf),
-        ("train.label_smoothing", train.label_smoothing, 0.0, 1.0),
-        ("train.ema_decay", train.ema_decay, 0.0, 1.0),
-        ("train.warmup", train.warmup, 0.0, 1.0),
-        ("train.patience", float(train.patience), 0.0, math.inf),
-        ("runtime.threads", float(config.runtime.threads), 0.0, 4096.0),
-        ("loader.workers", float(config.loader.workers), -1.0, math.inf),
-        ("checkpoint.every_seconds", config.checkpoint.every_seconds, 0.0, math.inf),
-        ("checkpoint.every_steps", float(config.checkpoint.every_steps), 0.0, math.inf),
-    ):
-        if not low <= value < high:
-            raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
-    _validate_cutmix("train", train.cutmix)
-    if not 0 <= config.seed < 2**63:
-        raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
-    if config.distributed.strategy is Strategy.hybrid:
-        if train.ema_decay:
-            raise ConfigError(
-                f"train.ema_decay={train.ema_decay}: no average is kept of a network that is divided over "
-                "processes; use distributed.strategy=ddp or leave train.ema_decay out"
-            )
-        if train.optimizer is Optimizer.lars:
-            raise ConfigError(
-                "train.optimizer=lars: needs each layer whole in one process; use distributed.strategy=ddp"
-            )
-    three = len(data.mean) == len(data.std) == 3 and all(map(math.isfinite, [*data.mean, *data.std]))
-    if not three or min(data.std) <= 0:
-        raise ConfigError(
-            f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
-        )
-
-
-def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
-    for number, stage in enumerate(train.stages):
-        where = f"train.stages[{number}]"
-        for key in ("epochs", "resize", "crop"):
-            if getattr(stage, key) < 1:
-                raise ConfigError(f"{where}.{key}={getattr(stage, key)}: must be at least 1")
-        if stage.crop > stage.resize:
-            raise ConfigError(
-                f"{where}.crop={stage.crop}: larger than its resize={stage.resize}, the image it is cut from"
-            )
-        if stage.cutmix is not None:
-            _validate_cutmix(where, stage.cutmix)
-        if stage.lr is None:
-            continue
-        if train.schedule is not Schedule.one_cycle:
-            raise ConfigError(f"{where}.lr={stage.lr}: is for train.schedule=one_cycle; leave it out")
-        if not 0 < stage.lr < math.inf:
-            raise ConfigError(f"{where}.lr={stage.lr}: must be above 0")
-    before = sum(stage.epochs for stage in train.stages)
-    if train.stages and before >= train.epochs:
-        raise ConfigError(
-            f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
-            f"data.crop={data.crop}; raise train.epochs or shorten a stage"
-        )
-
-
-def _validate_cutmix(where: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ConfigError(f"{where}.cutmix={share:g}: a share of the batches, so from 0 to 1")
-
-
-def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the keyword arguments that :func:`fastalex.models.create_model` takes beside the name."""
-    options = {key: value for key, value in vars(config).items() if key != "name"}
-    return {key: value.value if isinstance(value, Enum) else value for key, value in options.items()}

@@ -1,8 +1,8 @@
 """Several processes that train one network: who they are, and what they tell each other.
 
 ``torchrun --nproc-per-node=N -m fastalex.train ...`` starts them. They take the same steps: the batch is
-divided among them, and each keeps the same weights, or its part of them (:mod:`fastalex.parallel`). The first
-process alone writes files and prints.
+divided among them, and each keeps the same weights, or its part of them
+(:mod:`fastalex.distributed.strategies`). Rank 0 alone writes files and prints.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -17,22 +16,22 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from fastalex import parallel
-from fastalex.checkpoint import load_weights
 from fastalex.config import DistributedConfig, TrainConfig
-from fastalex.crops import Crops
 from fastalex.data import Loader
 from fastalex.data.sampling import mix
-from fastalex.distributed import ALONE, World
+from fastalex.distributed import strategies
+from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
-from fastalex.flops import training_flops
-from fastalex.metrics import EVALUATION_PASSES, Errors, errors, predict
+from fastalex.kernels import LazyBatch
+from fastalex.models import load_weights
 from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
-from fastalex.optim import FactoredSGD, LearningRate, WeightAverage, create_optimizer
 from fastalex.runtime import Runtime
+from fastalex.training.flops import training_flops
+from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
+from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
+from fastalex.training.schedule import LearningRate
+from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
 
-# Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
-WARMUP_STEPS = 3
 # Each compiled for itself: in training a batch, or part of one, and the last of an epoch, whose last part may
 # be smaller still, and each of these both made and unmade, where CutMix makes some; in validation a batch and
 # the last.
@@ -76,28 +75,6 @@ class Epoch:
     flops_utilization: float | None
     warmup_seconds: float
     seconds: float
-
-
-@dataclass
-class Spent:
-    """What training steps took.
-
-    Attributes:
-        images: training samples, as the next three without those of the warm-up.
-        flops: of the convolutions and matrix products, forward and backward.
-        waited: seconds in waiting for the loader.
-        seconds: of wall time.
-        warmup: seconds of the steps that compile kernels and claim memory.
-    """
-
-    images: int = 0
-    flops: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
-    warmup: float = 0.0
-
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass
@@ -179,7 +156,7 @@ class Trainer:
         self._divided: DistributedDataParallel | None = None
         if self.world.size > 1:
             how = distributed or DistributedConfig()
-            self._divided = parallel.divide(model, how, self.world, runtime.device)
+            self._divided = strategies.divide(model, how, self.world, runtime.device)
         self.model = model
         self.config = config
         self.train_loader = train_loader
@@ -206,7 +183,7 @@ class Trainer:
         self.step = 0
         self.spent = Spent()  # in all epochs that are complete
         self._progress = _Progress()
-        self._clock = _Clock()
+        self._clock = Clock()
         self._window = _Window(self.world)
         self._flops: dict[torch.Size, int] = {}  # of a step, for each shape of batch so far
 
@@ -238,7 +215,7 @@ class Trainer:
                 is then worthless: go back to the last checkpoint.
             StopTraining: because ``should_stop`` said so.
         """
-        self._clock = _Clock()
+        self._clock = Clock()
         self._train()
         validation = self._validate()
         # From here to the end nothing can stop: the schedule has been told, and the epoch counts.
@@ -312,7 +289,7 @@ class Trainer:
         self.learning_rate.after_validation(validation.top1_error)
         return validation
 
-    def _watched(self, loader: Loader) -> Iterator[tuple[Tensor | Crops, Tensor]]:
+    def _watched(self, loader: Loader) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
         shared = self.world.min(len(loader))
         for number, batch in enumerate(loader):
             yield batch
@@ -340,7 +317,7 @@ class Trainer:
         }
         cuda = self.runtime.device.type == "cuda"
         return {
-            "optimizer": parallel.gathered(self.optimizer.state_dict()),
+            "optimizer": strategies.gathered(self.optimizer.state_dict()),
             "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -367,7 +344,7 @@ class Trainer:
             CheckpointError: if the state lacks a part or is of another recipe or network.
         """
         try:
-            self.optimizer.load_state_dict(parallel.scatter_optimizer(state["optimizer"], self.optimizer))
+            self.optimizer.load_state_dict(strategies.scatter_optimizer(state["optimizer"], self.optimizer))
             self.learning_rate.load_state_dict(state["learning_rate"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
@@ -403,7 +380,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the network's state dict, divided tensors made whole."""
-        state: dict[str, Tensor] = parallel.gathered(self.model.state_dict())
+        state: dict[str, Tensor] = strategies.gathered(self.model.state_dict())
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -412,7 +389,7 @@ class Trainer:
         Raises:
             CheckpointError: if they are another network's.
         """
-        load_weights(self.model, parallel.scattered(weights, self.model.state_dict()))
+        load_weights(self.model, strategies.scattered(weights, self.model.state_dict()))
 
     def undivided(self, weights: dict[str, Tensor]) -> nn.Module:
         """Return a network in this process alone that has other weights than the one in training."""
@@ -427,15 +404,15 @@ class Trainer:
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         """Context with the whole network and the weights that count: their average, where one is kept."""
-        if parallel.is_divided(self.model):
+        if strategies.is_divided(self.model):
             yield self.undivided(self.weights())
             return
         with self.average.applied() if self.average else nullcontext():
             yield self._undivided
 
-    def _step(self, images: Tensor | Crops, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, images: Tensor | LazyBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; return the loss and the logits, detached, still on the device."""
-        chunks: Sequence[Tensor | Crops] = images.chunk(self.config.accumulate)
+        chunks: Sequence[Tensor | LazyBatch] = images.chunk(self.config.accumulate)
         parts = []
         with keeping_factors(self._factored):
             for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
@@ -444,7 +421,7 @@ class Trainer:
             with record_function("optimizer"):
                 if self.config.clip_norm:
                     self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
-                    parallel.clip_gradients(self.model, self.config.clip_norm)
+                    strategies.clip_gradients(self.model, self.config.clip_norm)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.optimizer.zero_grad()
@@ -466,7 +443,7 @@ class Trainer:
         """Context whose gradients stay in this process until a later backward pass."""
         return self._divided.no_sync() if self._divided is not None else nullcontext()
 
-    def _backward(self, images: Tensor | Crops, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, images: Tensor | LazyBatch, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Add a part's share to the gradients of the batch; return its share of the loss, and its logits.
 
         Args:
@@ -515,54 +492,6 @@ class _Window:
         losses = self.check()
         self._losses, self._steps = [], []
         return sum(losses) / len(losses) if losses else None
-
-
-class _Clock:
-    """The wall time of an epoch's training steps in this process, and the part of it spent on input."""
-
-    def __init__(self) -> None:
-        self._made = time.perf_counter()
-        self._stopped: float | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was counted; the warm-up has only now ended."""
-        self._images = self._flops = 0
-        self._waited = 0.0
-        self._began = time.perf_counter()
-
-    def timing(self, loader: Loader) -> Iterator[tuple[Tensor | Crops, Tensor]]:
-        """Yield a loader's batches."""
-        batches = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            with record_function("input"):
-                batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def count(self, images: int, flops: int) -> None:
-        """Count a batch that was trained on."""
-        self._images += images
-        self._flops += flops
-
-    def stop(self) -> None:
-        self._stopped = time.perf_counter()
-
-    @property
-    def age(self) -> float:
-        """Seconds since it was made, whether it has been stopped or not."""
-        return time.perf_counter() - self._made
-
-    @property
-    def spent(self) -> Spent:
-        """What the steps took, up to now or to where it was stopped."""
-        if not self._images:  # nothing but warm-up so far
-            return Spent(warmup=self._began - self._made)
-        seconds = (self._stopped or time.perf_counter()) - self._began
-        return Spent(self._images, self._flops, self._waited, seconds, self._began - self._made)
 
 
 def _diverged(what: str, value: float, step: int, rate: float) -> DivergedError:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastalex import crops
 from fastalex.config import DataConfig, Flip, LoaderConfig
-from fastalex.crops import Crops
-from fastalex.data import ImageSet, Views, build_loader
+from fastalex.data import ImageSet, Views
+from fastalex.data.resident import can_fold
+from fastalex.kernels import LazyBatch
 from fastalex.models import create_model
+from tests.runtimes import Folding, loader_on
 
 CPU = torch.device("cpu")
 RESIDENT = LoaderConfig("resident")
@@ -32,14 +33,14 @@ def data(**changes: object) -> DataConfig:
 @pytest.mark.parametrize("views", list(Views))
 def test_made_they_are_what_the_loader_yields(views: Views, flip: Flip) -> None:
     options = {"views": views, "batch_size": 5 if views is not Views.random else 4, "seed": 3}
-    made = build_loader(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
-    unmade = build_loader(images(), data(flip=flip), RESIDENT, fold=True, **options)  # type: ignore[arg-type]
+    made = loader_on(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
+    unmade = loader_on(images(), data(flip=flip), RESIDENT, network=Folding(), **options)  # type: ignore[arg-type]
     count = 0
     for (batch, labels), (crops_, labels_of_crops) in zip(made, unmade, strict=True):
         assert isinstance(batch, torch.Tensor)
-        assert isinstance(crops_, Crops)
+        assert isinstance(crops_, LazyBatch)
         assert crops_.shape == batch.shape
-        assert torch.equal(crops_.make(), batch)
+        assert torch.equal(crops_.materialize(), batch)
         assert torch.equal(labels, labels_of_crops)
         count += len(labels)
     assert count == 12
@@ -48,13 +49,13 @@ def test_made_they_are_what_the_loader_yields(views: Views, flip: Flip) -> None:
 def test_the_network_computes_the_same_from_them() -> None:
     torch.manual_seed(0)
     network = create_model("alexnet", init="he", dropout=0.0)
-    loader = build_loader(images(), data(), RESIDENT, views=Views.random, batch_size=6, fold=True)
+    loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=6, network=network)
     batch, labels = next(iter(loader))
-    assert isinstance(batch, Crops)
+    assert isinstance(batch, LazyBatch)
     exact = create_model("alexnet", init="he", dropout=0.0).double()
     exact.load_state_dict(network.state_dict())
     F.cross_entropy(network(batch), labels).backward()
-    F.cross_entropy(exact(batch.make().double()), labels).backward()
+    F.cross_entropy(exact(batch.materialize().double()), labels).backward()
     for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
@@ -63,10 +64,10 @@ def test_the_network_computes_the_same_from_them() -> None:
 
 
 def test_chunks_are_parts_of_the_batch() -> None:
-    loader = build_loader(images(), data(), RESIDENT, views=Views.random, batch_size=12, fold=True)
+    loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=12, network=Folding())
     batch, _ = next(iter(loader))
-    assert isinstance(batch, Crops)
-    assert torch.equal(torch.cat([part.make() for part in batch.chunk(3)]), batch.make())
+    assert isinstance(batch, LazyBatch)
+    assert torch.equal(torch.cat([part.materialize() for part in batch.chunk(3)]), batch.materialize())
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_chunks_are_parts_of_the_batch() -> None:
 )
 def test_only_whole_multiples_of_the_stride_are_folded(changes: dict[str, int], expected: bool) -> None:
     network = create_model("alexnet")
-    assert crops.pays(network, images(), data(**changes), RESIDENT, CPU) is expected
+    assert can_fold(network, images(), data(**changes), RESIDENT, CPU) is expected
 
 
 def test_nothing_is_folded_that_cannot_be() -> None:
     alexnet, files = create_model("alexnet"), ImageSet(np.zeros(0, np.int64), paths=())
-    assert not crops.pays(create_model("resnet18"), images(), data(), RESIDENT, CPU)
-    assert not crops.pays(alexnet, files, data(), RESIDENT, CPU)
-    assert not crops.pays(alexnet, images(), data(), LoaderConfig("torchvision"), CPU)
-    assert not crops.pays(alexnet, images(), data(), LoaderConfig("resident", fold=False), CPU)
-    assert not crops.pays(alexnet, images(), data(), RESIDENT, torch.device("cuda"))
+    assert not can_fold(create_model("resnet18"), images(), data(), RESIDENT, CPU)
+    assert not can_fold(alexnet, files, data(), RESIDENT, CPU)
+    assert not can_fold(alexnet, images(), data(), LoaderConfig("torchvision"), CPU)
+    assert not can_fold(alexnet, images(), data(), LoaderConfig("resident", fold=False), CPU)
+    assert not can_fold(alexnet, images(), data(), RESIDENT, torch.device("cuda"))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastalex.crops import Crops
-from fastalex.distributed import ALONE, World
+from fastalex.distributed.processes import ALONE, World
+from fastalex.kernels import LazyBatch
 from fastalex.runtime import Runtime
 
-# That ``fastalex.evaluation.evaluate`` calls a network with: centre crop and ten, a whole batch and the last.
+# Shapes that ``evaluation.evaluate`` calls a network with: centre crop and ten-crop, a whole batch and the last.
 EVALUATION_PASSES = 4
 
 
@@ -38,7 +38,7 @@ class Errors:
 @torch.no_grad()
 def predict(
     network: nn.Module,
-    loader: Iterable[tuple[Tensor | Crops, Tensor]],
+    loader: Iterable[tuple[Tensor | LazyBatch, Tensor]],
     runtime: Runtime,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalex import crops
 from fastalex.config import Config
 from fastalex.data import ImageSet, Views, build_loader
-from fastalex.distributed import ALONE, World
-from fastalex.metrics import Errors, errors, predict
+from fastalex.distributed.processes import ALONE, World
 from fastalex.runtime import Runtime
+from fastalex.training.metrics import Errors, errors, predict
 
 TEN_CROP = 10
 
@@ -75,12 +74,9 @@ def evaluate(
             config.loader,
             views=kind,
             batch_size=batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            channels_last=runtime.channels_last,
-            fold=crops.pays(network, images, config.data, config.loader, runtime.device),
+            runtime=runtime,
+            world=world,
+            network=network,
         )
         results[kind] = predict(network, loader, runtime, world)
     probabilities, labels = results[Views.ten_crop]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.background import Background
-from fastalex.checkpoint import Checkpoint, read_weights, save_weights
 from fastalex.config import CheckpointConfig, OnWriteError
 from fastalex.errors import CheckpointError, OutputError
+from fastalex.runs.background import Background
+from fastalex.runs.checkpoint import Checkpoint, read_weights, save_weights
 
 NEWEST = "checkpoint.pt"
 _OLDER = re.compile(r"checkpoint-(\d+)\.pt")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalex.config import Config
-from fastalex.distributed import ALONE, World
+from fastalex.distributed.processes import ALONE, World
 from fastalex.runtime import Runtime
 
 # What a step takes at its worst, in what its forward pass keeps for the backward one: that itself, and as

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ModelConfig, model_options
+from fastalex.config import Config
+from fastalex.config.plain import from_plain, model_options
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import replacing
-from fastalex.models import create_model
+from fastalex.models import create_model, load_weights
 
 FORMAT = 1
 
@@ -140,48 +139,6 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint's network cannot be built: {error}") from error
         load_weights(model, self.average or self.model)
         return model
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy a state dict into a network of the same architecture.
-
-    Raises:
-        CheckpointError: naming the first tensor that does not fit.
-    """
-    expected = model.state_dict()
-    for name in [*expected, *weights]:
-        ours = tuple(expected[name].shape) if name in expected else None
-        theirs = tuple(weights[name].shape) if name in weights else None
-        if ours != theirs:
-            raise CheckpointError(
-                f"the checkpoint is of another architecture: {name} is {theirs or 'absent'} there and "
-                f"{ours or 'absent'} in the network asked for"
-            )
-    model.load_state_dict(weights)
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Return a configuration as plain dicts, lists, strings and numbers."""
-    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
-def from_plain(content: dict[str, Any]) -> Config:
-    """Return what :func:`plain` was given; keys that are newer than the content have their defaults.
-
-    Raises:
-        ConfigError: a key or a value that this version does not know.
-    """
-    named = content.get("model", {}).get("name")
-    model = AlexNetConfig() if named == "alexnet" else ModelConfig()
-    known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(known, content))
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    assert isinstance(config, Config)
-    return config
 
 
 def save_weights(

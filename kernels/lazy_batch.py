@@ -1,43 +1,26 @@
-"""A batch that has not been made: the images, and where each is to be cut.
+"""A lazy batch: source images and the parameters of their crops.
 
-A convolution of enlarged images is one of the images themselves with other weights (`folded_conv2d`). On the
-CPU that takes a quarter of the time of making the batch and convolving it, so there the resident loader hands
-the network such a batch, and the network's first convolution does with it what it likes.
+The first convolution of a network may consume it without materialising its pixels: a convolution of enlarged
+images is one of the images themselves with other weights (:func:`folded_conv2d`). On the
+CPU that takes a quarter of the time of making the batch and convolving it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, LoaderConfig
-from fastalex.kernels import augment, folded_conv2d, folded_conv2d_relu_lrn_max_pool
-
-if TYPE_CHECKING:
-    from fastalex.data import ImageSet
-
-
-def pays(
-    network: nn.Module, images: ImageSet, data: DataConfig, loader: LoaderConfig, device: torch.device
-) -> bool:
-    """Whether a network is better handed its batches unmade.
-
-    Its first convolution must be able to take them, from the resident loader, on the CPU; and each image must
-    be enlarged by a whole multiple of the convolution's stride, or a crop has too many kinds of outputs.
-    """
-    stride = getattr(network, "stride_over_crops", None)
-    if stride is None or images.pixels is None or device.type != "cpu":
-        return False
-    whole = all(data.resize % (side * stride) == 0 for side in images.pixels.shape[1:3])
-    return loader.fold and loader.name == "resident" and whole
+from .augment import augment
+from .folded_block import folded_conv2d_relu_lrn_max_pool
+from .folded_conv import folded_conv2d
 
 
 @dataclass(frozen=True)
-class Crops:
+class LazyBatch:
     """Crops of enlarged images.
 
     Attributes:
@@ -63,12 +46,12 @@ class Crops:
         """Of the batch, were it made: (B, 3, crop, crop)."""
         return torch.Size((len(self.indices), 3, self.crop, self.crop))
 
-    def chunk(self, chunks: int) -> list[Crops]:
+    def chunk(self, chunks: int) -> list[LazyBatch]:
         """Divide the batch, as ``Tensor.chunk`` does."""
         parts = zip(*(x.chunk(chunks) for x in (self.indices, self.offsets, self.flips)), strict=True)
         return [replace(self, indices=i, offsets=o, flips=f) for i, o, f in parts]
 
-    def make(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The batch, (B, 3, crop, crop), channels-last."""
         return augment(**vars(self))
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalex.config import Compression, DistributedConfig, Strategy
-from fastalex.distributed import World
+from fastalex.distributed.processes import World
 from fastalex.errors import ConfigError
 from fastalex.models.factored_linear import factored_layers
 

@@ -7,132 +7,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from scipy.stats import t as student
 
 from fastalex import plots
-from fastalex.errors import OutputError
-from fastalex.files import replace_between, write_text
+from fastalex.files import write_text
+from fastalex.markdown import replace_between, table
+from fastalex.study.results import NOT_RUN, FinishedRun, load_run
+from fastalex.study.rows import ROWS, Row
 
 CONFIDENCE = 0.95
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
-NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the tables.
-
-    Attributes:
-        title: what it is; of an ablation, what it changes.
-        published: the study's top-1 and top-5 error, ten-crop, where it has this row.
-        figure: the study's loss figure to draw anew.
-        seeds: of the generator, a run each.
-        base: the row that this one changes one thing of, in the comparison of ablations.
-    """
-
-    title: str
-    published: tuple[float, float] | None = None
-    figure: str = ""
-    seeds: tuple[int, ...] = (0,)
-    base: str = ""
-
-
-BASE = "ablation_base"
-ROWS = {
-    "alexnet": Row("AlexNet", (0.1397, 0.0072), "losses_alexnet_without_init.png"),
-    "alexnet_112": Row("AlexNet at half the crop"),
-    "alexnet_paper_init": Row(
-        "AlexNet, the paper's initialisation", (0.9, 0.5), "losses_alexnet_with_init.png"
-    ),
-    "alexnet_paper_init_mended": Row("AlexNet, the paper's initialisation, mended"),
-    "resnet18": Row("ResNet-18", (0.0970, 0.0044), "losses_resnet18.png"),
-    "alexnet_bn": Row("AlexNet, batch normalisation for LRN"),
-    "mobilenet_v3_small": Row("MobileNetV3-Small"),
-    "alexnet_seed_recipe": Row("AlexNet, the first epochs of the study's recipe"),
-    BASE: Row("AlexNet at a smaller crop", seeds=(0, 1)),
-    "ablation_no_lrn": Row("without LRN", seeds=(0, 1), base=BASE),
-    "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),
-    "ablation_no_dropout": Row("without dropout", seeds=(0, 1), base=BASE),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        folder: of the run.
-        summary: ``summary.json``.
-        epochs: the lines of ``metrics.jsonl``.
-        config: ``config.yaml``.
-    """
-
-    folder: Path
-    summary: dict[str, Any] = field(repr=False)
-    epochs: list[dict[str, Any]] = field(repr=False)
-    config: dict[str, Any] = field(repr=False)
-
-    @property
-    def images_seen(self) -> int:
-        return int(self.summary["steps"] * self.config["train"]["batch_size"])
-
-    @property
-    def crops(self) -> list[int]:
-        """The crops that it was trained at, one after another; the last is what it was tested at."""
-        stages = self.config["train"]["stages"]
-        return list(dict.fromkeys([*(stage["crop"] for stage in stages), self.config["data"]["crop"]]))
-
-    def epochs_to(self, error: float) -> int | None:
-        """Return the first epoch after which the validation error is at most this; None if there is none."""
-        for epoch in self.epochs:
-            if epoch["validation_top1_error"] is not None and epoch["validation_top1_error"] <= error:
-                return int(epoch["epoch"])
-        return None
-
-
-def run_folder(results: Path, name: str, seed: int) -> Path:
-    """Return where a row's run with this seed lies."""
-    folder = results / name
-    return folder / f"seed_{seed}" if len(ROWS[name].seeds) > 1 else folder
-
-
-def load_run(results: Path, name: str, seed: int) -> Run | None:
-    """Read a row's finished run; None where there is none, or one that has not come to its end."""
-    return read_run(run_folder(results, name, seed))
-
-
-def read_run(folder: Path) -> Run | None:
-    """Read a finished run; None where there is none, or one that has not come to its end.
-
-    Raises:
-        OutputError: if its files cannot be read, or lack the errors of the weights best on validation.
-    """
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        epochs = [json.loads(line) for line in lines]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{folder}: its files are damaged ({error}); move the folder away") from error
-    if "best_on_validation" not in summary:
-        raise OutputError(
-            f"{folder}: summary.json has no best_on_validation: the run was not validated, or had lost its "
-            "best.safetensors by its end; move the folder away and run it again"
-        )
-    return Run(folder, summary, epochs, load_config(folder))
-
-
-def load_config(folder: Path) -> dict[str, Any]:
-    """Read a run's ``config.yaml`` as plain values."""
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
 
 
 def collect(results: Path, quick: bool) -> dict[str, Any]:
@@ -167,7 +54,7 @@ FIGURES = (
 )
 
 
-def _record(run: Run, row: Row, results: Path) -> dict[str, Any]:
+def _record(run: FinishedRun, row: Row, results: Path) -> dict[str, Any]:
     best = run.summary["best_on_validation"]
     record: dict[str, Any] = {}
     for prefix, source in (("", run.summary), ("best_", best)):
@@ -300,7 +187,7 @@ def summary_table(content: dict[str, Any]) -> str:
             )
     heads = ["network", "the study, ten-crop", "fastalex, ten-crop", "single crop", "crop", "epochs"]
     caption = f"*Top-1 / top-5 test error of the final weights{_data(content)}.*"
-    return f"{_table(heads, rows)}\n\n{caption}"
+    return f"{table(heads, rows)}\n\n{caption}"
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -352,10 +239,10 @@ def markdown(content: dict[str, Any]) -> str:
             )
     heads = ["row", "the study, ten-crop", "ten-crop", "single crop"]
     heads += ["best on validation: epoch", "its ten-crop", "its single crop"]
-    parts += ["## Errors", _table(heads, errors)]
+    parts += ["## Errors", table(heads, errors)]
     heads = ["run", "crop", "epochs", "images seen", "epochs to the study's error, on validation"]
     heads += ["wall time", "images/s", "parameters", "generator seed", "hardware"]
-    parts += ["## What they took", _table(heads, costs) if costs else "No row has been run."]
+    parts += ["## What they took", table(heads, costs) if costs else "No row has been run."]
     parts += ["## The paper's differences", _comparisons(content["comparisons"])]
     figures = [row for name, row in ROWS.items() if row.figure and rows[name]["runs"]]
     if figures:
@@ -383,7 +270,7 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
         "difference has to exceed: the 95% bound of Student's t, from the spread over the generator's seeds "
         "pooled over these rows."
     )
-    return f"{text}\n\n{_table(['change', 'difference', 'noise', 'verdict'], lines)}"
+    return f"{text}\n\n{table(['change', 'difference', 'noise', 'verdict'], lines)}"
 
 
 def _published(entry: dict[str, Any]) -> str:
@@ -423,8 +310,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""A training run: from a configuration to a trainer, its folder, its checkpoints, and how it is resumed."""

@@ -1,0 +1,135 @@
+"""One training, from a configuration to ``summary.json``: of a new run, or of one that is resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastalex.config import Config
+from fastalex.config.checks import validate
+from fastalex.distributed import processes
+from fastalex.distributed.processes import World
+from fastalex.kernels import LazyBatch
+from fastalex.runs import setup
+from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.folder import RunFolder
+from fastalex.runs.recorder import FolderRecorder, Recorder
+from fastalex.runs.resume import UnfinishedRun, find, resume_again
+from fastalex.runs.run import Run
+from fastalex.runs.signals import StopSignals
+from fastalex.training.limits import explained
+from fastalex.training.profiling import STEPS, profile_steps
+from fastalex.training.trainer import Trainer
+
+
+@dataclass
+class Request:
+    """What was asked for.
+
+    Attributes:
+        config: what to train, on what, and how. On resume the checkpoint's configuration wins, except
+            ``overrides`` whose keys are in :data:`fastalex.runs.resume.CHANGEABLE`.
+        run_dir: the folder for the run's files.
+        run_dir_given: whether the user named that folder; if not, a neighbour is taken where it is in use.
+        overrides: the values that were given explicitly, by their dotted keys.
+    """
+
+    config: Config
+    run_dir: Path
+    run_dir_given: bool
+    overrides: Mapping[str, Any]
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    run_dir_given: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run one training, as each of the processes that torchrun has started, or alone.
+
+    Args:
+        config: as in :class:`Request`, as the next three are.
+        run_dir: the folder for the run's files.
+        run_dir_given: whether the user named it.
+        overrides: the values that were given explicitly, by their dotted keys.
+
+    Returns:
+        The content of ``summary.json``; on other ranks than 0, nothing.
+
+    Raises:
+        FastalexError: for input that has to be corrected, before anything is written; DivergedError later.
+        StoppedError: after SIGTERM or SIGINT.
+    """
+    started = time.perf_counter()
+    request = Request(config, run_dir, run_dir_given, overrides or {})
+    processes.alike(lambda: validate(config))  # before the processes wait for each other
+    with StopSignals() as signals, processes.joined(config.distributed.timeout) as world, world.watched():
+        # In a function of its own: what it made is out of reach when the processes part.
+        return train_on(world, request, signals, started)
+
+
+def train_on(world: World, request: Request, signals: StopSignals, started: float) -> dict[str, Any]:
+    """Do what :func:`train` does, as one of the connected processes."""
+    if processes.restarted():
+        request.config.resume = resume_again(request.config.resume, request.run_dir_given)
+    resumed: UnfinishedRun | None = None
+
+    def begin() -> tuple[Config, Checkpoint | None]:
+        nonlocal resumed
+        resumed = find(request.config.resume, request.run_dir, request.run_dir_given)
+        config = resumed.configuration(request.overrides) if resumed else request.config
+        setup.check(config, world)
+        return config, resumed.checkpoint if resumed else None
+
+    try:
+        config, checkpoint = world.on_main(begin)
+        with explained(config):
+            trainer, splits = setup.build(config, signals, world)
+            if checkpoint is not None:
+                setup.restore(trainer, checkpoint, splits)
+            recorder = Recorder(request.run_dir)
+            if world.main:
+                folder = _open_folder(request, config, resumed, trainer)
+                steps = STEPS if config.profile else config.train.epochs * len(trainer.train_loader)
+                classes = list(splits.classes)
+                recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, steps)
+            try:
+                if config.profile:
+                    return _profile(trainer, recorder, folder.path)
+                before = checkpoint.training if checkpoint is not None else {}
+                return Run(config, splits, trainer, recorder, signals, started, before).execute()
+            finally:
+                recorder.close()
+    finally:
+        if resumed is not None:
+            resumed.lock.release()
+
+
+def _open_folder(
+    request: Request, config: Config, resumed: UnfinishedRun | None, trainer: Trainer
+) -> RunFolder:
+    """Open the run's folder: a new one, or that of the run that is resumed."""
+    if resumed is not None:
+        return RunFolder.resumed(resumed.folder, resumed.lock, resumed.history(), trainer.step)
+    folder = RunFolder.new(request.run_dir, request.run_dir_given, config, restart=config.resume == "auto")
+    trainer.train_loader.set_epoch(0)
+    images = next(iter(trainer.train_loader))[0]
+    shown = images.materialize() if isinstance(images, LazyBatch) else images
+    folder.augmented_inputs(shown, config.data.mean, config.data.std)
+    return folder
+
+
+def _profile(trainer: Trainer, recorder: Recorder, folder: Path) -> dict[str, Any]:
+    """Take a few steps under the profiler, in place of a training."""
+    trainer.on_step = recorder.step
+    try:
+        profiled = profile_steps(trainer, folder)
+    finally:
+        recorder.end_training()
+    print(f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in {folder}")
+    return {"profile": vars(profiled)}

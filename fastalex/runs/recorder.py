@@ -1,0 +1,245 @@
+"""What a rank shows of a run: rank 0 writes files and prints, the others do neither."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from fastalex.config import Config
+from fastalex.config.plain import plain
+from fastalex.errors import DivergedError, FastalexError, ReportedError
+from fastalex.files import remove_empty
+from fastalex.runs.checkpoint import Checkpoint, save_weights
+from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
+from fastalex.runs.folder import RunFolder
+from fastalex.runs.resume import UnfinishedRun
+from fastalex.training.trainer import Epoch
+
+
+class Recorder:
+    """Records nothing: that of every rank but 0. Rank 0 has a :class:`FolderRecorder`.
+
+    Args:
+        run_dir: the folder that Hydra made for this process; removed at the end, where it is empty.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def say(self, text: str) -> None:
+        """Print a text."""
+
+    @property
+    def save_due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return False
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Record a step, and the mean loss since the last look, where there was one now."""
+
+    def epoch(self, epoch: Epoch) -> bool:
+        """Record an epoch; return whether its validation error is the lowest so far."""
+        return False
+
+    def keep_best(self, weights: Mapping[str, Tensor], epoch: Epoch) -> None:
+        """Keep a copy of the weights with the lowest validation error so far."""
+
+    def save(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, training: dict) -> None:
+        """Write a checkpoint, in the background.
+
+        Args:
+            weights: the network's state dict.
+            average: that of the averaged weights, where they are kept.
+            training: the trainer's state, and what the run adds to it.
+        """
+
+    def finish(self) -> None:
+        """Record that there are no more epochs: every file but the report's is whole afterwards."""
+
+    def diverged(self, error: DivergedError) -> FastalexError:
+        """Write what is still good after a divergence; return the error to end the run with."""
+        return ReportedError(error.exit_status)
+
+    def stopped(self, how: str) -> str:
+        """Return a message about a run that was stopped, with what is saved and how to resume."""
+        return how
+
+    def final_weights(self, weights: dict[str, Tensor]) -> None:
+        """Write ``model.safetensors``."""
+
+    def best(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the weights that were best on validation, with epoch and error; None if there are none."""
+        return None
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``, and print the run's throughput."""
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The epochs that are complete."""
+        return []
+
+    @property
+    def longest_stall(self) -> float:
+        """Seconds that training waited for a checkpoint, at most."""
+        return 0.0
+
+    def end_training(self) -> None:
+        """End what goes on beside the training."""
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        remove_empty(self._run_dir)
+
+
+class FolderRecorder(Recorder):
+    """Writes a run's folder, and shows its progress: that of rank 0.
+
+    Args:
+        folder: of the run; closed by :meth:`close`.
+        config: of the run.
+        classes: in the order of the network's outputs.
+        resumed: the run that is resumed, if one is.
+        step: taken so far.
+        steps: of the whole run, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        classes: list[str],
+        resumed: UnfinishedRun | None,
+        step: int,
+        steps: int,
+    ) -> None:
+        super().__init__(folder.path)
+        self._folder = folder
+        self._config = config
+        self._classes = classes
+        self._policy = OutputPolicy(config.checkpoint.on_error)
+        newest = resumed.checkpoint.step if resumed is not None and resumed.path.name == NEWEST else None
+        self._writer = CheckpointWriter(folder.path, config.checkpoint, self._policy, newest)
+        self._best = BestWeights(folder.path / "best.safetensors", plain(config), classes)
+        self._find_best_so_far()
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+
+    def say(self, text: str) -> None:
+        print(text)
+
+    @property
+    def save_due(self) -> bool:
+        return self._writer.due
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        return self._folder.epochs
+
+    @property
+    def longest_stall(self) -> float:
+        return max(self._writer.stalls, default=0.0)
+
+    def step(self, step: int, loss: float | None) -> None:
+        self._bar.update()
+        if loss is not None:
+            with self._policy.applied():
+                self._folder.loss(step, loss)
+            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._writer.check()
+
+    def epoch(self, epoch: Epoch) -> bool:
+        with self._policy.applied():
+            self._folder.epoch(epoch)
+        self._bar.write(_line(epoch, self._config.train.epochs), file=sys.stdout)
+        # Errors at another resolution do not compare with those at the one that is asked for.
+        early = epoch.epoch <= sum(stage.epochs for stage in self._config.train.stages)
+        error = epoch.validation_top1_error
+        return error is not None and not early and self._best.improved_by(error)
+
+    def keep_best(self, weights: Mapping[str, Tensor], epoch: Epoch) -> None:
+        assert epoch.validation_top1_error is not None
+        self._best.keep(weights, epoch.epoch, epoch.validation_top1_error)
+
+    def save(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, training: dict) -> None:
+        checkpoint = Checkpoint(plain(self._config), self._classes, weights, training, average)
+        # The best weights first: whoever resumes from a checkpoint finds those of the epochs in it.
+        self._writer.save(checkpoint, self._best.writing())
+
+    def finish(self) -> None:
+        with self._policy.applied():
+            self._folder.finish()
+
+    def diverged(self, error: DivergedError) -> FastalexError:
+        # The state is worthless; what is good is that of the epochs before.
+        self._writer.wait()
+        for write in (self._best.write, self._folder.finish):
+            with self._policy.applied():
+                write()
+        kept = (
+            "no checkpoint was written"
+            if self._writer.written is None
+            else f"the last good checkpoint is {self._writer.path}"
+        )
+        return DivergedError(f"{error}; {kept}")
+
+    def stopped(self, how: str) -> str:
+        if self._writer.written is None:
+            return how
+        return f"{how}; step {self._writer.written} is saved, resume with resume={self._folder.path}"
+
+    def final_weights(self, weights: dict[str, Tensor]) -> None:
+        with self._policy.applied():
+            path = self._folder.path / "model.safetensors"
+            save_weights(weights, path, plain(self._config), self._classes)
+
+    def best(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._best.read("its errors are left out") if self._best.error is not None else None
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self._folder.summary(summary)
+        print(
+            f"{summary['images_per_second']:,.1f} images/s in training, "
+            f"{summary['input_wait_fraction']:.1%} of the time waiting for input; the arithmetic runs at "
+            f"{summary['flops_utilization']:.0%} of a large matrix product's rate\n"
+            f"the run's files are in {self._folder.path}"
+        )
+
+    def end_training(self) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def _find_best_so_far(self) -> None:
+        """Take up the best validation error of a resumed run, if its weights are still there."""
+        staged = sum(stage.epochs for stage in self._config.train.stages)
+        if not any(epoch.validation_top1_error is not None for epoch in self.epochs[staged:]):
+            return
+        kept = self._best.read("the best on validation is sought among the epochs to come")
+        if kept is not None:
+            self._best.error = kept[1]["validation_top1_error"]
+
+
+def _line(epoch: Epoch, epochs: int) -> str:
+    line = f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.train_loss:.4f}"
+    if epoch.validation_top1_error is not None:
+        line += (
+            f"  validation loss {epoch.validation_loss:.4f}"
+            f"  top-1 error {epoch.validation_top1_error:.4f}  top-5 {epoch.validation_top5_error:.4f}"
+        )
+    return (
+        f"{line}  lr {epoch.learning_rate:.2g}  {epoch.images_per_second:,.1f} images/s"
+        f"  {epoch.flops_per_second / 1e9:,.0f} GFLOP/s ({epoch.flops_utilization:.0%})"
+    )

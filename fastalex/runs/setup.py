@@ -1,0 +1,188 @@
+"""From a configuration to a trainer: checks, data, network, loaders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastalex import runtime as runtimes
+from fastalex.config import Config, Stage, Strategy
+from fastalex.config.checks import validate
+from fastalex.config.plain import model_options
+from fastalex.data import (
+    CutMixLoader,
+    DataSplits,
+    Loader,
+    StagedLoader,
+    Views,
+    build_loader,
+    load_splits,
+    resolve_loader,
+)
+from fastalex.data.sampling import mix
+from fastalex.distributed.processes import World
+from fastalex.errors import CheckpointError, ConfigError
+from fastalex.models import check_batch, check_crop, create_model
+from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.signals import StopSignals
+from fastalex.runtime import Runtime
+from fastalex.training.flops import matmul_flops_per_second
+from fastalex.training.memory import room_for_images
+from fastalex.training.profiling import STEPS
+from fastalex.training.trainer import Trainer
+
+
+def check(config: Config, world: World) -> None:
+    """Refuse a configuration that cannot work, here and with this many processes.
+
+    Raises:
+        ConfigError: naming the key, its value and the remedy.
+    """
+    validate(config)
+    check_crop(config.model.name, "data.crop", config.data.crop)
+    for number, stage in enumerate(config.train.stages):
+        check_crop(config.model.name, f"train.stages[{number}].crop", stage.crop)
+    train = config.train
+    if world.size == 1:
+        smallest = min([config.data.crop, *(stage.crop for stage in train.stages)])
+        check_batch(config.model.name, train.batch_size // train.accumulate, smallest)
+    if train.batch_size % (world.size * train.accumulate):
+        parts = f" in train.accumulate={train.accumulate} equal parts each" if train.accumulate > 1 else ""
+        raise ConfigError(
+            f"train.batch_size={train.batch_size}: is of all {world.size} processes together and does not "
+            f"divide among them{parts}; use a multiple of {world.size * train.accumulate}"
+        )
+    if config.distributed.strategy is Strategy.hybrid and world.size == 1:
+        raise ConfigError(
+            "distributed.strategy=hybrid: takes several processes; start them with "
+            "torchrun --nproc-per-node=2 -m fastalex.train ..."
+        )
+    if config.profile and world.size > 1:
+        raise ConfigError("profile=true: profiles one process; run it without torchrun")
+
+
+def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, DataSplits]:
+    """Build runtime, data, model and trainer; identical on every rank.
+
+    Args:
+        config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for.
+        signals: end the training when one arrives.
+        world: the processes that train together.
+
+    Raises:
+        FastalexError: for input that has to be corrected.
+    """
+    runtime = runtimes.choose(config.runtime, world)
+    if runtime.needs_loss_scaling and config.distributed.strategy is Strategy.hybrid:
+        raise ConfigError(
+            "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
+            "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp"
+        )
+    if world.main:
+        print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
+    splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
+    fewest = min(len(splits.validation), len(splits.test))
+    if splits.is_measurable and fewest < world.size:
+        raise ConfigError(
+            f"data.root={config.data.root}: has {len(splits.validation)} validation and {len(splits.test)} "
+            f"test images, and each of {world.size} processes needs one; use at most {fewest} processes"
+        )
+    torch.manual_seed(config.seed)
+    model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+    config.loader = resolve_loader(config.loader, splits, room_for_images(model, config, runtime, world))
+    if world.main:
+        print(_describe(config, splits))
+    runtime.place(model)
+    loaders = [
+        _staged_loader(model, config, splits, runtime, views, world) for views in (Views.random, Views.center)
+    ]
+    trainer = Trainer(
+        model,
+        config.train,
+        loaders[0],
+        loaders[1] if splits.is_measurable else None,
+        runtime,
+        log_every=config.log_every,
+        should_stop=lambda: signals.received is not None,
+        peak_flops=matmul_flops_per_second(runtime),
+        world=world,
+        distributed=config.distributed,
+    )
+    steps = config.train.epochs * len(trainer.train_loader)
+    if config.profile and steps < STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has {steps}; "
+            "raise train.epochs"
+        )
+    if world.size > 1:
+        torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from rank to rank
+    return trainer, splits
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> None:
+    """Load a checkpoint's state into a trainer; collective.
+
+    Raises:
+        CheckpointError: if it is of another network, or of other data.
+    """
+    images = checkpoint.training.get("train_images")
+    if checkpoint.classes != list(splits.classes) or images != len(splits.train):
+        raise CheckpointError(
+            f"resume: the run was trained on {images} images of {len(checkpoint.classes)} classes, and "
+            f"the data are now {len(splits.train)} of {len(splits.classes)} ({splits.source}); restore them"
+        )
+    trainer.load_weights(checkpoint.model)
+    trainer.load_state_dict(checkpoint.training, checkpoint.average)
+
+
+def _staged_loader(
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
+) -> Loader:
+    """The loader of training or validation: one for each stage of the resolution schedule, and the last.
+
+    A network errs on objects of another size in pixels than it was trained on, so each stage is validated at
+    its own resolution.
+    """
+    stages = config.train.stages
+    loaders = [
+        _loader(model, of_stage, splits, runtime, views, world)
+        for of_stage in (*(_in_stage(stage, config) for stage in stages), config)
+    ]
+    return StagedLoader(loaders, [stage.epochs for stage in stages]) if stages else loaders[0]
+
+
+def _in_stage(stage: Stage, config: Config) -> Config:
+    """The configuration with the values that a stage sets for itself."""
+    data = replace(config.data, resize=stage.resize, crop=stage.crop)
+    cutmix = config.train.cutmix if stage.cutmix is None else stage.cutmix
+    return replace(config, data=data, train=replace(config.train, cutmix=cutmix))
+
+
+def _loader(
+    model: nn.Module, config: Config, splits: DataSplits, runtime: Runtime, views: Views, world: World
+) -> Loader:
+    loader = build_loader(
+        splits.train if views is Views.random else splits.validation,
+        config.data,
+        config.loader,
+        views=views,
+        batch_size=config.train.batch_size // world.size,
+        runtime=runtime,
+        world=world,
+        seed=config.seed,
+        network=model,
+    )
+    share = config.train.cutmix if views is Views.random else 0.0
+    return CutMixLoader(loader, len(splits.classes), share) if share else loader
+
+
+def _describe(config: Config, splits: DataSplits) -> str:
+    skipped = f", {splits.skipped} damaged images skipped" if splits.skipped else ""
+    return (
+        f"{splits.source}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
+        f"{len(splits.test):,} test images in {len(splits.classes)} classes{skipped}; "
+        f"{config.loader.name} loader, {config.data.crop}x{config.data.crop} crops of "
+        f"{config.data.resize}x{config.data.resize}"
+    )

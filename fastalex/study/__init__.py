@@ -1,0 +1,1 @@
+"""The study's table: its rows, their finished runs, and what is written about them."""

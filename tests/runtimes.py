@@ -1,0 +1,51 @@
+"""Runtimes and loaders for tests, without the choices that depend on the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastalex.config import DataConfig, LoaderConfig
+from fastalex.data import ImageSet, Loader, build_loader
+from fastalex.distributed.processes import World
+from fastalex.runtime import Runtime
+
+
+class Folding(nn.Module):
+    """Says that it consumes lazy batches, as AlexNet does."""
+
+    stride_over_crops = 4
+
+
+def a_runtime(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, channels_last: bool = True
+) -> Runtime:
+    """A runtime, eager and without Winograd; it leaves the process's threads as they are."""
+    return Runtime(
+        device=torch.device(device),
+        dtype=dtype,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        compile=False,
+        winograd=False,
+        threads=torch.get_num_threads(),
+        hardware="of a test",
+    )
+
+
+def loader_on(
+    images: ImageSet,
+    data: DataConfig,
+    loader: LoaderConfig,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> Loader:
+    """``build_loader`` with the parts of the runtime and the world that a test is about."""
+    runtime = a_runtime(device, dtype, channels_last=channels_last)
+    return build_loader(images, data, loader, runtime=runtime, world=World(rank, world_size), **options)
