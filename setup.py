@@ -19,10 +19,15 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastalex",
+        "fastalex.config",
         "fastalex.configs",
         "fastalex.data",
+        "fastalex.distributed",
         "fastalex.kernels",
         "fastalex.models",
+        "fastalex.runs",
+        "fastalex.study",
+        "fastalex.training",
     ],
     # A top-level package called `kernels` would overwrite the one of that name on PyPI.
     package_dir={"fastalex.kernels": "kernels", "fastalex.configs": "configs"},

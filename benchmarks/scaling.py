@@ -100,9 +100,9 @@ Written by `python -m benchmarks.scaling`.
 keeps a part of the two hidden layers, which have {hidden:,} of them ({hidden / parameters:.0%}), in each
 process and sends activations in place of their gradients (`fastalex/distributed/strategies.py`). What a
 device sends a step, with {BATCH} images on each: gradients in fp32, activations in bf16, rings for all
-collectives, so that an all-reduce of S bytes sends 2 (n-1)/n S, and to gather or to scatter what n devices have S bytes each of
-sends (n-1) S. The times are those of the bytes over a link's nominal rate in one direction
-({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
+collectives, so that an all-reduce of S bytes sends 2 (n-1)/n S, and to gather or to scatter what n devices
+have S bytes each of sends (n-1) S. The times are those of the bytes over a link's nominal rate in one
+direction ({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
 overlapped.
 
 {table}

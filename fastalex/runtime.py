@@ -15,7 +15,6 @@ from torch import nn
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import ConfigError
-from fastalex.models.winograd import WinogradConv2d
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -58,8 +57,8 @@ class Runtime:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device in its memory format, and tell it how to compute."""
         for module in model.modules():
-            if isinstance(module, WinogradConv2d):
-                module.winograd = self.winograd
+            if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
+                module.winograd = self.winograd  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:

@@ -63,7 +63,7 @@ class LazyBatch:
         self, convolution: nn.Conv2d, size: int, alpha: float, beta: float, k: float
     ) -> Tensor:
         """``relu_lrn_max_pool`` of what the convolution makes of the batch, without making that either."""
-        numbers = {"size": size, "alpha": alpha, "beta": beta, "k": k}
+        numbers: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "k": k}
         return folded_conv2d_relu_lrn_max_pool(**self._folded(convolution), **numbers)
 
     def _folded(self, convolution: nn.Conv2d) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastalex import background, plots, saving, tracking, train
+from fastalex import plots, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.errors import DivergedError, OutputError
+from fastalex.runs import background, checkpoint_writer
+from fastalex.runs import folder as run_folder
 from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter
 from fastalex.runs.folder import RunFolder
@@ -109,7 +111,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The checkpoints that are written, with their steps, and the best weights, with their epochs."""
     written: list[tuple[str, int]] = []
-    save, save_weights = Checkpoint.save, saving.save_weights
+    save, save_weights = Checkpoint.save, checkpoint_writer.save_weights
 
     def save_and_note(checkpoint: Checkpoint, path: Path, *arguments: Any, **options: Any) -> None:
         save(checkpoint, path, *arguments, **options)
@@ -120,7 +122,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         written.append((path.stem, facts["epoch"]))
 
     monkeypatch.setattr(Checkpoint, "save", save_and_note)
-    monkeypatch.setattr(saving, "save_weights", save_weights_and_note)
+    monkeypatch.setattr(checkpoint_writer, "save_weights", save_weights_and_note)
     return written
 
 
@@ -143,7 +145,7 @@ def assert_best_is_of(epoch: int, epochs: Epochs) -> None:
 def test_epochs_go_by_while_one_is_drawn_and_then_the_newest_is(
     command: Command, epochs: Epochs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "DRAW_EVERY", 0.0, raising=False)
+    monkeypatch.setattr(run_folder, "DRAW_EVERY", 0.0, raising=False)
     drawing = Blocked()
     drawn, seen = [], []
 
@@ -326,7 +328,7 @@ def test_epochs_are_drawn_every_so_many_seconds(
     clock: list[float], drawn: list[int], folder: RunFolder
 ) -> None:
     for number in range(1, 6):
-        clock[0] += 0.6 * tracking.DRAW_EVERY
+        clock[0] += 0.6 * run_folder.DRAW_EVERY
         folder.epoch(an_epoch(number))
         folder._drawing.wait()
         assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == number

@@ -20,7 +20,8 @@ from torch import nn
 from fastalex.config import Optimizer, Scaling, TrainConfig
 from fastalex.distributed.processes import World
 from fastalex.runs.checkpoint import read_weights
-from fastalex.training.optim import LearningRate, create_optimizer
+from fastalex.training.optim import create_optimizer
+from fastalex.training.schedule import LearningRate
 from tests import ranks
 from tests.processes import has_ended
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastalex import parallel
 from fastalex.config import Optimizer, Precision, RuntimeConfig, TrainConfig
+from fastalex.distributed import strategies
 from fastalex.models.factored_linear import FactoredLinear, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose
@@ -137,7 +137,7 @@ def test_steps_are_those_of_sgd(momentum: float, clip_norm: float, image: tuple[
             backward(network, x)
             if clip_norm:
                 assert nn.utils.clip_grad_norm_(plain.parameters(), clip_norm) > clip_norm
-                parallel.clip_gradients(network, clip_norm)
+                strategies.clip_gradients(network, clip_norm)
             optimizer.step()
         expected.step()
         for each in (optimizer, expected):

@@ -32,6 +32,7 @@ from PIL import Image
 
 from fastalex import train
 from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, OnWriteError
+from fastalex.config.checks import validate
 from fastalex.config.plain import flat, plain
 from fastalex.data.cache import locked
 from fastalex.data.decode import decode_image
@@ -648,7 +649,7 @@ def test_any_configuration_is_taken_or_refused_in_one_line(
     with tally.one_try(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.getbasetemp())
         patch.setattr(sys, "argv", ["fastalex", *overrides, "hydra.run.dir=fuzzed"])
-        patch.setattr(train, "train", lambda config, *_, **__: train.validate(config))
+        patch.setattr(train, "train", lambda config, *_, **__: validate(config))
         patch.setattr(sys, "stderr", err := io.StringIO())
         status = 0
         try:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fastalex.config import Scaling, Schedule, Stage, TrainConfig
-from fastalex.training.optim import LearningRate, create_optimizer
+from fastalex.training.optim import create_optimizer
+from fastalex.training.schedule import LearningRate
 
 
 def rates(config: TrainConfig, steps: int) -> list[float]:

@@ -241,7 +241,9 @@ def test_a_signal_ends_the_run_in_good_order_and_resume_finishes_it(
 
     status, _, err = command("resume=auto", "train.lr=3")
     assert status == 2
-    assert re.search(r"error: train.lr=3.0: the run in \S+ has train.lr=0.02, and goes on as it began", err)
+    assert re.search(
+        r"error: train.lr=3.0: the run in \S+ has train.lr=0.02, and a resumed run keeps it", err
+    )
 
     with monkeypatch.context() as patch:
         signalled_at(patch, signal.SIGINT, 15)

@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastalex import evaluate, plots, saving, train, trainer
+from fastalex import evaluate, plots, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, RuntimeConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
+from fastalex.runs import checkpoint_writer, setup
 from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose
+from fastalex.training import trainer
 from tests.compiling import Compiler
 
 # A network that takes two seconds, on images that come with scikit-learn.
@@ -273,14 +275,14 @@ def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> 
 def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = saving.save_weights
+    save = checkpoint_writer.save_weights
 
     def fails_for_the_best(weights: dict[str, torch.Tensor], path: Path, *args: Any, **facts: Any) -> None:
         if path.name == "best.safetensors":
             raise OutputError(f"{path}: cannot be written (No space left on device)")
         save(weights, path, *args, **facts)
 
-    monkeypatch.setattr(saving, "save_weights", fails_for_the_best)
+    monkeypatch.setattr(checkpoint_writer, "save_weights", fails_for_the_best)
     status, _, err = command(train.main, *QUICK, "checkpoint.on_error=warn", "hydra.run.dir=run")
     assert status == 0, err
     assert "run/best.safetensors: cannot be written (No space left on device)" in err
@@ -473,7 +475,7 @@ def test_more_kinds_of_batches_than_are_compiled_is_one_line(
 def test_hybrid_with_fp16_is_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a card nor a second process is needed to refuse it: they are made up."""
     halves = replace(choose(RuntimeConfig(device="cpu")), dtype=torch.float16)
-    monkeypatch.setattr(train.runtimes, "choose", lambda *_: halves)
+    monkeypatch.setattr(setup.runtimes, "choose", lambda *_: halves)
     monkeypatch.setattr(train, "_check", lambda *_: None)
     status, out, err = command(train.main, *QUICK, "distributed.strategy=hybrid", "hydra.run.dir=run")
     assert (status, out) == (2, "")

@@ -21,7 +21,8 @@ from fastalex.errors import DivergedError
 from fastalex.models import create_model
 from fastalex.runtime import choose
 from fastalex.training.metrics import predict
-from fastalex.training.trainer import WARMUP_STEPS, Trainer
+from fastalex.training.timing import WARMUP_STEPS
+from fastalex.training.trainer import Trainer
 from tests.compiling import Compiler
 
 

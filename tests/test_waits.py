@@ -19,7 +19,8 @@ from fastalex.data import CutMixLoader, ImageSet, Loader, Views
 from fastalex.data.loader import PlannedLoader, sent
 from fastalex.runtime import Runtime, choose
 from fastalex.training.metrics import predict
-from fastalex.training.trainer import WARMUP_STEPS, Trainer
+from fastalex.training.timing import WARMUP_STEPS
+from fastalex.training.trainer import Trainer
 from tests.runtimes import loader_on
 from tests.waits import CARD, Waits, card, none_allowed
 

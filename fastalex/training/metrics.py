@@ -13,7 +13,7 @@ from fastalex.distributed.processes import ALONE, World
 from fastalex.kernels import LazyBatch
 from fastalex.runtime import Runtime
 
-# Shapes that ``evaluation.evaluate`` calls a network with: centre crop and ten-crop, a whole batch and the last.
+# Shapes that ``evaluation.evaluate`` calls a network with: centre crop and ten-crop, a batch and the last.
 EVALUATION_PASSES = 4
 
 
