@@ -37,7 +37,7 @@ from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.data.wrappers import FirstBatches
 from fastalex.distributed.processes import ALONE, World
 from fastalex.models import create_model
-from fastalex.runtime import Runtime, choose
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.evaluation import TEN_CROP
 from fastalex.training.memory import room_for_images
 from fastalex.training.metrics import predict
@@ -140,7 +140,7 @@ class Fastalex:
         config.data.root = str(root)
         config.train.batch_size = batch_size
         config.train.epochs = 1_000_000  # the schedule needs a length, and no turn may be the last
-        self.runtime = choose(config.runtime, world)
+        self.runtime = choose_runtime(config.runtime, world)
         if not graphs:
             self.runtime = WithoutGraphs(**vars(self.runtime))
         splits = load_splits(config.data, config.seed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastalex.config import RuntimeConfig
-from fastalex.runtime import choose, cpu_computes_bf16
+from fastalex.runtime import choose_runtime, cpu_computes_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What kind of machine this is, which files of results are named for: a CPU that computes in fp32 at best runs
@@ -111,7 +111,7 @@ class Hardware:
     """
 
     def __init__(self) -> None:
-        self.runtime = choose(RuntimeConfig())
+        self.runtime = choose_runtime(RuntimeConfig())
         largest = MATMUL_SIZES[DEVICE][-1]
         self.a, self.b = torch.randn(2, largest, largest, dtype=self.runtime.dtype, device=DEVICE)
         self.product = torch.empty_like(self.a)

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastalex import runtime as runtimes
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.data import ImageSet, Loader, Views, build_loader, load_splits
 from fastalex.data.wrappers import FirstBatches
 from fastalex.errors import DivergedError
 from fastalex.files import replacing, write_text
 from fastalex.models import create_model
-from fastalex.runtime import Runtime
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[1] / "results" / "trials" / "paper_init.csv"
@@ -55,7 +54,7 @@ class Trial:
     bias: float | None = None
     hidden_std: float | None = None
     pixels: float = 1.0
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01, schedule=Schedule.plateau))
+    train: TrainConfig = field(default_factory=lambda: constant(0.01))
     precision: Precision = Precision.auto
     longer: int = 1
 
@@ -115,7 +114,7 @@ def initialise(trial: Trial, seed: int) -> nn.Module:
 def run(name: str, trial: Trial, data: DataConfig, batch_size: int, steps: int, seed: int) -> dict[str, str]:
     """Train once; return a line of the table."""
     began = time.perf_counter()
-    runtime = runtimes.choose(RuntimeConfig(precision=trial.precision))
+    runtime = choose_runtime(RuntimeConfig(precision=trial.precision))
     data = replace(data, std=[1 / trial.pixels] * 3)
     splits = load_splits(data, seed)
     pixels, labels = splits.validation.pixels, splits.validation.labels

@@ -29,7 +29,7 @@ from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
 from fastalex.kernels import augment, ten_crop
-from fastalex.runtime import choose, keep_pages
+from fastalex.runtime import choose_runtime, keep_pages
 
 DATA = DataConfig(name="synthetic", resize=256, crop=224)
 OPTIONS: dict[str, Any] = {
@@ -163,7 +163,7 @@ def epoch(name: str, images: Tensor) -> Contender:
         config,
         views=Views.random,
         batch_size=128,
-        runtime=choose(RuntimeConfig(device=DEVICE, precision=Precision.bf16)),
+        runtime=choose_runtime(RuntimeConfig(device=DEVICE, precision=Precision.bf16)),
     )
 
     def run() -> None:

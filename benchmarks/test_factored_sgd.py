@@ -25,7 +25,7 @@ from benchmarks.report import RESULTS, percentiles, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.factored_linear import FactoredLinear, Factors
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.optim import create_optimizer
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -55,7 +55,7 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [FactoredLinear(256 * 6 * 6, 4096), FactoredLinear(4096, 4096)]
     model = nn.Sequential(*layers)
     optimizer = create_optimizer(model, TrainConfig())
-    dtype = choose(RuntimeConfig(device="cpu")).dtype
+    dtype = choose_runtime(RuntimeConfig(device="cpu")).dtype
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -37,7 +37,7 @@ from benchmarks.report import RESULTS, machine, write_csv
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader, load_splits
 from fastalex.files import replacing, write_text
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 NAMES = ("torchvision", "dali", "ffcv", "resident")
@@ -123,7 +123,7 @@ def serve(name: str, source: Path) -> None:
         LoaderConfig(name=name, workers=WORKERS, beton=str(source.parent / "beton")),
         views=Views.random,
         batch_size=128,
-        runtime=choose(RuntimeConfig(device="cpu", precision=Precision.bf16)),
+        runtime=choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16)),
     )
     for _ in loader:  # compiles, starts workers, fills the page cache
         pass

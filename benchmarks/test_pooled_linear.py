@@ -28,7 +28,7 @@ from fastalex.distributed.strategies import clip_gradients
 from fastalex.models import create_model
 from fastalex.models.factored_linear import factored_layers, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.runtime import Runtime, choose
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.optim import create_optimizer
 
 CROPS = (64, 112, 128, 168)  # of which the last pool leaves 1, 2, 3 and 4 pixels a side
@@ -79,7 +79,7 @@ def stepper(
 def test_training_step(benchmark: Any) -> None:
     if benchmark.disabled:
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    runtime = choose(RuntimeConfig(device="cpu"))
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
     model = runtime.place(create_model("alexnet", init="he"))
     optimizer = create_optimizer(model, TrainConfig())
     forwards = {"pool, then linear": PoolThenLinear, "pooled weight": PooledLinear}

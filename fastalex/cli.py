@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ def command(
         def main() -> None:
             statuses: list[int] = []
             started = False
+            sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
             before = _folders_before(sys.argv[1:])
 
             def task(composed: DictConfig) -> None:
@@ -96,6 +98,18 @@ def command(
         return main
 
     return decorate
+
+
+def _renamed(argument: str) -> str:
+    """Replace old names in an argument, with a warning; they are accepted for one version."""
+    renamed = argument
+    if re.match(r"rows=|row/|(--config-name|-cn)=row/", argument):
+        renamed = re.sub(r"\balexnet_seed_recipe\b", "alexnet_study_recipe", argument)
+    if renamed.startswith("recipe="):
+        renamed = re.sub(r"\bseed\b", "study", renamed)
+    if renamed != argument and is_main():
+        print(f"fastalex: warning: {argument} is now called {renamed}", file=sys.stderr)
+    return renamed
 
 
 def explicit_overrides() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from fastalex import plots
-from fastalex import runtime as runtimes
 from fastalex.cli import command
 from fastalex.config import AlexNetConfig, Config, Init, ModelConfig
 from fastalex.config.checks import validate
@@ -31,7 +30,7 @@ from fastalex.config.plain import model_options
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.files import write_text
 from fastalex.models import check_batch, check_crop, create_model
-from fastalex.runtime import Runtime
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.limits import explained
 from fastalex.training.memory import room_for_images
 
@@ -206,7 +205,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     validate(config)
     check_crop(config.model.name, "data.crop", config.data.crop)
     check_batch(config.model.name, config.train.batch_size, config.data.crop)
-    runtime = runtimes.choose(config.runtime)
+    runtime = choose_runtime(config.runtime)
     splits = load_splits(config.data, config.seed)
 
     def network(model_config: ModelConfig) -> nn.Module:

@@ -12,14 +12,14 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from fastalex import plots
-from fastalex import runtime as runtimes
 from fastalex.cli import command
 from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import write_text
 from fastalex.runs.checkpoint import Checkpoint
-from fastalex.training.evaluation import Evaluation, evaluate
+from fastalex.runtime import choose_runtime
+from fastalex.training.evaluation import Evaluation, evaluate_model
 from fastalex.training.limits import explained
 from fastalex.training.memory import room_for_images
 from fastalex.training.metrics import EVALUATION_PASSES
@@ -42,7 +42,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         run_config.data.root = config.data.root
     model = checkpoint.restore_model()
     precision = config.runtime.precision or run_config.runtime.precision
-    runtime = runtimes.choose(replace(run_config.runtime, device=config.runtime.device, precision=precision))
+    runtime = choose_runtime(replace(run_config.runtime, device=config.runtime.device, precision=precision))
     print(runtime)
     splits = load_splits(run_config.data, run_config.seed)
     if not splits.is_measurable:
@@ -58,7 +58,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         room = room_for_images(model, run_config, runtime)
         run_config.loader = resolve_loader(run_config.loader, splits, room)
         network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)
-        evaluation = evaluate(network, splits.test, run_config, runtime)
+        evaluation = evaluate_model(network, splits.test, run_config, runtime)
     print(evaluation.table(f"{splits.source}, test set"))
 
     folder = path.parent

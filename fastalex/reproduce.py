@@ -10,7 +10,6 @@ from pathlib import Path
 import hydra
 import torch
 
-from fastalex import runtime as runtimes
 from fastalex.cli import command
 from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig
 from fastalex.config.plain import from_plain, load_config, model_options, plain, to_dataclass
@@ -18,6 +17,7 @@ from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.errors import ConfigError, DivergedError
 from fastalex.models import create_model
 from fastalex.runs.launch import train
+from fastalex.runtime import choose_runtime
 from fastalex.study.report import write
 from fastalex.study.results import NOT_RUN, load_run
 from fastalex.study.rows import ROWS, run_folder
@@ -133,7 +133,7 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
     if key in rates:
         return rates[key]
     with explained(config):
-        runtime = runtimes.choose(config.runtime)
+        runtime = choose_runtime(config.runtime)
         images = PROBE_STEPS * config.train.batch_size
         data = DataConfig("synthetic", resize=crop, crop=crop, images=images)
         splits = load_splits(data, 0, progress=False)

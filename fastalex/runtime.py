@@ -98,7 +98,7 @@ class Runtime:
         return f"{self.hardware} ({self.device}), {precision}, {layout}, {mode}, {threads}"
 
 
-def choose(config: RuntimeConfig, world: World = ALONE) -> Runtime:
+def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
     """Choose what ``auto`` leaves open, and set the process's threads and allocator accordingly.
 
     Args:

@@ -28,7 +28,7 @@ from fastalex.config import (
 from fastalex.distributed.processes import World, joined
 from fastalex.models import create_model
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
 
 BATCH, CROP, VALIDATION = 16, 63, 27  # 14 images in one process, 13 in the other, in batches of 7
@@ -54,7 +54,8 @@ class Case:
 
 
 def recipe(**options: Any) -> TrainConfig:
-    return TrainConfig(epochs=1, batch_size=BATCH, lr=4e-4, schedule=Schedule.plateau, **options)
+    plain = {"epochs": 1, "batch_size": BATCH, "lr": 4e-4, "schedule": Schedule.plateau, "clip_norm": 0.0}
+    return TrainConfig(**{**plain, **options})
 
 
 DDP, HYBRID = DistributedConfig(Strategy.ddp), DistributedConfig(Strategy.hybrid)
@@ -110,7 +111,7 @@ def network(**options: Any) -> nn.Module:
 
 
 def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
-    runtime = choose(RuntimeConfig(device="cpu", precision=case.precision, threads=1, winograd=False))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=case.precision, threads=1, winograd=False))
     trainer = Trainer(
         runtime.place(network(**case.network)),
         case.recipe,

@@ -19,7 +19,7 @@ import torch
 from fastalex import plots, train
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig
 from fastalex.errors import DivergedError, OutputError
-from fastalex.runs import background, checkpoint_writer
+from fastalex.runs import background, checkpoint_writer, run
 from fastalex.runs import folder as run_folder
 from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter
@@ -234,7 +234,7 @@ def test_the_time_between_epochs_is_told_from_that_of_the_epochs(
     def on_end(number: int) -> None:
         now[0] += 100.0
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(RunFolder, "epoch", record_slowly)
     epochs.on_end = on_end
     status, err = command("train.epochs=2", "data=synthetic", "data.images=256")

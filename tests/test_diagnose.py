@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from fastalex import diagnose as command
 from fastalex.config import AlexNetConfig, Init, ModelConfig, Precision, RuntimeConfig
 from fastalex.diagnose import Layer, conclude, diagnose, initialisations
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 
-RUNTIME = choose(RuntimeConfig(device="cpu", precision=Precision.fp32, channels_last=False))
+RUNTIME = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32, channels_last=False))
 
 
 class Tiny(nn.Module):
@@ -136,7 +136,7 @@ def test_the_loss_of_bf16_logits_is_computed_in_fp32() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
     images, labels = torch.randn(8, 3, 2, 2), torch.randint(0, 100, (8,))
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, channels_last=False))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16, channels_last=False))
     with runtime.autocast():
         logits = network(images).detach()
     exact = F.cross_entropy(logits.double(), labels).item()

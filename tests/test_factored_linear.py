@@ -12,7 +12,7 @@ from fastalex.config import Optimizer, Precision, RuntimeConfig, TrainConfig
 from fastalex.distributed import strategies
 from fastalex.models.factored_linear import FactoredLinear, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.optim import ROWS, create_optimizer
 from fastalex.training.trainer import Trainer
 
@@ -209,7 +209,7 @@ def test_the_trainer_makes_no_such_gradient(config: TrainConfig, made: bool) -> 
     seen: list[Tensor] = []
     network.second.weight.register_post_accumulate_grad_hook(seen.append)
     before = network.second.weight.detach().clone()
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     Trainer(network, config, OneBatch(), None, runtime).run_epoch()
     assert bool(seen) == made
     assert not torch.equal(network.second.weight, before)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.models import create_model
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.flops import matmul_flops_per_second, training_flops
 
 
@@ -48,11 +48,11 @@ def test_the_matrix_product_is_of_random_numbers_that_are_not_the_runs(
     multiplied: list[torch.Tensor] = []
     monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.extend((a, b)))
     before = torch.get_rng_state()
-    matmul_flops_per_second(choose(RuntimeConfig(device="cpu", precision=Precision.fp32)))
+    matmul_flops_per_second(choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)))
     assert min(float(x.std()) for x in multiplied) > 0.5
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_matrix_product_takes_time() -> None:
-    rate = matmul_flops_per_second(choose(RuntimeConfig(device="cpu", precision=Precision.fp32)))
+    rate = matmul_flops_per_second(choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)))
     assert 1e8 < rate < 1e15

@@ -17,7 +17,7 @@ from torchvision.models import MobileNetV3
 from fastalex import diagnose, evaluate, train
 from fastalex.config import Config, DataConfig, ModelConfig, RuntimeConfig, Stage, TrainConfig
 from fastalex.models import create_model
-from fastalex.runtime import Runtime, choose
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.memory import PEAK, room_for_images, training_bytes
 
 # As PyTorch says it; more lines may follow.
@@ -99,7 +99,7 @@ def card(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocate
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    runtime = choose(RuntimeConfig(device="cpu"))
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
     return replace(runtime, device=torch.device("cuda", 0), dtype=torch.float32)
 
 
@@ -109,7 +109,7 @@ def test_the_room_is_what_is_free_less_what_training_takes(monkeypatch: pytest.M
     assert room_for_images(Layers(), run, card(monkeypatch, taken + 7)) == 7
     assert room_for_images(Layers(), run, card(monkeypatch, taken + 7, reserved=5, allocated=3)) == 9
     assert room_for_images(Layers(), run, card(monkeypatch, 0)) == -taken
-    assert room_for_images(Layers(), run, choose(RuntimeConfig(device="cpu"))) is None
+    assert room_for_images(Layers(), run, choose_runtime(RuntimeConfig(device="cpu"))) is None
 
 
 def full(

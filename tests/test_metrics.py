@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastalex.config import Precision, RuntimeConfig
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.metrics import errors, predict
 
 
@@ -56,7 +56,7 @@ def test_predict_averages_the_views_of_an_image_in_evaluation_mode() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Dropout(0.5))
     images = torch.randn(6, 3, 2, 2)  # two images of three views
     labels = torch.tensor([3, 0])
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     probabilities, returned = predict(network, [(images, labels)], runtime)
     expected = torch.stack([network[1](images[i : i + 3].flatten(1)).softmax(1).mean(0) for i in (0, 3)])
     torch.testing.assert_close(probabilities, expected)
@@ -67,7 +67,7 @@ def test_predict_averages_the_views_of_an_image_in_evaluation_mode() -> None:
 def test_the_softmax_of_bf16_logits_is_computed_in_fp32() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 100, generator=generator).bfloat16()
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     probabilities, _ = predict(nn.Identity(), [(logits, torch.zeros(8, dtype=torch.int64))], runtime)
     exact = logits.double().softmax(dim=1)
     assert (logits.softmax(dim=1).double() / exact - 1).abs().max() > 1e-3

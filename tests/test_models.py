@@ -17,7 +17,7 @@ from fastalex.errors import ConfigError
 from fastalex.kernels import winograd_conv2d
 from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model, winograd
 from fastalex.models.winograd import WinogradConv2d, allow_winograd
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 
 BIAS_ONE = {"conv2", "conv4", "conv5", "fc6", "fc7"}
 
@@ -219,7 +219,7 @@ def test_winograd_is_as_near_to_float64_as_bf16_is(
     expected = exact(images.double())
     errors = []
     for allowed in (False, True):
-        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16, winograd=allowed))
+        runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16, winograd=allowed))
         assert ("Winograd" in str(runtime)) is allowed
         runtime.place(model)
         with torch.no_grad(), runtime.autocast():
@@ -248,7 +248,7 @@ def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: in
     expected.square().sum().backward()
     errors = []
     for allowed in (False, True):
-        choose(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
+        choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
         logits = model(images.contiguous(memory_format=torch.channels_last))
         errors.append(((logits.double() - expected).norm() / expected.norm()).item())
     plain, fast = errors
@@ -274,7 +274,7 @@ def test_winograd_serves_resnet18_and_leaves_its_weights_alone(used: list[int]) 
     expected.square().sum().backward()
     errors = []
     for allowed in (False, True):
-        choose(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
+        choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=allowed)).place(model)
         model.zero_grad()
         logits = model(images.contiguous(memory_format=torch.channels_last))
         logits.square().sum().backward()
@@ -298,7 +298,7 @@ def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) ->
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(16, 16, **plain), nn.Conv2d(16, 16, **other))
     exact = copy.deepcopy(network).double()
-    choose(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(allow_winograd(network))
+    choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(allow_winograd(network))
     x = torch.randn(2, 16, 9, 9)
     torch.testing.assert_close(network(x).double(), exact(x.double()), rtol=1e-5, atol=1e-5)
     assert used == [16]
@@ -307,7 +307,7 @@ def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) ->
 def test_winograd_leaves_to_pytorch_what_it_does_not_take(used: list[int]) -> None:
     torch.manual_seed(0)
     layer = WinogradConv2d(128, 128, 3, padding=1)
-    choose(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(layer)
+    choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(layer)
     image = torch.randn(128, 9, 9)
     exact = F.conv2d(image.double(), layer.weight.double(), layer.bias.double(), padding=1)
     torch.testing.assert_close(layer(image).double(), exact, rtol=1e-4, atol=1e-4)  # one, without a batch
@@ -332,7 +332,7 @@ def test_winograd_in_bf16_serves_what_was_measured_to_gain(
     images: int, channels: int, pixels: int, serves: bool, used: list[int]
 ) -> None:
     layer = WinogradConv2d(channels, channels, 3, padding=1, bias=False)
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     runtime.place(layer)
     with torch.no_grad(), runtime.autocast():
         layer(torch.zeros(images, channels, pixels, pixels, dtype=torch.bfloat16))

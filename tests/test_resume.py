@@ -34,7 +34,7 @@ from fastalex.errors import CheckpointError, OutputError
 from fastalex.runs.checkpoint import Checkpoint, load_weights, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter, OutputPolicy, load_newest
 from fastalex.runs.folder import RunLock
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Epoch, StopTraining, Trainer
 from tests.runtimes import loader_on
 
@@ -73,7 +73,7 @@ RECIPES = {
 def a_trainer(config: TrainConfig, **options: Any) -> Trainer:
     """A small network with all that has a state: batch normalisation, dropout, momentum."""
     torch.manual_seed(0)
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),

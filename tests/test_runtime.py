@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
-from fastalex.runtime import Runtime, choose
+from fastalex.runtime import Runtime, choose_runtime
 from tests.compiling import Compiler
 
 
@@ -23,7 +23,7 @@ def _restore_threads():
 
 
 def test_auto_takes_the_gpu_if_there_is_one() -> None:
-    assert choose(RuntimeConfig()).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_runtime(RuntimeConfig()).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("capable", [True, False])
@@ -31,12 +31,12 @@ def test_auto_computes_in_bf16_only_where_the_cpu_does(
     capable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable, "cpu_name": "x"})
-    runtime = choose(RuntimeConfig(device="cpu"))
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
     assert runtime.dtype == (torch.bfloat16 if capable else torch.float32)
 
 
 def test_every_choice_can_be_overridden_and_is_printed() -> None:
-    runtime = choose(
+    runtime = choose_runtime(
         RuntimeConfig(device="cpu", precision=Precision.fp32, channels_last=False, compile=True, threads=1)
     )
     assert torch.get_num_threads() == 1
@@ -45,7 +45,7 @@ def test_every_choice_can_be_overridden_and_is_printed() -> None:
 
 
 def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.bf16))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     convolution = runtime.place(nn.Conv2d(3, 8, 5))
     assert convolution.weight.dtype == torch.float32
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
 )
 def test_what_cannot_work_is_refused(config: RuntimeConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose(config)
+        choose_runtime(config)
 
 
 def test_a_card_that_is_named_is_the_one_that_is_used_where_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +76,12 @@ def test_a_card_that_is_named_is_the_one_that_is_used_where_none_is(monkeypatch:
         monkeypatch.setattr(torch.cuda, name, lambda device, a=answer: calls.append(f"ask {device}") or a)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    assert choose(RuntimeConfig(device="cuda:1")).device == torch.device("cuda", 1)
+    assert choose_runtime(RuntimeConfig(device="cuda:1")).device == torch.device("cuda", 1)
     assert calls == ["set cuda:1", "ask cuda:1", "ask cuda:1"]
 
 
 def compiling(device: str = "cpu") -> Runtime:
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32, compile=True))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32, compile=True))
     return replace(runtime, device=torch.device(device))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.models import create_model
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
 
 STEPS, BATCH, CROP, LR = 20, 16, 63, 0.0004
@@ -89,11 +89,11 @@ def expected() -> list[float]:
 
 
 def losses(precision: Precision, *, compiled: bool = False, accumulate: int = 1) -> list[float]:
-    runtime = choose(RuntimeConfig(device="cpu", precision=precision, compile=compiled))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision, compile=compiled))
     seen: list[float] = []
     trainer = Trainer(
         runtime.place(network()),
-        TrainConfig(lr=LR, schedule=Schedule.plateau, batch_size=BATCH, accumulate=accumulate),
+        TrainConfig(lr=LR, schedule=Schedule.plateau, batch_size=BATCH, accumulate=accumulate, clip_norm=0.0),
         Batches(runtime.dtype),
         None,
         runtime,

@@ -25,7 +25,7 @@ from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
 from fastalex.runs import checkpoint_writer, setup
 from fastalex.runs.folder import RunFolder
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training import trainer
 from tests.compiling import Compiler
 
@@ -169,7 +169,7 @@ def test_a_stage_may_have_a_share_of_its_own(command: Command, monkeypatch: pyte
             made.append((loader.data.resize, share))
             super().__init__(loader, classes, share)
 
-    monkeypatch.setattr(train, "CutMixLoader", Spy)
+    monkeypatch.setattr(setup, "CutMixLoader", Spy)
     stages = [
         "{epochs: 1, resize: 33, crop: 32, cutmix: 0}",
         "{epochs: 1, resize: 34, crop: 32}",
@@ -474,9 +474,9 @@ def test_more_kinds_of_batches_than_are_compiled_is_one_line(
 
 def test_hybrid_with_fp16_is_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a card nor a second process is needed to refuse it: they are made up."""
-    halves = replace(choose(RuntimeConfig(device="cpu")), dtype=torch.float16)
-    monkeypatch.setattr(setup.runtimes, "choose", lambda *_: halves)
-    monkeypatch.setattr(train, "_check", lambda *_: None)
+    halves = replace(choose_runtime(RuntimeConfig(device="cpu")), dtype=torch.float16)
+    monkeypatch.setattr(setup, "choose_runtime", lambda *_: halves)
+    monkeypatch.setattr(setup, "check", lambda *_: None)
     status, out, err = command(train.main, *QUICK, "distributed.strategy=hybrid", "hydra.run.dir=run")
     assert (status, out) == (2, "")
     assert err == (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, TrainConfig
 from fastalex.data import CutMixLoader, ImageSet, Loader, Views
 from fastalex.data.loader import PlannedLoader, sent
-from fastalex.runtime import Runtime, choose
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.metrics import predict
 from fastalex.training.timing import WARMUP_STEPS
 from fastalex.training.trainer import Trainer
@@ -149,7 +149,7 @@ def test_no_step_waits(
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_a_step_whose_gradient_overflows_is_left_out(clip_norm: float) -> None:
     """As GradScaler has it, though it is the optimizer now that leaves it out."""
-    runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     states: list[list[Tensor]] = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
 
@@ -178,7 +178,7 @@ def test_a_scaled_gradient_is_the_same_step(scale: float) -> None:
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
-        runtime = choose(RuntimeConfig(device="cpu", precision=Precision.fp32))
+        runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
         trainer = Trainer(model, TrainConfig(epochs=1, lr=1e-2), Made(CPU), None, runtime)
         trainer.scaler = scaler or trainer.scaler
         trainer.run_epoch()
@@ -265,7 +265,7 @@ def test_what_is_sent_to_a_card_is_what_it_was_then() -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_no_step_waits_for_a_card(recipe: dict[str, Any], precision: Precision, compiled: bool) -> None:
     """CUDA itself says what waits; the steps before are those in which kernels are made."""
-    runtime = choose(RuntimeConfig(device="cuda", precision=precision, compile=compiled))
+    runtime = choose_runtime(RuntimeConfig(device="cuda", precision=precision, compile=compiled))
     torch.manual_seed(0)
     loader = CutMixLoader(Made(runtime.device), CLASSES, 0.0 if compiled else 0.5)
     with ExitStack() as context:

@@ -31,7 +31,7 @@ from fastalex.files import write_text
 from fastalex.models import create_model
 from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import StopTraining, Trainer
 
 CLASSES = 10
@@ -107,7 +107,7 @@ def trainer(
 ) -> tuple[Trainer, list[float]]:
     """A trainer that starts from the same weights as every other, and the list that its losses go to."""
     torch.manual_seed(1)
-    runtime = choose(RuntimeConfig(precision=precision, compile=compiled))
+    runtime = choose_runtime(RuntimeConfig(precision=precision, compile=compiled))
     model: Any = create_model("alexnet", CLASSES, dropout=dropout, init="he")
     if size.units != model.fc7.out_features:
         model.fc6 = PooledLinear(256, 6, size.units)

@@ -24,7 +24,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(content: dict[str, Any]) -> Config:
-    """Return what :func:`plain` was given; keys that are newer than the content have their defaults.
+    """Return what :func:`plain` was given; keys that are newer than the content get their defaults.
 
     Raises:
         ConfigError: a key or a value that this version does not know.

@@ -121,7 +121,7 @@ class AlexNetConfig(ModelConfig):
     norm: Norm = Norm.lrn
     overlapping_pool: bool = True
     dropout: float = 0.5
-    init: Init = Init.default
+    init: Init = Init.he
 
 
 @dataclass
@@ -175,7 +175,7 @@ class TrainConfig:
     lr_scaling: Scaling = Scaling.none
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    clip_norm: float = 0.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: any
+    clip_norm: float = 5.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: none
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: epochs without improvement that pass; after the next, the rate is divided

@@ -16,7 +16,7 @@ from fastalex.models import count_parameters
 from fastalex.runs.folder import versions
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.signals import StopSignals
-from fastalex.training.evaluation import evaluate
+from fastalex.training.evaluation import evaluate_model
 from fastalex.training.trainer import Epoch, StopTraining, Trainer
 
 
@@ -171,7 +171,7 @@ class Run:
         """Evaluate the final weights on the test set on all ranks, and on rank 0 those best on validation."""
         trainer, runtime = self.trainer, self.trainer.runtime
         with trainer.evaluated() as network:
-            final = evaluate(network, self.splits.test, self.config, runtime, trainer.world)
+            final = evaluate_model(network, self.splits.test, self.config, runtime, trainer.world)
         self.recorder.say(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
         best = self.recorder.best()
@@ -179,7 +179,7 @@ class Run:
             weights, facts = best
             chosen = final
             if facts["epoch"] != trainer.epoch:
-                chosen = evaluate(trainer.undivided(weights), self.splits.test, self.config, runtime)
+                chosen = evaluate_model(trainer.undivided(weights), self.splits.test, self.config, runtime)
                 self.recorder.say(chosen.table(f"test set, best on validation (epoch {facts['epoch']})"))
             summary["best_on_validation"] = {
                 "epoch": facts["epoch"],

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastalex import runtime as runtimes
 from fastalex.config import Config, Stage, Strategy
 from fastalex.config.checks import validate
 from fastalex.config.plain import model_options
@@ -27,7 +26,7 @@ from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.signals import StopSignals
-from fastalex.runtime import Runtime
+from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.flops import matmul_flops_per_second
 from fastalex.training.memory import room_for_images
 from fastalex.training.profiling import STEPS
@@ -74,7 +73,7 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
     Raises:
         FastalexError: for input that has to be corrected.
     """
-    runtime = runtimes.choose(config.runtime, world)
+    runtime = choose_runtime(config.runtime, world)
     if runtime.needs_loss_scaling and config.distributed.strategy is Strategy.hybrid:
         raise ConfigError(
             "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "

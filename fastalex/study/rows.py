@@ -38,7 +38,7 @@ ROWS = {
     "resnet18": Row("ResNet-18", (0.0970, 0.0044), "losses_resnet18.png"),
     "alexnet_bn": Row("AlexNet, batch normalisation for LRN"),
     "mobilenet_v3_small": Row("MobileNetV3-Small"),
-    "alexnet_seed_recipe": Row("AlexNet, the first epochs of the study's recipe"),
+    "alexnet_study_recipe": Row("AlexNet, the first epochs of the study's recipe"),
     BASE: Row("AlexNet at a smaller crop", seeds=(0, 1)),
     "ablation_no_lrn": Row("without LRN", seeds=(0, 1), base=BASE),
     "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),

@@ -52,7 +52,7 @@ class Evaluation:
         return "\n".join(f"{first:<{width}}  {top1:>11}  {top5:>11}" for first, top1, top5 in rows)
 
 
-def evaluate(
+def evaluate_model(
     network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World = ALONE
 ) -> Evaluation:
     """Run a network over a split twice: once with the centre crop, once with ten-crop.

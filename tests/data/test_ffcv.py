@@ -58,8 +58,8 @@ def test_threads_are_left_as_they_were(tmp_path: Path) -> None:
 import numba, numpy as np, torch
 from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
-from fastalex.runtime import choose
-runtime = choose(RuntimeConfig(device="cpu", threads=3))
+from fastalex.runtime import choose_runtime
+runtime = choose_runtime(RuntimeConfig(device="cpu", threads=3))
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 def threads():
     return torch.get_num_threads(), numba.get_num_threads()

@@ -255,7 +255,7 @@ _AFTER_THREADS = """
 import numba, numpy as np, torch
 from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
-from fastalex.runtime import choose
+from fastalex.runtime import choose_runtime
 
 @numba.njit(parallel=True)
 def total(x):
@@ -272,7 +272,7 @@ if __name__ == "__main__":
     busy()
     images = ImageSet(np.arange(64), pixels=np.zeros((64, 32, 32, 3), np.uint8))
     data = DataConfig(name="test", resize=256, crop=224)
-    runtime = choose(RuntimeConfig(device="cpu"))
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
     loaders = [
         build_loader(
             images, data, LoaderConfig("torchvision", 2), views=views, batch_size=8, runtime=runtime

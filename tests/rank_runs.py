@@ -1,0 +1,114 @@
+"""Whole runs as each rank takes part in them, one under each option that adds a collective.
+
+``torchrun --nproc-per-node=2 tests/rank_runs.py FOLDER`` leaves each run in FOLDER/NAME, and what it returned
+on each rank in FOLDER/RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastalex.config import (
+    AlexNetConfig,
+    CheckpointConfig,
+    Compression,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    Flip,
+    LoaderConfig,
+    ModelConfig,
+    Precision,
+    RuntimeConfig,
+    Schedule,
+    Stage,
+    Strategy,
+    TrainConfig,
+)
+from fastalex.distributed.processes import World, joined
+from fastalex.errors import FastalexError, StoppedError
+from fastalex.runs.launch import Request, train_on
+from fastalex.runs.signals import StopSignals
+from tests import tiny
+
+
+def a_config(images: Path) -> Config:
+    """A run of two epochs on the images, 16x16 pixels in two classes."""
+    return Config(
+        model=ModelConfig("tiny"),
+        data=DataConfig("imagefolder", root=str(images), resize=36, crop=32, flip=Flip.none),
+        loader=LoaderConfig("resident"),
+        train=TrainConfig(epochs=2, batch_size=12, lr=0.01),
+        runtime=RuntimeConfig(device="cpu", precision=Precision.fp32, threads=1),
+        checkpoint=CheckpointConfig(every_seconds=3600.0),
+    )
+
+
+def hybrid(config: Config) -> None:
+    config.model = AlexNetConfig(dropout=0.0)
+    config.data.resize, config.data.crop = 64, 63
+    config.distributed = DistributedConfig(Strategy.hybrid)
+    config.checkpoint.every_steps = 2
+
+
+def stages(config: Config) -> None:
+    config.train.stages = [Stage(epochs=1, resize=34, crop=32)]
+
+
+def set_in(section: str, **values: Any) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for key, value in values.items():
+            setattr(getattr(config, section), key, value)
+
+    return change
+
+
+# What each changes of a_config. With CutMix the ranks draw for themselves, and no process alone takes the same
+# steps.
+OPTIONS: dict[str, Callable[[Config], None]] = {
+    "plain": lambda config: None,
+    "averaged weights": set_in("train", ema_decay=0.5),
+    "checkpoints by steps": set_in("checkpoint", every_steps=1),
+    "checkpoints by seconds": set_in("checkpoint", every_seconds=0.0),
+    "accumulation": set_in("train", accumulate=3),
+    "plateau": set_in("train", schedule=Schedule.plateau, patience=0),
+    "stages": stages,
+    "CutMix": set_in("train", cutmix=0.5),
+    "compressed gradients": set_in("distributed", compression=Compression.bf16),
+    "hybrid": hybrid,
+    "divergence": set_in("train", lr=1e30, clip_norm=0.0),
+}
+DIVERGES = "divergence"
+
+
+def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
+    """Run under an option; an error becomes its exit status."""
+    tiny.register(dropout=0.0)
+    config = a_config(images)
+    OPTIONS[name](config)
+    if world.size == 1:  # the hybrid takes several processes, and computes what one does
+        config.distributed = DistributedConfig()
+    request = Request(config, folder / name, True, {})
+    try:
+        with StopSignals() as signals:
+            return train_on(world, request, signals, time.perf_counter())
+    except (FastalexError, StoppedError) as error:
+        return {"error": type(error).__name__, "status": error.exit_status}
+
+
+def main(folder: Path) -> None:
+    with joined(60) as world:
+        results = {
+            name: run(name, folder / "images", folder if world.main else folder / "other", world)
+            for name in OPTIONS
+        }
+    (folder / f"{world.rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
