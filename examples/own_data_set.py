@@ -56,8 +56,7 @@ loaders = [
 trainer = Trainer(model, config.train, *loaders, runtime)
 while not trainer.finished:
     epoch = trainer.run_epoch()
-    print(
-        f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}, validation error {epoch.validation_top1_error:.4f}"
-    )
+    error = epoch.validation_top1_error
+    print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}, validation error {error:.4f}")
 evaluation = evaluate_model(model, splits.test, config, runtime)
 print(evaluation.table("test set"))

@@ -68,8 +68,8 @@ def set_in(section: str, **values: Any) -> Callable[[Config], None]:
     return change
 
 
-# What each changes of a_config. With CutMix the ranks draw for themselves, and no process alone takes the same
-# steps.
+# What each changes of a_config. With CutMix the ranks draw for themselves, and no process alone takes the
+# same steps.
 OPTIONS: dict[str, Callable[[Config], None]] = {
     "plain": lambda config: None,
     "averaged weights": set_in("train", ema_decay=0.5),

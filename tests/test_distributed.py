@@ -46,7 +46,8 @@ TRAIN = [
     "train.epochs=4",
     "runtime.precision=fp32",
 ]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def torchrun(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
