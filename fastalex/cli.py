@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -33,9 +34,13 @@ def command(
 ) -> Callable[[Callable[[T, Path], None]], Callable[[], None]]:
     """Turn ``function(config, run_dir)`` into a command line of ``key=value`` overrides.
 
-    Whatever the user can mend ends as ``fastalex: error: ...`` on one line of standard error and exit
-    status 2, without a run folder; any other exception is a bug and keeps its traceback. Of a sweep, the
-    other jobs are run nevertheless; a signal ends it.
+    An error that the user can correct ends as ``fastalex: error: ...`` on one line of standard error and with
+    exit status 2, without a run folder; any other exception is a bug and keeps its traceback. In a sweep, the
+    other jobs still run; a signal ends the sweep.
+
+    Args:
+        config_name: of the YAML file in ``configs/`` to compose.
+        config_class: the dataclass that the function gets the configuration as.
     """
 
     def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
@@ -115,8 +120,8 @@ def _renamed(argument: str) -> str:
 def explicit_overrides() -> dict[str, Any]:
     """Return the explicit overrides of this command line, expanded to dotted keys.
 
-    ``model=`` gives every key of the network, ``recipe=`` what the recipe changes, another group its choice;
-    ``--config-name`` gives the network, and what that configuration changes of the default.
+    ``model=`` gives every key of the network, ``recipe=`` every key in which recipes differ, and any other
+    group its choice; ``--config-name`` gives the network, and what that configuration changes of the default.
     """
     job = HydraConfig.get()
     overrides = [override.lstrip("+~") for override in job.overrides.task]
@@ -130,7 +135,9 @@ def explicit_overrides() -> dict[str, Any]:
             asked[key] = given[key]
         elif key == "recipe":
             others = [other for other in overrides if other != override]
-            asked |= _changes(given, _composed(job.job.config_name, [*others, "~recipe"]))
+            for recipe in _recipes():
+                instead = _composed(job.job.config_name, [*others, f"recipe={recipe}"])
+                asked |= _changes(given, instead)
         else:
             whole = key == "model"
             asked |= {
@@ -139,6 +146,12 @@ def explicit_overrides() -> dict[str, Any]:
                 if name == f"{key}.name" or (whole and name.startswith("model."))
             }
     return asked
+
+
+def _recipes() -> list[str]:
+    """The choices of ``recipe=``."""
+    files = resources.files("fastalex.configs").joinpath("recipe").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def _composed(name: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -150,14 +163,14 @@ def _changes(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folders_before(arguments: Sequence[str]) -> set[Path]:
-    """Return the folders that are there already, of those that Hydra will make where they are not."""
+    """Return the folders that exist already, among those that Hydra creates where they do not."""
     named = [value for key, _, value in (each.partition("=") for each in arguments) if key in _FOLDERS]
     folders = [Path(value.strip("'\"")) for value in named] + [Path("outputs"), Path("multirun")]
     return {each.resolve() for folder in folders for each in (folder, *folder.parents) if each.is_dir()}
 
 
 def _job() -> str:
-    """Name the job of a sweep, for a line about it; nothing where there is one job alone."""
+    """Return the prefix that names a job of a sweep in a message; empty outside a sweep."""
     job = HydraConfig.get()
     return f"job {job.job.num}: " if job.mode is RunMode.MULTIRUN else ""
 
@@ -169,11 +182,11 @@ def _fail(message: str, status: int = FastalexError.exit_status, *, anywhere: bo
 
 
 def _report(message: str, *, anywhere: bool) -> None:
-    """Print an error's line; of several processes with the same error, the first alone prints it.
+    """Print an error on one line; where every rank has the same error, only rank 0 prints it.
 
     Args:
-        message: of the line.
-        anywhere: whether it is this process's own error, which no other prints.
+        message: the text of the line.
+        anywhere: whether the error is this process's own, which no other prints.
     """
     line = "\\n".join(message.splitlines())  # a value that was given may have line breaks
     if is_main() or anywhere:
@@ -184,7 +197,7 @@ def _one_line(error: Exception) -> str:
     """Reduce a library's message to the line that names the key, the value and the remedy."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(set(error.options) - {"schema", "schema_alexnet"})
+        options = sorted(option for option in error.options if not option.startswith("schema"))
         return f"{group}={choice}: there is no such choice; choose from {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")

@@ -200,7 +200,7 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     Writes ``diagnose.json`` and ``diagnose.png`` to the folder.
 
     Raises:
-        FastalexError: for input that has to be mended, before anything is written.
+        FastalexError: for input that has to be corrected, before anything is written.
     """
     validate(config)
     check_crop(config.model.name, "data.crop", config.data.crop)

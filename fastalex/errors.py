@@ -1,4 +1,4 @@
-"""Errors that the person at the keyboard can mend.
+"""Errors that the user can correct.
 
 A command turns each into one line on standard error and an exit status; a bug stays a traceback.
 """
@@ -55,26 +55,26 @@ class LostProcessError(FastalexError):
 
 
 class ReportedError(FastalexError):
-    """The first process of the run has an error and says so itself; this one only ends as well.
+    """Rank 0 has an error and prints it; this rank only ends with the same status.
 
     Args:
-        exit_status: of that error.
+        exit_status: that of rank 0's error.
     """
 
     def __init__(self, exit_status: int) -> None:
-        super().__init__("the first process has the error")
+        super().__init__("rank 0 has the error")
         self.exit_status = exit_status
 
 
 class StoppedError(BaseException):
-    """The run was told to stop by a signal, and has saved what it had.
+    """A signal stopped the run, which has saved its state.
 
-    Not an Exception, as KeyboardInterrupt is none: whoever takes every error of a library for a damaged file
-    must not take this for one.
+    Like KeyboardInterrupt, it is not an Exception: code that takes every error of a library for a damaged
+    file must not catch it.
 
     Args:
-        message: says how to go on.
-        signal: its number; the exit status is 128 more, as a shell reports a process that a signal ended.
+        message: says how to resume.
+        signal: the signal's number; the exit status is 128 more, as a shell reports it.
     """
 
     def __init__(self, message: str, signal: int) -> None:

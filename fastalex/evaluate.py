@@ -1,4 +1,4 @@
-"""``python -m fastalex.evaluate checkpoint=RUN/checkpoint.pt``: a run's errors again, and where it errs."""
+"""``python -m fastalex.evaluate checkpoint=RUN/checkpoint.pt``: a run's test errors, and its mistakes."""
 
 from __future__ import annotations
 

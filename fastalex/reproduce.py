@@ -1,4 +1,4 @@
-"""``python -m fastalex.reproduce``: run the rows of the study, and tabulate what they come to beside it."""
+"""``python -m fastalex.reproduce``: run the rows of the study's table, and compare their errors with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COMPLETE, INTERRUPTED = "complete", "interrupted"
 
 @dataclass
 class Job:
-    """A run of a row: its configuration, where it goes, and how far it is."""
+    """A run of a row: its configuration, its folder, and how far it is."""
 
     row: str
     config: Config
@@ -55,7 +55,7 @@ class Job:
 
 
 def plan(config: ReproduceConfig, results: Path) -> list[Job]:
-    """Return the runs of the rows that were asked for.
+    """Return the runs of the requested rows.
 
     Raises:
         ConfigError: for a row that does not exist, or a folder that holds a run of other settings.
@@ -77,7 +77,7 @@ def plan(config: ReproduceConfig, results: Path) -> list[Job]:
 
 
 def _status(config: Config, folder: Path, name: str, results: Path) -> str:
-    """Say how far a run is; refuse one whose network, data or recipe are no longer the row's."""
+    """Return how far a run is; refuse a folder whose network, data or recipe differ from the row's."""
     if not (folder / "config.yaml").is_file():
         return NOT_RUN
     remedy = "move the folder away, or name another with folder="
@@ -156,7 +156,7 @@ def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
 
 
 def _overrides(config: ReproduceConfig) -> dict[str, str]:
-    """What was asked for beside the rows' settings: an interrupted run takes it, or says why not."""
+    """Settings beside the rows' own: an interrupted run takes them, or refuses them."""
     overrides = {} if config.data.root is None else {"data.root": config.data.root}
     return (
         overrides
@@ -166,7 +166,7 @@ def _overrides(config: ReproduceConfig) -> dict[str, str]:
 
 
 def print_plan(jobs: list[Job]) -> None:
-    """Print what would be run and how long it takes, as a probe of a few steps has it."""
+    """Print what would run, and an estimate of its time from a probe of a few steps."""
     rates: dict[tuple, float] = {}
     total = 0.0
     print(f"{'run':<38}  {'epochs':>6}  {'crop':>4}  {'hours':>7}  status")
@@ -186,10 +186,10 @@ def print_plan(jobs: list[Job]) -> None:
 
 
 def run(config: ReproduceConfig) -> None:
-    """Run what is not complete, and write the tables and figures after each run.
+    """Run every row that is not complete, and write the tables and figures after each run.
 
     Raises:
-        FastalexError: for input that has to be mended; DivergedError after the other rows have been run.
+        FastalexError: for input that has to be corrected; DivergedError after the other rows have been run.
     """
     quick = config.budget is Budget.quick
     results = Path(config.folder) / "quick" if quick else Path(config.folder)

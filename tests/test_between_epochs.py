@@ -58,7 +58,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 
 
 class Blocked:
-    """Work that goes on until it is let go."""
+    """Work that lasts until it is released."""
 
     def __init__(self) -> None:
         self._begun, self.released = threading.Event(), threading.Event()

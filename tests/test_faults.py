@@ -284,7 +284,7 @@ def test_two_signals_end_a_run_at_once(server: Server, repeat: int) -> None:
     run = server.folder / f"twice-{repeat}"
     pid = server.start(*RUN, "train.epochs=2000", "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for(run / "checkpoint.pt", pid)
-    os.kill(pid, signal.SIGSTOP)  # so that both are pending when it goes on
+    os.kill(pid, signal.SIGSTOP)  # so that both are pending when it continues
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGCONT)
@@ -333,7 +333,7 @@ def test_two_runs_started_in_the_same_second(server: Server, whole: Path, repeat
 
 @repeated
 def test_a_clock_set_back(server: Server, whole: Path, repeat: int) -> None:
-    """A run goes on although its files are from the future, and its next ones older than those."""
+    """A run resumes although its files are from the future, and its next ones older than those."""
     run = server.folder / f"clock-{repeat}"
     pid = server.start(*RUN, "checkpoint.every_steps=1", f"hydra.run.dir={run.name}")
     wait_for_step(3, run, pid)
@@ -444,7 +444,7 @@ def test_a_damaged_newest_checkpoint(server: Server, whole: Path, repeat: int) -
     status, out = server.run("resume=auto", f"hydra.run.dir={run.name}")
     assert status == 0, out
     assert "checkpoint.pt: is damaged or cut short" in out
-    assert f"warning: going on from {older_path} instead" in out
+    assert f"warning: resuming from {older_path} instead" in out
     assert f"from step {older_step}" in out
     assert_same(run, whole)
 

@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and gone on with ends as if nothing had happened, bit for bit."""
+"""A run that is interrupted anywhere and resumed ends as an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_signal_ends_the_run_in_good_order_and_resume_finishes_it(
     assert status == 128 + signal.SIGTERM
     (folder,) = Path("outputs").glob("*/*")
     message = err.splitlines()[-1]
-    assert message.startswith("fastalex: error: stopped by SIGTERM; step 13 is saved, go on with resume=")
+    assert message.startswith("fastalex: error: stopped by SIGTERM; step 13 is saved, resume with resume=")
     assert message.endswith(str(folder))
     assert Checkpoint.load(folder / "checkpoint.pt").step == 13
     # Further lines, as of a crash later than the checkpoint, are taken back.
@@ -263,7 +263,7 @@ def test_a_signal_ends_the_run_in_good_order_and_resume_finishes_it(
     for key in ("ten_crop", "single_crop", "best_on_validation", "steps", "epochs"):
         assert ours[key] == theirs[key]
     assert len(list(Path("outputs").glob("*/*"))) == 1  # the resuming processes left no folders
-    # There is nothing left to go on with.
+    # There is nothing left to resume.
     status, out, _ = command(*QUICK, "train.epochs=1", "resume=auto", "hydra.run.dir=new")
     assert status == 0
     assert "a new one begins" in out
@@ -287,12 +287,12 @@ def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
         (["resume=run", "hydra.run.dir=b"], r"hydra.run.dir=\S+: a resumed run stays in its folder"),
         (["resume=run", "model=resnet18"], r"model.name=resnet18: .* has model.name=mobilenet_v3_small"),
         (["resume=run", "model=alexnet"], r"model.name=alexnet: .* has model.name=mobilenet_v3_small"),
-        (["resume=run", "recipe=seed"], r"data.flip=both: .* has data.flip=none"),
+        (["resume=run", "recipe=study"], r"data.flip=both: .* has data.flip=none"),
         (["resume=run", "--config-name=row/alexnet"], r"model.name=alexnet: .* has model.name=mobilenet"),
         (["resume=run", "--config-name=row/mobilenet_v3_small"], r"=\S+: .*; leave out what sets it"),
         (["resume=run", "data=cifar10"], r"data.name=cifar10: .* has data.name=digits"),
         (["resume=run", "seed=7"], r"seed=7: .* has seed=0"),
-        (["hydra.run.dir=run", *QUICK], r"already holds a run; name another folder, or go on with it by"),
+        (["hydra.run.dir=run", *QUICK], r"already holds a run; name another folder, or resume it with"),
     ):
         status, _, err = command(*overrides)
         assert status == 2, overrides
@@ -369,7 +369,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert load_newest(tmp_path)[0].step == 1
     assert load_newest(path)[0].step == 1
     warnings = capsys.readouterr().err.splitlines()
-    assert warnings[-1] == f"fastalex: warning: going on from {tmp_path}/checkpoint-000001.pt instead"
+    assert warnings[-1] == f"fastalex: warning: resuming from {tmp_path}/checkpoint-000001.pt instead"
     assert f"fastalex: warning: checkpoint={path}: is damaged or cut short" in warnings[-2]
     os.truncate(tmp_path / "checkpoint-000001.pt", 0)
     with pytest.raises(CheckpointError, match=r"no checkpoint there is whole; the first: checkpoint=\S+/ch"):
@@ -401,7 +401,7 @@ def test_a_write_that_fails_is_reported_on_the_next_step(
                 writer.check()
         else:
             writer.check()
-            assert re.search(f"warning: .*{message}.*; training goes on", capsys.readouterr().err)
+            assert re.search(f"warning: .*{message}.*; training continues", capsys.readouterr().err)
     assert steps_in(tmp_path) == [1]
     writer.save(a_checkpoint(3))
     writer.close()

@@ -372,7 +372,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
             r"train.stages\[0\].lr=0.0: must be above 0",
         ),
         (
-            ["train.stages=[{epochs: 1, resize: 36, crop: 32, lr: 0.1}]", "recipe=seed"],
+            ["train.stages=[{epochs: 1, resize: 36, crop: 32, lr: 0.1}]", "recipe=study"],
             r"train.stages\[0\].lr=0.1: is for train.schedule=one_cycle",
         ),
         (["data.resize=0"], r"data.resize=0: must be at least 1"),
@@ -524,7 +524,7 @@ def test_a_run_is_resumed_whatever_its_settings_would_be_without_it(
     stop_after = 1000
     status, out, err = command(train.main, "resume=run", stages)
     assert status == 0, err
-    assert "going on with the run in run from step 1" in out
+    assert "resuming the run in run from step 1" in out
 
 
 def test_an_evaluation_takes_images_of_another_size_than_the_run_had(command: Command) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastalex.config.schema import AlexNetConfig, Config, DataConfig, LoaderConfig, ModelConfig, Stage
+from fastalex.config.schema import MODEL_CONFIGS, Config, DataConfig, LoaderConfig, ModelConfig, Stage
 from fastalex.errors import ConfigError
 
 T = TypeVar("T")
@@ -29,8 +29,7 @@ def from_plain(content: dict[str, Any]) -> Config:
     Raises:
         ConfigError: a key or a value that this version does not know.
     """
-    named = content.get("model", {}).get("name")
-    model = AlexNetConfig() if named == "alexnet" else ModelConfig()
+    model = MODEL_CONFIGS.get(content.get("model", {}).get("name"), ModelConfig)()
     known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
     try:
         config = OmegaConf.to_object(OmegaConf.merge(known, content))

@@ -32,7 +32,7 @@ class Norm(Enum):
 
 
 class OnError(Enum):
-    """What a damaged image does."""
+    """What happens at a damaged image."""
 
     fail = "fail"
     skip = "skip"
@@ -55,14 +55,14 @@ class Schedule(Enum):
 
 
 class Optimizer(Enum):
-    """What turns gradients into steps."""
+    """The optimizer."""
 
     sgd = "sgd"
-    lars = "lars"  # for batches of thousands: each layer's step in proportion to its weights
+    lars = "lars"  # for batches of thousands: scales each layer's step to the norm of its weights
 
 
 class Scaling(Enum):
-    """How the rate follows the size of the batch."""
+    """How the learning rate depends on the batch size."""
 
     none = "none"
     linear = "linear"  # train.lr is for a batch of 128, and grows in proportion
@@ -71,29 +71,29 @@ class Scaling(Enum):
 class Strategy(Enum):
     """How a network is divided over processes."""
 
-    ddp = "ddp"  # each has all of it, and a part of the batch
-    hybrid = "hybrid"  # of AlexNet's hidden layers, each has a part of the units
+    ddp = "ddp"  # each process has the whole network, and a part of the batch
+    hybrid = "hybrid"  # as ddp, but each process has a part of the units of AlexNet's hidden layers
 
 
 class Compression(Enum):
-    """In what gradients travel between processes."""
+    """The dtype in which gradients are sent between processes."""
 
     none = "none"
     bf16 = "bf16"
 
 
 class OnWriteError(Enum):
-    """What a checkpoint that cannot be written does to the run."""
+    """What happens when a checkpoint cannot be written."""
 
     stop = "stop"
-    warn = "warn"  # the run goes on, and the older checkpoint stays
+    warn = "warn"  # training continues, and the older checkpoint stays
 
 
 class Budget(Enum):
-    """What a reproduction takes."""
+    """How long a reproduction trains."""
 
     full = "full"
-    quick = "quick"  # a few epochs on the digits, to prove the path; the figures mean nothing
+    quick = "quick"  # a few epochs on the digits: tests the whole path; the figures mean nothing
 
 
 class Precision(Enum):
@@ -124,9 +124,13 @@ class AlexNetConfig(ModelConfig):
     init: Init = Init.he
 
 
+# Networks with options of their own; the others take a ModelConfig.
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"alexnet": AlexNetConfig}
+
+
 @dataclass
 class DataConfig:
-    """A data set and the geometry of the views that are cut from its images."""
+    """A data set, and the geometry of the views that are cut from its images."""
 
     name: str = MISSING  # cifar10, digits, imagefolder, tiny_imagenet, synthetic
     root: str = "data"
@@ -149,27 +153,27 @@ class LoaderConfig:
 
     name: str = MISSING  # auto, resident, torchvision, dali, ffcv
     workers: int = -1  # processes or threads that prepare images; -1: one for each core beyond the first
-    fold: bool = True  # resident only: where it pays, the first convolution reads small images as they are
+    fold: bool = True  # resident only: the first convolution may consume lazy batches (kernels/lazy_batch.py)
     beton: str = ""  # ffcv only: the folder of .beton files; empty: fastalex's cache
 
 
 @dataclass
 class Stage:
-    """A first part of a run at another resolution: ``train.stages=[{epochs: 4, resize: 128, crop: 112}]``."""
+    """First epochs at another resolution: ``train.stages=[{epochs: 4, resize: 128, crop: 112}]``."""
 
     epochs: int = MISSING
     resize: int = MISSING
     crop: int = MISSING
-    lr: float | None = None  # one_cycle: the peak of a cycle that ends with this stage; null: it goes on
-    cutmix: float | None = None  # in this stage; null: as in the epochs after the stages
+    lr: float | None = None  # one_cycle: peak rate of a cycle that ends with this stage; null: no cycle ends
+    cutmix: float | None = None  # train.cutmix of this stage; null: that of the epochs after the stages
 
 
 @dataclass
 class TrainConfig:
-    """The recipe."""
+    """The recipe. The defaults are those of ``recipe=fast``."""
 
     epochs: int = 30
-    batch_size: int = 128  # of all processes together
+    batch_size: int = 128  # images a step, over all processes
     optimizer: Optimizer = Optimizer.sgd
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
     lr_scaling: Scaling = Scaling.none
@@ -178,33 +182,33 @@ class TrainConfig:
     clip_norm: float = 5.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: none
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
-    patience: int = 3  # plateau: epochs without improvement that pass; after the next, the rate is divided
-    label_smoothing: float = 0.0  # the share of each label that is spread over all classes
-    cutmix: float = 0.0  # the share of the batches in which each image has a rectangle of another
-    ema_decay: float = 0.0  # of the average of the weights, a step; the average is then what counts; 0: none
-    accumulate: int = 1  # the parts that a batch is computed in, one after another, to take less memory
-    stages: list[Stage] = field(default_factory=list)  # in order; the epochs after them are at data.crop
+    patience: int = 3  # plateau: the rate is divided after more epochs than this without improvement
+    label_smoothing: float = 0.0  # fraction of each label that is spread over all classes
+    cutmix: float = 0.0  # fraction of the batches in which each image has a rectangle of another
+    ema_decay: float = 0.0  # decay a step of an average of the weights, which is then evaluated; 0: none
+    accumulate: int = 1  # parts that a batch is computed in, one after another, to use less memory
+    stages: list[Stage] = field(default_factory=list)  # in order; the remaining epochs are at data.crop
 
 
 @dataclass
 class RuntimeConfig:
-    """Where and in what arithmetic the network runs."""
+    """The device and the arithmetic of the network."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Precision = Precision.auto
     channels_last: bool = True
-    compile: bool | None = None  # null: where it pays, which is on a GPU
-    winograd: bool = True  # CPU: convolutions with less than half the products and more rounding
-    threads: int = 0  # of the CPU; 0: all its cores
+    compile: bool | None = None  # torch.compile; null: on a GPU, where it is faster
+    winograd: bool = True  # CPU: Winograd convolutions, with under half the products and more rounding
+    threads: int = 0  # CPU threads; 0: one for each core
 
 
 @dataclass
 class DistributedConfig:
-    """How the processes that torchrun starts share the work; without torchrun there is one."""
+    """How the processes that torchrun starts share the work; without torchrun there is one process."""
 
     strategy: Strategy = Strategy.ddp
-    compression: Compression = Compression.none  # of gradients; not of the hybrid's activations
-    # seconds that a process waits for the others before it gives up; to be given again where a run goes on
+    compression: Compression = Compression.none  # of gradients, not of the hybrid's activations
+    # seconds that a process waits for the others before it gives up; on resume, give it again
     timeout: float = 600.0
 
 
@@ -212,9 +216,9 @@ class DistributedConfig:
 class CheckpointConfig:
     """When a run saves its state; the newest is ``checkpoint.pt``, older ones ``checkpoint-STEP.pt``."""
 
-    every_seconds: float = 120.0  # after the first step that ends so long after the last checkpoint began
-    every_steps: int = 0  # beside that, after each so many steps, however fast they are; 0: not
-    keep: int = 2  # the newest so many; the one before is what a damaged file falls back on
+    every_seconds: float = 120.0  # at most one checkpoint in this time, after the first step that ends later
+    every_steps: int = 0  # additionally, after each multiple of this number of steps; 0: none
+    keep: int = 2  # how many of the newest to keep; if the newest is damaged, the one before is used
     on_error: OnWriteError = OnWriteError.stop
 
 
@@ -229,30 +233,30 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    resume: str = ""  # auto: the newest unfinished run, or that in hydra.run.dir; else a checkpoint or a run
+    resume: str = ""  # auto: the newest unfinished run, or the one in hydra.run.dir; or a checkpoint or run
     seed: int = 0
-    log_every: int = 20  # steps between two looks at the loss, each of which waits for the device
+    log_every: int = 20  # steps between two reads of the loss, each of which waits for the device
     profile: bool = False  # run a few steps under torch.profiler instead of training
 
 
 @dataclass
 class EvaluateData:
-    """Where the images are now, if they have moved since the run."""
+    """The folder of the images, if they have moved since the run."""
 
     root: str | None = None
 
 
 @dataclass
 class EvaluateRuntime:
-    """Where, and in what arithmetic, the network runs now."""
+    """The device and the arithmetic of the evaluation."""
 
     device: str = "auto"
-    precision: Precision | None = None  # null: that of the run; where it was auto, what is best here
+    precision: Precision | None = None  # null: that of the run; where that was auto, the fastest here
 
 
 @dataclass
 class ReproduceRuntime:
-    """Where the networks run."""
+    """The device of the trainings."""
 
     device: str = "auto"
 
@@ -296,6 +300,7 @@ def register() -> None:
     store.store(name="schema_reproduce", node=ReproduceConfig)
     store.store(name="schema_write_beton", node=BetonConfig)
     store.store(group="model", name="schema", node=ModelConfig)
-    store.store(group="model", name="schema_alexnet", node=AlexNetConfig)
+    for name, node in MODEL_CONFIGS.items():
+        store.store(group="model", name=f"schema_{name}", node=node)
     store.store(group="data", name="schema", node=DataConfig)
     store.store(group="loader", name="schema", node=LoaderConfig)

@@ -1,4 +1,4 @@
-"""Work beside the training: one piece at a time, and never a queue."""
+"""Background work: one task at a time, never a queue."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """A thread for work that comes up again and again, such as writing the newest state.
+    """A thread for a recurring task, such as writing the newest state.
 
-    Who has such work asks :attr:`due`, and leaves it out if it is not: the next state says what this one
-    would have said. So nothing waits in a queue, and training waits for nothing.
+    The caller skips the task while it is not :attr:`due`: the next state replaces this one. So nothing
+    queues, and training does not wait.
 
     Args:
-        name: of the thread.
-        every_seconds: from the start of one piece to that of the next, at least; the first has its turn so
-            many seconds from now.
+        name: the thread's name.
+        every_seconds: the least time between two starts, and from now to the first.
     """
 
     def __init__(self, name: str, every_seconds: float) -> None:
@@ -27,33 +26,33 @@ class Background:
 
     @property
     def due(self) -> bool:
-        """Whether the piece before has ended, and began long enough ago."""
+        """Whether the last task has ended, and started at least ``every_seconds`` ago."""
         busy = self._pending is not None and not self._pending.done()
         return not busy and time.monotonic() - self._began >= self._every_seconds
 
     def start(self, work: Callable[[], None]) -> None:
-        """Wait for the piece that is under way, if there is one, and start another, due or not.
+        """Wait for the current task, if there is one, and start another, due or not.
 
         Raises:
-            Exception: that of the piece before.
+            Exception: the error of the task before.
         """
         self.wait()
         self._began = time.monotonic()
         self._pending = self._thread.submit(work)
 
     def check(self) -> None:
-        """Raise the error of a piece that has ended, without waiting for one that has not."""
+        """Raise the error of a task that has ended, without waiting for one that has not."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the piece that is under way, if there is one, and raise its error."""
+        """Wait for the current task, if there is one, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait for the last piece, end the thread and raise the error, if there is one."""
+        """Wait for the last task, end the thread, and raise the task's error, if there is one."""
         try:
             self.wait()
         finally:

@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         config: the run's configuration, as plain values.
@@ -47,15 +47,15 @@ class Checkpoint:
         return int(self.training["step"])
 
     def snapshot(self, device: str | None = None) -> Checkpoint:
-        """Return a copy that later training steps leave alone, on another device if one is named."""
+        """Return a copy that later training steps do not change, on another device if one is named."""
         return Checkpoint(**_copied(vars(self), device))
 
     def save(self, path: Path, before_replacing: Callable[[], None] = lambda: None) -> None:
-        """Write the file as a whole, or raise OutputError and leave the one that was there.
+        """Write the file atomically; on an OutputError the old file stays as it was.
 
         Args:
-            path: of the file.
-            before_replacing: called when the new file is whole, and the old one still in its place.
+            path: the file.
+            before_replacing: called when the new file is complete, and the old one still in its place.
         """
         with replacing(path, before_replacing) as temporary:
             try:

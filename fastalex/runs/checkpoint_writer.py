@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written while training goes on, the last few kept, damaged ones passed over."""
+"""The checkpoints of a run: written in the background, the newest kept, damaged ones skipped on loading."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _OLDER = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def older(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints before the newest, by their step, the latest first."""
+    """Return the older checkpoints of a folder, ``checkpoint-STEP.pt``, by their step, the latest first."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := _OLDER.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
 def load_newest(path: Path) -> tuple[Checkpoint, Path] | None:
-    """Load a checkpoint; where it is damaged, with a warning, the one before it that is whole.
+    """Load a checkpoint; where it is damaged, warn and load the next older one that is not.
 
     Args:
-        path: of a checkpoint, or of a run's folder, for its newest.
+        path: a checkpoint, or a run's folder, whose newest is loaded.
 
     Returns:
         The checkpoint and its file; None if the folder holds no checkpoint at all.
 
     Raises:
-        CheckpointError: if all of them are damaged.
+        CheckpointError: all of them are damaged.
     """
     if path.is_dir():
         candidates = [path / NEWEST, *older(path).values()]
@@ -64,13 +64,13 @@ def load_newest(path: Path) -> tuple[Checkpoint, Path] | None:
         for reason in damage:
             print(f"fastalex: warning: {reason}", file=sys.stderr)
         if damage:
-            print(f"fastalex: warning: going on from {candidate} instead", file=sys.stderr)
+            print(f"fastalex: warning: resuming from {candidate} instead", file=sys.stderr)
         return checkpoint, candidate
-    raise CheckpointError(f"resume={path}: no checkpoint there is whole; the first: {damage[0]}")
+    raise CheckpointError(f"resume={path}: every checkpoint there is damaged; the first: {damage[0]}")
 
 
 class OutputPolicy:
-    """What a file that cannot be written does: ends the run, or is a warning and no more.
+    """What happens when a file cannot be written: the run ends, or a warning is printed.
 
     Args:
         on_error: which of the two.
@@ -82,7 +82,7 @@ class OutputPolicy:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context whose OutputError is a warning, once for each message, if that is the policy."""
+        """Context in which an OutputError becomes a warning, once for each message, if that is the policy."""
         try:
             yield
         except OutputError as error:
@@ -90,24 +90,24 @@ class OutputPolicy:
                 raise
             if str(error) not in self._warned:
                 self._warned.add(str(error))
-                print(f"\nfastalex: warning: {error}; training goes on", file=sys.stderr)
+                print(f"\nfastalex: warning: {error}; training continues", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Weights, a copy of their own, and what is known of them."""
+    """A copy of weights, and their epoch and error."""
 
     weights: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 class BestWeights:
-    """The weights of the least validation error so far: kept in memory until they are written.
+    """The weights with the lowest validation error so far: kept in memory until they are written.
 
     Args:
-        path: of their file.
-        config: of the run, as plain values.
-        classes: in the order of the outputs.
+        path: the file to write them to.
+        config: the run's configuration, as plain values.
+        classes: class names, in the order of the network's outputs.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], classes: list[str]) -> None:
@@ -116,29 +116,29 @@ class BestWeights:
         self._config = config
         self._classes = classes
         self._waiting: _Kept | None = None
-        self._lock = threading.Lock()  # of what waits: it is kept by one thread and written by another
+        self._lock = threading.Lock()  # of _waiting, which one thread sets and another writes
 
     def improved_by(self, error: float) -> bool:
-        """Whether a top-1 error is less than the best."""
+        """Whether a top-1 error is lower than the best so far."""
         return self.error is None or error < self.error
 
     def keep(self, weights: Mapping[str, Tensor], epoch: int, error: float) -> None:
-        """Copy weights where they are, which on a GPU waits for nothing; they replace what waits."""
+        """Copy weights on their device, without waiting for it; they replace those not yet written."""
         copy = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self.error = error
         with self._lock:
             self._waiting = _Kept(copy, {"epoch": epoch, "validation_top1_error": error})
 
     def write(self) -> None:
-        """Write what was kept last, if it was not written yet, and let go of it.
+        """Write the weights kept last, if they were not written yet, and release them.
 
         Raises:
-            OutputError: if it cannot be written; it is kept for the next time.
+            OutputError: they cannot be written; they are kept for the next time.
         """
         self.writing()()
 
     def writing(self) -> Callable[[], None]:
-        """Return what :meth:`write` would do now, for another thread to do later."""
+        """Return a function that writes the weights kept now, for another thread to call later."""
         kept = self._waiting
 
         def write() -> None:
@@ -155,10 +155,10 @@ class BestWeights:
         """Read the file: the weights, their epoch and error.
 
         Args:
-            consequence: what follows if they are lost, for a warning.
+            consequence: for the warning where the file is missing or damaged.
 
         Returns:
-            None if they are lost.
+            None where the file is missing or damaged.
         """
         try:
             weights, facts = read_weights(self.path)
@@ -169,18 +169,17 @@ class BestWeights:
 
 
 class CheckpointWriter(Background):
-    """Writes a run's checkpoints in a thread, from a copy of the state: training waits for the copy only.
+    """Writes a run's checkpoints in a thread, from a copy of the state: training waits only for the copy.
 
-    A save waits for the write before it, so that there are never two copies; who does not want to wait asks
-    whether one is :attr:`due`. The newest file is always
-    ``checkpoint.pt``; it takes that name when it is whole and on the disk. The one that had the name is kept
-    as ``checkpoint-STEP.pt``, with its step in six digits.
+    A save waits for the write before it, so that there are never two copies; :attr:`due` says when it would
+    not wait. The newest file is always ``checkpoint.pt``; it gets that name when it is complete and on the
+    disk. The file that had the name is kept as ``checkpoint-STEP.pt``, with its step in six digits.
 
     Args:
-        folder: of the run.
-        config: how often one is due, and how many to keep.
-        policy: for what cannot be written.
-        step: of the ``checkpoint.pt`` that is there and that the run goes on from; None if there is none.
+        folder: the run's folder.
+        config: how often a checkpoint is due, and how many to keep.
+        policy: what happens when one cannot be written.
+        step: the step of the ``checkpoint.pt`` that the run resumes from; None for a new run.
     """
 
     def __init__(
@@ -194,11 +193,11 @@ class CheckpointWriter(Background):
         self._policy = policy
 
     def save(self, checkpoint: Checkpoint, before: Callable[[], None] = lambda: None) -> None:
-        """Copy the state and have it written.
+        """Copy the state and write it in the background.
 
         Args:
-            checkpoint: of the live state.
-            before: what else to write, before it, in the same thread; where it fails the checkpoint is lost.
+            checkpoint: the live state.
+            before: writes something else first, in the same thread; if it fails, so does the checkpoint.
 
         Raises:
             OutputError: the write before this one failed.
@@ -210,7 +209,7 @@ class CheckpointWriter(Background):
         self.stalls.append(time.perf_counter() - began)
 
     def wait(self) -> None:
-        """Wait for the write that is under way, if there is one; the policy decides about its error."""
+        """Wait for the current write, if there is one; the policy decides about its error."""
         with self._policy.applied():
             super().wait()
 
@@ -232,7 +231,7 @@ class CheckpointWriter(Background):
         self._remove_old()
 
     def _keep_older(self) -> None:
-        """Give the file that is about to be replaced its other name."""
+        """Give the file that is about to be replaced its numbered name."""
         if self.written is None or not self.path.is_file():
             return
         other = self.path.with_name(f"checkpoint-{self.written:06d}.pt")
@@ -243,7 +242,7 @@ class CheckpointWriter(Background):
             self.path.rename(other)  # but on a file system without links
 
     def _remove_old(self) -> None:
-        """Keep so many; nor is one kept that a run which went back to an older checkpoint has left behind."""
+        """Keep the newest ``keep``; also delete later steps left after resuming from an older checkpoint."""
         assert self.written is not None
         kept = 1
         for step, path in older(self.path.parent).items():
@@ -254,7 +253,7 @@ class CheckpointWriter(Background):
 
 
 def _copied_when() -> torch.cuda.Event | None:
-    """The moment at which what was asked of a GPU so far is done."""
+    """An event that completes when the GPU work queued so far has; None without a GPU."""
     if not torch.cuda.is_initialized():
         return None
     event = torch.cuda.Event()
@@ -264,15 +263,15 @@ def _copied_when() -> torch.cuda.Event | None:
 
 @contextmanager
 def _beside_training(ready: torch.cuda.Event | None) -> Iterator[None]:
-    """Context whose copies to the host do not stand in the way of a GPU's next steps: on a stream of its own.
+    """Context whose copies to the host run beside a GPU's next steps, on a stream of their own.
 
     Args:
-        ready: when what is to be copied is; None without a GPU.
+        ready: completes when the tensors to copy are ready; None without a GPU.
     """
     if ready is None:
         yield
         return
-    # A thread begins on the first card, and would open a context there: the event knows the state's.
+    # A thread starts on the first card, and would open a context there: the event knows the right one.
     with torch.cuda.device(ready.device):
         stream = torch.cuda.Stream()
         stream.wait_event(ready)

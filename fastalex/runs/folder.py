@@ -1,4 +1,4 @@
-"""A run's folder: what is written to it, and when."""
+"""A run's folder: its lock, and the files of figures in it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fastalex.runs.background import Background
 from fastalex.training.trainer import Epoch
 
 SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
-DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and Python's lock from the training for as long
+DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and holds Python's lock for as long
 VERSIONS = ("fastalex", "torch", "torchvision", "numba", "numpy")
 
 
 class RunLock:
-    """Held by the process that works on a run's folder; the system releases it if we are killed."""
+    """A lock on a run's folder, held by the process that trains; the system releases it if that is killed."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
@@ -40,7 +40,7 @@ class RunLock:
 
     @classmethod
     def take(cls, folder: Path) -> RunLock | None:
-        """Lock a folder; None if another process has."""
+        """Lock a folder; None if another process holds the lock."""
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +52,7 @@ class RunLock:
         return cls(descriptor)
 
     def release(self) -> None:
-        """Let others have the folder; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -62,7 +62,7 @@ _held: WeakSet[RunLock] = WeakSet()
 
 
 def _forget_locks() -> None:
-    """Leave the parent's locks to it: through a copy, a loader's worker would hold them after its death."""
+    """Close a forked child's copies of the locks, which would outlive a parent that is killed."""
     for lock in _held:
         lock.release()
 
@@ -71,7 +71,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a run that has come to its end."""
+    """Whether a folder holds a finished run."""
     return (folder / SUMMARY).is_file()
 
 
@@ -79,10 +79,10 @@ class RunFolder:
     """The folder of one run. Every file in it is whole at any moment.
 
     Args:
-        path: of the folder.
-        lock: on it.
+        path: the folder.
+        lock: the lock on it.
         history: the epochs that are complete.
-        step: that the run goes on from; what TensorBoard was told of later ones is dropped.
+        step: the step that the run resumes from; TensorBoard drops what it has of later ones.
     """
 
     def __init__(self, path: Path, lock: RunLock, history: Sequence[Epoch] = (), step: int = 0) -> None:
@@ -101,13 +101,13 @@ class RunFolder:
 
     @classmethod
     def new(cls, path: Path, given: bool, config: Config, *, restart: bool = False) -> RunFolder:
-        """Make the folder of a new run.
+        """Create the folder of a new run.
 
         Args:
-            path: made by Hydra; where another run already writes there, a numbered neighbour is taken.
-            given: whether the user named the folder. It is then taken or refused, never renamed.
+            path: the folder, created by Hydra; where another run already writes there, a numbered neighbour.
+            given: whether the user named the folder, which is then used or refused, never renamed.
             config: written to ``config.yaml``.
-            restart: take a named folder even if a run began there, as long as none is at work.
+            restart: use a named folder even if a run started there, as long as none is running.
 
         Raises:
             ConfigError: if the user named a folder that already holds a run.
@@ -118,30 +118,30 @@ class RunFolder:
 
     @classmethod
     def resumed(cls, path: Path, lock: RunLock, history: Sequence[Epoch], step: int) -> RunFolder:
-        """Go on with a run: what it wrote after its checkpoint is taken back."""
+        """Open the folder of a resumed run, and remove what was written after its checkpoint."""
         folder = cls(path, lock, history, step)
         (path / SUMMARY).unlink(missing_ok=True)
         folder._write_metrics()
         return folder
 
     def augmented_inputs(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Show what the network is trained on: up to 32 normalised images ``(N, 3, H, W)``."""
+        """Show in TensorBoard up to 32 training images, normalised, float ``(N, 3, H, W)``."""
         shown = images[:32].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
         self._tell(lambda writer: writer.add_images("augmented inputs", shown.clamp(0, 1), 0))
 
     def loss(self, step: int, value: float) -> None:
-        """Record the mean training loss up to a step."""
+        """Record the mean training loss of the steps up to this one."""
         self._tell(lambda writer: writer.add_scalar("loss/train", value, step))
 
     def epoch(self, epoch: Epoch) -> None:
         """Record an epoch: a line of ``metrics.jsonl``, TensorBoard, and from time to time ``losses.png``.
 
         Raises:
-            OutputError: if a file cannot be written; the epoch is recorded with the next one.
+            OutputError: a file cannot be written; the epoch is recorded with the next one.
         """
         self.epochs.append(epoch)
         # Not flushed: that may take as long as the checkpoint which is being written to the same disk, and a
-        # run that goes on writes this file anew from its checkpoint.
+        # resumed run writes this file anew from its checkpoint.
         self._write_metrics(durable=False)
         self._tell(lambda writer: _add_epoch(writer, epoch))
         self._drawing.check()
@@ -149,15 +149,15 @@ class RunFolder:
             self._draw()
 
     def finish(self) -> None:
-        """Record that there are no more epochs: ``metrics.jsonl`` and ``losses.png`` have all of them.
+        """Complete ``metrics.jsonl`` and ``losses.png``: there are no more epochs.
 
         Raises:
-            OutputError: if one of them cannot be written.
+            OutputError: one of them cannot be written.
         """
         if not self.epochs:
             return
         self._write_metrics()
-        with suppress(OutputError):  # of an earlier drawing, which the last one takes the place of
+        with suppress(OutputError):  # of an earlier drawing, which the last one replaces
             self._drawing.wait()
         if self._drawn < len(self.epochs):
             self._draw()
@@ -168,16 +168,16 @@ class RunFolder:
         write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close the TensorBoard file and let others have the folder."""
+        """Close the TensorBoard file and release the lock."""
         try:
-            with suppress(OutputError):  # :meth:`finish` has raised it, or the run has a greater error
+            with suppress(OutputError):  # :meth:`finish` has raised it, or the run ends with another error
                 self._drawing.close()
             self._tell(SummaryWriter.close)
         finally:
             self._lock.release()
 
     def _draw(self) -> None:
-        """Have the epochs so far drawn beside the training."""
+        """Draw the epochs so far, in the background."""
         epochs = tuple(self.epochs)
 
         def draw() -> None:
@@ -191,7 +191,7 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "".join(lines), durable=durable)
 
     def _tell(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Write to TensorBoard's file, which is given up once it cannot be written."""
+        """Write to TensorBoard's file; after the first error, no longer."""
         if self._writer is None:
             return
         try:
@@ -224,7 +224,7 @@ def versions() -> dict[str, str]:
 
 
 def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
-    """Make the folder ours. Two runs started in the same second are handed the same path by Hydra."""
+    """Claim a folder for this run. Hydra gives two runs started in the same second the same path."""
     for attempt in range(1, 1000):
         candidate = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
         candidate.mkdir(parents=True, exist_ok=True)
@@ -240,5 +240,5 @@ def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
         if given:
             break
     raise ConfigError(
-        f"hydra.run.dir={path}: already holds a run; name another folder, or go on with it by resume=auto"
+        f"hydra.run.dir={path}: already holds a run; name another folder, or resume it with resume=auto"
     )

@@ -90,7 +90,7 @@ class Recorder:
         return 0.0
 
     def end_training(self) -> None:
-        """End what goes on beside the training."""
+        """End the progress bar and the background writes."""
 
     def close(self) -> None:
         """Let others have the folder."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run in good order: its step is finished and its state saved."""
+"""SIGTERM and SIGINT stop a run gracefully: it finishes its step and saves its state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Context in which the first SIGTERM or SIGINT is an error of one line, and a second ends the process.
+    """Context in which the first SIGTERM or SIGINT raises StoppedError, and a second ends the process.
 
-    Where nothing is lost by it, the first raises StoppedError on the spot; within :meth:`deferred` it is only
-    remembered in ``received``. In a thread other than the main one, signals are left alone.
+    Within :meth:`deferred` the first only sets ``received``. In a thread other than the main one, signals keep
+    their handlers.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context that a signal does not interrupt: whoever opened it looks at ``received`` in time."""
+        """Context that a signal does not interrupt: its owner checks ``received``."""
         self._deferred = True
         try:
             yield

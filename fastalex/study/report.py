@@ -1,4 +1,4 @@
-"""The rows of the reproduction, what their runs came to, and the tables and figures made of it."""
+"""Statistics over the runs of the rows, and the tables and figures of the reproduction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 
 
 def collect(results: Path, quick: bool) -> dict[str, Any]:
-    """Gather what all rows came to, as ``reproduction.json`` holds it."""
+    """Gather the figures of all rows, as ``reproduction.json`` holds them."""
     rows: dict[str, Any] = {}
     for name, row in ROWS.items():
         runs = [run for seed in row.seeds if (run := load_run(results, name, seed))]
@@ -90,7 +90,7 @@ def _statistics(records: Sequence[dict[str, Any]], key: str) -> dict[str, float 
 
 
 def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
-    """Hold each ablation's top-1 error against its base's, and a single crop's against ten-crop's.
+    """Compare each ablation's top-1 error with its base's, and a single crop's with ten-crop's.
 
     The noise is the standard deviation from seed to seed, pooled over the base and its ablations; a
     difference is visible where it exceeds the two-sided 95% bound of Student's t with the pooled degrees of

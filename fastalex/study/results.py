@@ -49,12 +49,12 @@ class FinishedRun:
 
 
 def load_run(results: Path, name: str, seed: int) -> FinishedRun | None:
-    """Read a row's finished run; None where there is none, or one that has not come to its end."""
+    """Read a row's finished run; None where there is none, or one that is not finished."""
     return read_run(run_folder(results, name, seed))
 
 
 def read_run(folder: Path) -> FinishedRun | None:
-    """Read a finished run; None where there is none, or one that has not come to its end.
+    """Read a finished run; None where there is none, or one that is not finished.
 
     Raises:
         OutputError: if its files cannot be read, or lack the errors of the weights best on validation.
