@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """Context in which the first SIGTERM or SIGINT raises StoppedError, and a second ends the process.
 
-    Within :meth:`deferred` the first only sets ``received``. In a thread other than the main one, signals keep
-    their handlers.
+    Within :meth:`deferred` the first only sets ``received``. In a thread other than the main one, signals
+    keep their handlers.
     """
 
     def __init__(self) -> None:
