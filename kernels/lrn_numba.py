@@ -342,9 +342,9 @@ def _options(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bo
     return channels, f32(alpha / size), f32(k), f32(-2 * alpha * beta / size), floor, general
 
 
-def _is_for_reference(x: Tensor, size: int) -> bool:
-    """Nothing to do, or a window that reaches farther than one block to either side."""
-    return x.numel() == 0 or min(size // 2, x.shape[1] - 1) > LANES
+def takes(x: Tensor, size: int) -> bool:
+    """Whether this module computes the result for `x`: a window reaches at most one block to either side."""
+    return x.numel() > 0 and min(size // 2, x.shape[1] - 1) <= LANES
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -365,8 +365,6 @@ def _moved(pixels: Tensor, out: Tensor) -> Tensor:
 
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """As `lrn_reference.lrn_forward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_forward(x, size, alpha, beta, k, relu)
     out = torch.empty_like(x)
     y = _room_for(out)
     options = _options(x, size, alpha, beta, k, relu)
@@ -378,8 +376,6 @@ def lrn_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> Tensor:
     """As `lrn_reference.lrn_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_backward(grad, x, size, alpha, beta, k, relu)
     out = torch.empty_like(x)
     dx = _room_for(out)
     arrays = bits(_pixels(grad)), bits(_pixels(x)), bits(dx)
@@ -391,7 +387,7 @@ def lrn_backward(
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
     """As `lrn_reference.lrn_max_pool_forward`, for fp32, bf16 and fp16 on the CPU."""
     # The kernel finds the largest by the bits of numbers without a sign; these make some results negative.
-    if _is_for_reference(x, size) or alpha < 0 or k < 0:
+    if alpha < 0 or k < 0:
         return reference.lrn_max_pool_forward(x, size, alpha, beta, k)
     height, width = x.shape[2:]
     shape = height, width, (height - 3) // 2 + 1, (width - 3) // 2 + 1
@@ -408,8 +404,6 @@ def lrn_max_pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
     """As `lrn_reference.lrn_max_pool_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
     out = torch.empty_like(x)
     dx = _room_for(out)
     arrays = bits(_pixels(grad)), bits(_pixels(argmax)), bits(_pixels(x)), bits(dx)

@@ -22,7 +22,7 @@ convention), and with G the incoming gradient,
 
 where the last sum runs over the j whose window holds c. The arithmetic is fp32 whatever the tensors are.
 
-**The fast kernels** (C a multiple of 8, windows of 2 to 5 channels) give every *lane*, an entry of the
+**The kernels** take C a multiple of 8 and windows of 2 to 5 channels. They give every *lane*, an entry of the
 block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load a thread
 has; the grid is flat over all such vectors, so that 96 channels leave no lane idle, where a block padded to
 a power of two would idle a quarter. The window of the outer channels reaches into the neighbouring vectors:
@@ -52,8 +52,8 @@ loads are not all hoisted to the top, 62. Serving both positions of a row from o
 of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
 flight on an H100, from a quarter of what it can hold to a half. (In use is a cap of 72: see below, why.)
 
-**Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
-lane an element, a loop over the window, loads that the cache serves.
+**Other channel counts and windows** are not computed here: `takes` says which tensors are, and `lrn` passes
+the others to `lrn_reference`.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -72,15 +72,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._lrn_triton_plain import (
-    plain_backward,
-    plain_forward,
-    plain_pool_forward,
-    power,
-    reciprocal,
-    scalars,
-    slope,
-)
 from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 # ---------------------------------------------------------------- loading and storing eight channels
@@ -164,6 +155,32 @@ def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.conste
 
 
 @triton.jit
+def _power(d, neg_beta, B75: tl.constexpr):
+    """d^-beta. Beta = 0.75 takes two fast instructions, which give infinity for 0 and 0 for infinity.
+
+    A negative d (from a negative k or alpha) has whole powers only; the others are NaN, as in PyTorch.
+    """
+    if B75:
+        r = tl.rsqrt(d)
+        return r * tl.sqrt(r)
+    else:
+        magnitude = tl.where(neg_beta == 0.0, 1.0, tl.exp2(neg_beta * tl.log2(tl.abs(d))))
+        is_whole = tl.floor(neg_beta) == neg_beta
+        is_even = 2.0 * tl.floor(0.5 * neg_beta) == neg_beta
+        sign = tl.where(is_even, 1.0, tl.where(is_whole, -1.0, float("nan")))
+        return tl.where(d < 0.0, sign, 1.0) * magnitude
+
+
+@triton.jit
+def _reciprocal(d, B75: tl.constexpr):
+    if B75:
+        r = tl.rsqrt(d)  # the one that `_power` has computed already
+        return r * r
+    else:
+        return 1.0 / d
+
+
+@triton.jit
 def _window_sums(columns, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """Sums of SIZE neighbouring columns, starting at each of the first COUNT."""
     sums = ()
@@ -201,7 +218,7 @@ def _normalise(
     sums = _window_sums(squares, 8, SIZE)
     y = ()
     for i in tl.static_range(8):
-        y = y + (x[LEFT + i] * power(k + alpha * sums[i], neg_beta, B75),)
+        y = y + (x[LEFT + i] * _power(k + alpha * sums[i], neg_beta, B75),)
     return y
 
 
@@ -242,9 +259,9 @@ def _gradient(
             d = tl.where(masks[1], d, 1.0)
         if j >= 8 + RIGHT:
             d = tl.where(masks[2], d, 1.0)
-        w = grad[j].to(tl.float32) * power(d, neg_beta, B75)
+        w = grad[j].to(tl.float32) * _power(d, neg_beta, B75)
         scaled = scaled + (w,)
-        ratios = ratios + (w * x[LEFT + j] * reciprocal(d, B75),)
+        ratios = ratios + (w * x[LEFT + j] * _reciprocal(d, B75),)
     sums = _window_sums(ratios, 8, SIZE)
     dx = ()
     for i in tl.static_range(8):
@@ -507,14 +524,23 @@ def _launch(kernel: Any, lanes: int, arguments: dict[str, Any], maxnreg: int | N
     return Launch(kernel, cdiv(lanes, _BLOCK), {**arguments, "BLOCK": _BLOCK}, _WARPS, maxnreg)
 
 
-def _is_fast(rows: Tensor, size: int) -> bool:
-    image = rows[0].numel()
-    return rows.shape[-1] % 8 == 0 and 2 <= size <= 5 and image < 2**31  # 32-bit offsets within an image
+def takes(x: Tensor, size: int) -> bool:
+    """Whether the kernels of this module compute the result for `x`, (N, C, ...), and a window of `size`."""
+    # Offsets within an image are 32 bits wide.
+    return x.numel() > 0 and x.shape[1] % 8 == 0 and 2 <= size <= 5 and x[0].numel() < 2**31
+
+
+def _scalars(size: int, alpha: float, beta: float, k: float) -> dict[str, float | bool]:
+    """The numbers that every kernel takes."""
+    return {"alpha": alpha / size, "k": float(k), "neg_beta": -float(beta), "B75": beta == 0.75}
+
+
+def _slope(size: int, alpha: float, beta: float) -> float:
+    """The factor of the gradient's second term."""
+    return 2 * alpha * beta / size
 
 
 def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Launch:
-    if not _is_fast(x, size):
-        return plain_forward(x, y, size, alpha, beta, k, relu)
     vectors = x.numel() // 8
     arguments = {
         "x_pointer": x,
@@ -523,7 +549,7 @@ def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: floa
         "C": x.shape[-1],
         "SIZE": size,
         "RELU": relu,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     return _launch(_forward_kernel, vectors, arguments)
 
@@ -531,19 +557,17 @@ def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: floa
 def _backward(
     grad: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> list[Launch]:
-    if not _is_fast(x, size):
-        return plain_backward(grad, None, x, dx, size, alpha, beta, k, relu)
     vectors = x.numel() // 8
     arguments = {
         "x_pointer": x,
         "grad_pointer": grad,
         "dx_pointer": dx,
         "vectors": vectors,
-        "slope": slope(size, alpha, beta),
+        "slope": _slope(size, alpha, beta),
         "C": x.shape[-1],
         "SIZE": size,
         "RELU": relu,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     return [_launch(_backward_kernel, vectors, arguments)]
 
@@ -551,8 +575,6 @@ def _backward(
 def _pool_forward(
     x: Tensor, y: Tensor, argmax: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Launch:
-    if not _is_fast(x, size):
-        return plain_pool_forward(x, y, argmax, size, alpha, beta, k)
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
@@ -564,7 +586,7 @@ def _pool_forward(
         "rows": _FORWARD_ROWS,
         "C": channels,
         "SIZE": size,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     strips = batch * cdiv(y.shape[1], _FORWARD_ROWS) * y.shape[2]
     return _launch(_pool_forward_kernel, strips * (channels // 8), arguments)
@@ -573,8 +595,6 @@ def _pool_forward(
 def _pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> list[Launch]:
-    if not _is_fast(x, size):
-        return plain_backward(grad, argmax, x, dx, size, alpha, beta, k, True)
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
@@ -585,10 +605,10 @@ def _pool_backward(
         "height": height,
         "width": width,
         "rows": _BACKWARD_ROWS,
-        "slope": slope(size, alpha, beta),
+        "slope": _slope(size, alpha, beta),
         "C": channels,
         "SIZE": size,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     strips = batch * cdiv((height + 1) // 2, _BACKWARD_ROWS) * ((width + 1) // 2)
     lanes = strips * (channels // 8)
@@ -618,15 +638,13 @@ def _finish(out: Tensor, rows: Tensor) -> Tensor:
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """Local response normalisation of `x`, or of relu(x).
 
-    x: (N, C, ...), 3-D to 5-D, fp32, bf16 or fp16, any strides. alpha is divided by `size`, as PyTorch does.
-    Returns a tensor like `torch.empty_like(x)`.
+    x: (N, C, ...), 3-D to 5-D, fp32, bf16 or fp16, any strides, as `takes` says. alpha is divided by `size`,
+    as PyTorch does. Returns a tensor like `torch.empty_like(x)`.
     """
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        _forward(_rows(x), rows, size, alpha, beta, k, relu).run()
-        _finish(out, rows)
-    return out
+    rows = _empty_rows(out)
+    _forward(_rows(x), rows, size, alpha, beta, k, relu).run()
+    return _finish(out, rows)
 
 
 def lrn_backward(
@@ -634,12 +652,10 @@ def lrn_backward(
 ) -> Tensor:
     """Gradient of `lrn_forward` with respect to `x`, given that of its result, `grad` (the shape of `x`)."""
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        for launch in _backward(_rows(grad), _rows(x), rows, size, alpha, beta, k, relu):
-            launch.run()
-        _finish(out, rows)
-    return out
+    rows = _empty_rows(out)
+    for launch in _backward(_rows(grad), _rows(x), rows, size, alpha, beta, k, relu):
+        launch.run()
+    return _finish(out, rows)
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
@@ -649,15 +665,10 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
     and strides: which of the window's nine positions won, 3 * row + column; the first of equals.
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
-    out = torch.empty_like(like)
-    argmax = torch.empty_like(like, dtype=torch.uint8)
-    if x.numel():
-        rows = _empty_rows(out)
-        argmax_rows = _empty_rows(argmax)
-        _pool_forward(_rows(x), rows, argmax_rows, size, alpha, beta, k).run()
-        _finish(out, rows)
-        _finish(argmax, argmax_rows)
-    return out, argmax
+    out, argmax = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
+    rows, argmax_rows = _empty_rows(out), _empty_rows(argmax)
+    _pool_forward(_rows(x), rows, argmax_rows, size, alpha, beta, k).run()
+    return _finish(out, rows), _finish(argmax, argmax_rows)
 
 
 def lrn_max_pool_backward(
@@ -665,12 +676,10 @@ def lrn_max_pool_backward(
 ) -> Tensor:
     """Gradient of `lrn_max_pool_forward` with respect to `x`, given that of its result and its argmax."""
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        for launch in _pool_backward(_rows(grad), _rows(argmax), _rows(x), rows, size, alpha, beta, k):
-            launch.run()
-        _finish(out, rows)
-    return out
+    rows = _empty_rows(out)
+    for launch in _pool_backward(_rows(grad), _rows(argmax), _rows(x), rows, size, alpha, beta, k):
+        launch.run()
+    return _finish(out, rows)
 
 
 # ---------------------------------------------------------------- for `inspect`
@@ -681,7 +690,7 @@ _POOLED = (_HEIGHT - 3) // 2 + 1
 
 
 def inspect_cases() -> list[KernelCase]:
-    """The fast kernels at the shape of AlexNet's first normalisation."""
+    """The four kernels at the shape of AlexNet's first normalisation."""
 
     def activation(dtype: torch.dtype, batch: int, device: torch.device, size: int = _HEIGHT) -> Tensor:
         if device.type == "meta":
