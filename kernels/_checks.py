@@ -1,4 +1,4 @@
-"""What all operators refuse: gradients that do not fit their input, and second derivatives."""
+"""What several operators refuse: tensors that do not fit each other, and second derivatives."""
 
 from __future__ import annotations
 
@@ -27,6 +27,27 @@ def check_fits(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtyp
             f"{name} does not fit its input: got {value.dtype} {tuple(value.shape)} on {value.device}, "
             f"expected {dtype} {tuple(shape)} on {x.device}"
         )
+
+
+def check_parameters(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Refuse a weight and bias that do not fit each other, or are not fp32 on the device of `x`.
+
+    Args:
+        name: of the convolution, for the message.
+        x: the convolution's input.
+        weight: (out channels, ...).
+        bias: expected to be (out channels,).
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    for argument, value in (("weight", weight), ("bias", bias)):
+        if value.dtype != torch.float32 or value.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} must be float32 on {x.device}, got {value.dtype} on {value.device}"
+            )
 
 
 def refuse_second_derivative(backward: CustomOpDef, message: str) -> None:

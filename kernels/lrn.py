@@ -58,7 +58,8 @@ def relu_lrn(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: f
 
     Args:
         x: (N, C, L), (N, C, H, W) or (N, C, D, H, W), fp32, bf16, fp16 or float64.
-        size, alpha, beta, k: as for `local_response_norm`.
+        size: channels in the window, at least 1.
+        alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
 
     Returns:
         A tensor with the shape, dtype and memory format of `x`.
@@ -77,7 +78,8 @@ def relu_lrn_max_pool(
 
     Args:
         x: (N, C, H, W) with H and W at least 3, fp32, bf16, fp16 or float64.
-        size, alpha, beta, k: as for `local_response_norm`.
+        size: channels in the window, at least 1.
+        alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
 
     Returns:
         (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1), in the dtype and memory format of `x`. The maximum is

@@ -72,6 +72,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._layout import empty_pixels, finish, pixels
 from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 # ---------------------------------------------------------------- loading and storing eight channels
@@ -618,23 +619,6 @@ def _pool_backward(
 # ---------------------------------------------------------------- the four functions
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` as (N, ..., C), contiguous: a view of a channels-last tensor, a copy of any other."""
-    return x.movedim(1, -1).contiguous()
-
-
-def _empty_rows(out: Tensor) -> Tensor:
-    """Where a kernel writes `out`, as (N, ..., C): `out` itself if it is channels-last, else a buffer."""
-    rows = out.movedim(1, -1)
-    return rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=out.dtype, device=out.device)
-
-
-def _finish(out: Tensor, rows: Tensor) -> Tensor:
-    if rows.data_ptr() != out.data_ptr():
-        out.copy_(rows.movedim(-1, 1))
-    return out
-
-
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """Local response normalisation of `x`, or of relu(x).
 
@@ -642,9 +626,9 @@ def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu:
     as PyTorch does. Returns a tensor like `torch.empty_like(x)`.
     """
     out = torch.empty_like(x)
-    rows = _empty_rows(out)
-    _forward(_rows(x), rows, size, alpha, beta, k, relu).run()
-    return _finish(out, rows)
+    y = empty_pixels(out)
+    _forward(pixels(x), y, size, alpha, beta, k, relu).run()
+    return finish(out, y)
 
 
 def lrn_backward(
@@ -652,10 +636,10 @@ def lrn_backward(
 ) -> Tensor:
     """Gradient of `lrn_forward` with respect to `x`, given that of its result, `grad` (the shape of `x`)."""
     out = torch.empty_like(x)
-    rows = _empty_rows(out)
-    for launch in _backward(_rows(grad), _rows(x), rows, size, alpha, beta, k, relu):
+    dx = empty_pixels(out)
+    for launch in _backward(pixels(grad), pixels(x), dx, size, alpha, beta, k, relu):
         launch.run()
-    return _finish(out, rows)
+    return finish(out, dx)
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
@@ -666,9 +650,9 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
     out, argmax = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
-    rows, argmax_rows = _empty_rows(out), _empty_rows(argmax)
-    _pool_forward(_rows(x), rows, argmax_rows, size, alpha, beta, k).run()
-    return _finish(out, rows), _finish(argmax, argmax_rows)
+    y, argmax_pixels = empty_pixels(out), empty_pixels(argmax)
+    _pool_forward(pixels(x), y, argmax_pixels, size, alpha, beta, k).run()
+    return finish(out, y), finish(argmax, argmax_pixels)
 
 
 def lrn_max_pool_backward(
@@ -676,10 +660,10 @@ def lrn_max_pool_backward(
 ) -> Tensor:
     """Gradient of `lrn_max_pool_forward` with respect to `x`, given that of its result and its argmax."""
     out = torch.empty_like(x)
-    rows = _empty_rows(out)
-    for launch in _pool_backward(_rows(grad), _rows(argmax), _rows(x), rows, size, alpha, beta, k):
+    dx = empty_pixels(out)
+    for launch in _pool_backward(pixels(grad), pixels(argmax), pixels(x), dx, size, alpha, beta, k):
         launch.run()
-    return _finish(out, rows)
+    return finish(out, dx)
 
 
 # ---------------------------------------------------------------- for `inspect`

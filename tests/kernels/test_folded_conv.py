@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastalex.kernels import augment, folded_conv2d
 from fastalex.kernels import folded_conv_reference as reference
 from fastalex.kernels.folded_conv import _folded_conv
+from fastalex.kernels.folded_conv_reference import FoldedConv
 from tests.kernels.augment_cases import MEAN, STD, in_float64, sample
 
 # height, width, resize, crop, kernel, stride, padding: AlexNet's on CIFAR-10; then a width unlike the height;
@@ -69,6 +70,15 @@ def plain(
     return out.detach(), grad, *torch.autograd.grad(out, (weight, bias), grad)
 
 
+def source_crops(
+    arguments: dict[str, Any], weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> reference.SourceCrops:
+    """The crops of a folded convolution, in float64."""
+    tensors = {**arguments, "weight": weight, "bias": bias}
+    convolution = FoldedConv(**tensors, stride=stride, padding=padding, dtype=torch.float64)
+    return reference.source_crops(convolution, torch.float64)
+
+
 def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
     """The largest error is at most that share of the largest value."""
     assert found.shape == expected.shape
@@ -86,9 +96,7 @@ def test_reference_is_exact_for_every_offset_and_flip(shape: tuple[int, ...]) ->
     bias = torch.randn(2, generator=generator, dtype=torch.float64)
     expected, grad, d_weight, d_bias = plain(arguments, weight, bias, stride, padding)
 
-    batch = reference.crops(
-        **arguments, kernel_size=(kernel, kernel), stride=stride, padding=padding, dtype=torch.float64
-    )
+    batch = source_crops(arguments, weight, bias, stride, padding)
     kernels = reference.fold(weight, batch.rows, batch.columns)
     assert_near(reference.folded_conv2d(batch, kernels, bias, torch.float64), expected, 1e-13)
     d_kernels, found = reference.folded_conv2d_backward(grad, batch)
@@ -113,7 +121,7 @@ def test_fp32_for_every_phase_and_flip() -> None:
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     d_weight, d_bias = torch.autograd.grad(found, (weight, bias), grad)
 
-    batch = reference.crops(**arguments, kernel_size=(11, 11), stride=4, padding=2, dtype=torch.float64)
+    batch = source_crops(arguments, weight, bias, 4, 2)
     with torch.no_grad():
         kernels = reference.fold(weight.double(), batch.rows, batch.columns)
         expected = reference.folded_conv2d(batch, kernels, bias.double(), torch.float64)
