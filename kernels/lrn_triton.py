@@ -2,15 +2,15 @@
 
 **Triton in a paragraph.** A `@triton.jit` function is a kernel: Python syntax, compiled for the GPU. It is
 launched over a grid of *programs*. A program is not a thread: it computes on whole blocks of values at
-once, such as `tl.arange(0, BLOCK)`, and Triton deals a block out over the program's 32 x `num_warps`
+once, such as `tl.arange(0, BLOCK)`, and Triton distributes a block over the program's 32 x `num_warps`
 threads. A value marked `tl.constexpr` is known when the kernel is compiled, so an `if` on one, or a
-`tl.static_range` up to one, leaves nothing behind in the machine code. `tl.load` and `tl.store` take a
-block of addresses and a mask; where the mask is off nothing is touched.
+`tl.static_range` up to one, costs no instructions. `tl.load` and `tl.store` take a block of addresses and a
+mask; where the mask is off, no memory is accessed.
 
 **The layout.** A channels-last activation lies in memory as N x H x W x C: the channels of one position are
 neighbours, and so is the window of channels that this normalisation sums over. In NCHW that window would be
 spread over as many distant planes. Other layouts are therefore copied to channels-last and the result back:
-8 bytes an element in bf16, where plain PyTorch moves several times that (`python -m
+8 bytes per element in bf16, where plain PyTorch moves several times that (`python -m
 fastalex.kernels.inspect`).
 
 **The formulas.** With d[c] = k + alpha / size * sum of x[j]^2 over the window of c, which runs from c -
@@ -23,34 +23,34 @@ convention), and with G the incoming gradient,
 where the last sum runs over the j whose window holds c. The arithmetic is fp32 whatever the tensors are.
 
 **The kernels** take C a multiple of 8 and windows of 2 to 5 channels. They give every *lane*, an entry of the
-block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load a thread
-has; the grid is flat over all such vectors, so that 96 channels leave no lane idle, where a block padded to
-a power of two would idle a quarter. The window of the outer channels reaches into the neighbouring vectors:
-small *halo* loads, masked off at the first and the last vector of a position, fetch those (2 channels a
-side forward, 4 backward, from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is
-then split into 8 *columns* (`_unzip`), each a block of one value a lane, that is, a register. Sliding the
-window means naming another column: no shared memory, no shuffles between threads, no barrier. `_zip` joins
-the columns for a 128-bit store.
+block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load of a thread.
+The grid is flat over all such vectors, so that 96 channels leave no lane idle; a block padded to a power of
+two would leave a quarter idle. The window of the outer channels reaches into the neighbouring vectors: small
+*halo* loads, masked off at the first and the last vector of a position, fetch those (2 channels on each side
+forward, 4 backward, from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is then
+split into 8 *columns* (`_unzip`), each a block of one value per lane, that is, a register. Sliding the window
+means reading another column: no shared memory, no shuffles between threads, no barrier. `_zip` joins the
+columns for a 128-bit store.
 
 **Pooling** (3x3 windows, stride 2, as in AlexNet). Forward, a lane walks down one pooled column, normalises
 a row of three positions at a time, and keeps the row that two pooled rows share. It writes the maximum and,
-in one byte, which of the nine won; the normalised activation is never written. Backward, a lane walks down
-the input in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling
+in one byte, its position among the nine; the normalised activation is never written. Backward, a lane walks
+down the input in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling
 windows, always in the same places, so for each position the lane *gathers* the gradient of those windows
-whose winner it was. Gathering is why there are no atomics, which would add in a different order each run:
-every element of dx is written once, by one lane, in a fixed order.
+whose maximum it was. Gathering needs no atomics, which would add in a different order in each run: every
+element of dx is written once, by one lane, in a fixed order.
 
 **Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they
 cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic. An
 H200 has the bandwidth for more: there the pooled kernels are bound by instructions in bf16 (docs/gpu.md).
 
-**Registers** decide how many threads a GPU can keep in flight. What was tried for the pooled backward, the
-hungriest (registers in bf16 on sm_90): all four windows of a quad loaded at once, 127; one position at a
-time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp32 instead of a maximum,
+**Registers** decide how many threads a GPU can keep in flight. The pooled backward needs the most. Variants
+tried, with their registers in bf16 on sm_90: all four windows of a quad loaded at once, 127; one position at
+a time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp32 instead of a maximum,
 which the compiler moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the
 loads are not all hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8%
 of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
-flight on an H100, from a quarter of what it can hold to a half. (In use is a cap of 72: see below, why.)
+flight on an H100, from a quarter of its capacity to a half. (`_POOL_BACKWARD_REGISTERS` is the cap in use.)
 
 **Other channel counts and windows** are not computed here: `takes` says which tensors are, and `lrn` passes
 the others to `lrn_reference`.
@@ -136,7 +136,7 @@ def _store(pointer, offset, mask, columns, BLOCK: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _vector_masks(mask, group, GROUPS: tl.constexpr):
-    """Where to load a vector, its left halo and its right. `group`: which of the C / 8 vectors it is."""
+    """The masks of a vector, its left halo and its right halo. `group` numbers the C / 8 vectors."""
     return mask, mask & (group > 0), mask & (group < GROUPS - 1)
 
 
@@ -255,7 +255,7 @@ def _gradient(
     ratios = ()
     for j in tl.static_range(8 + HALO):
         d = k + alpha * sums[j]
-        # A channel that does not exist must add nothing; with k = 0 its d would be 0 and the power infinite.
+        # Channels that do not exist must add nothing; with k = 0 their d would be 0 and its power infinite.
         if j < RIGHT:
             d = tl.where(masks[1], d, 1.0)
         if j >= 8 + RIGHT:
@@ -332,7 +332,7 @@ def _backward_kernel(
 
 @triton.jit
 def _keep_larger(best, best_tap, value, tap, STEP: tl.constexpr):
-    """Max pooling's comparison, on eight columns: the first of equals stays, and NaN wins."""
+    """Max pooling's comparison, on eight columns: of equal values the first stays, and NaN wins."""
     new = ()
     new_tap = ()
     for i in tl.static_range(8):
@@ -429,7 +429,7 @@ def _pooled_gradient(
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    """What reaches position (ROW, COLUMN) of a quad: the gradient of the windows that it won, with the halo.
+    """The gradient of position (ROW, COLUMN) of a quad, from the windows whose maximum it was, with the halo.
 
     Pooling window (r, c) begins at the first position of quad (r, c), so a quad's even rows lie under the
     windows of its own row and the one above (where they are the third row), its odd rows under its own only;
@@ -511,13 +511,14 @@ def _pool_backward_kernel(
 
 # ---------------------------------------------------------------- what to launch, on channels-last tensors
 
-# Fixed, not autotuned: to compile and time others would cost every process a minute before its first step. On
-# an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27 rows.
-_BLOCK, _WARPS = 128, 4  # one vector a thread
+# Fixed, not autotuned: compiling and timing alternatives would cost every process a minute before its first
+# step. On an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27
+# rows.
+_BLOCK, _WARPS = 128, 4  # one vector per thread
 _FORWARD_ROWS, _BACKWARD_ROWS = 3, 2  # in a lane's strip
-# Of the pooled backward. Left to itself ptxas aims, on some GPUs, for too few registers, and spills the rest.
-# A cap ends that: the lowest, in steps of eight, that does. At 64 bf16 spills on sm_86 and sm_89 with Triton
-# 3.6, fp16 on sm_90 and sm_100 with 3.8; bf16 on an H200, which does not, is up to 3% faster then.
+# For the pooled backward. Without a cap ptxas aims, on some GPUs, for too few registers and spills the rest.
+# 72 is the lowest cap, in steps of eight, that prevents it. With 64, bf16 spills on sm_86 and sm_89 with
+# Triton 3.6, and fp16 on sm_90 and sm_100 with 3.8; bf16 on an H200 does not spill and is up to 3% faster.
 _POOL_BACKWARD_REGISTERS = 72
 
 
@@ -646,7 +647,7 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
     """`max_pool2d(lrn(relu(x)), kernel_size=3, stride=2)`.
 
     x: (N, C, H, W) with H and W at least 3. Returns the pooled result and a uint8 tensor of the same shape
-    and strides: which of the window's nine positions won, 3 * row + column; the first of equals.
+    and strides, the position of the maximum in its window: 3 * row + column, the first of equals.
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
     out, argmax = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)

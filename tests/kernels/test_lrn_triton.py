@@ -23,7 +23,7 @@ CHANNELS_LAST, CONTIGUOUS, SLICED = "channels_last", "contiguous", "sliced"
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, scale: float = 5.0) -> Tensor:
-    """Seeded random values in one of the layouts."""
+    """Seeded random values in the given layout."""
     generator = torch.Generator().manual_seed(sum(shape))
     if layout == SLICED:  # every other row of a larger tensor, from the second on
         whole = make((shape[0], shape[1], 2 * shape[2], *shape[3:]), dtype, CONTIGUOUS, scale)
@@ -43,7 +43,7 @@ def on_cuda(x: Tensor, size: int) -> ModuleType:
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """To the dtype's rounding, relative to the value, or to fp32's where terms cancel."""
+    """Assert an error of the dtype's rounding, relative to the value, or of fp32's where terms cancel."""
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.double(), expected, rtol=RTOL[dtype], atol=3e-6 * largest, equal_nan=True
@@ -91,7 +91,7 @@ def check_pool(
     k: float = 2.0,
     device: str = "cpu",
 ) -> None:
-    """Maximum, winner, gradient and layouts against float64."""
+    """Maximum, argmax, gradient and layouts against float64."""
     arguments = (size, 1e-2, beta, k)
     x = make(shape, dtype, layout).to(device)
     module = on_cuda(x, size)
@@ -102,12 +102,12 @@ def check_pool(
     normalised = F.local_response_norm(F.relu(exact), *arguments)
     assert_close(y, F.max_pool2d(normalised, 3, 2).detach(), dtype)
     assert argmax.dtype == torch.uint8
-    # The winner holds the maximum; exact ties are `check_ties`. Two values may be closer than fp32 can tell.
+    # The argmax points to the maximum, to fp32's rounding; `check_ties` checks exact ties.
     won = windows(normalised).gather(-1, argmax.long()[..., None])[..., 0]
     torch.testing.assert_close(won, F.max_pool2d(normalised, 3, 2), rtol=1e-6, atol=0)
     (expected_dx,) = torch.autograd.grad(won, exact, grad.double())
     assert_close(dx, expected_dx, dtype)
-    # The layouts that `lrn.py` announces to torch.compile.
+    # The layouts that the operators' fakes declare.
     assert y.stride() == argmax.stride() == torch.empty_like(x[:, :, : y.shape[2], : y.shape[3]]).stride()
     assert dx.stride() == torch.empty_like(x).stride()
 
@@ -126,7 +126,7 @@ def check_ties(channels: int) -> None:
 
 
 def check_special_values(channels: int, relu: bool) -> None:
-    """NaN, infinity and squares that overflow fp32, where PyTorch in fp32 has them."""
+    """NaN, infinity and squares that overflow fp32 give the results of PyTorch in fp32."""
     x = make((1, channels, 3, 5), torch.float32, CHANNELS_LAST)
     for column, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e30)):
         x[0, channels // 2, 1, column] = value
@@ -159,7 +159,7 @@ def check_nan_wins(channels: int) -> None:
 
 
 def check_no_constant(channels: int) -> None:
-    """k = 0: d is 0 for the channels that do not exist, and they must not reach the others."""
+    """With k = 0, d is 0 for channels that do not exist, which must not affect the others."""
     check_lrn((1, channels, 2, 3), 5, torch.float32, CHANNELS_LAST, False, 1e-2, 0.75, 0.0)
 
 
@@ -174,7 +174,7 @@ def check_negative_denominators(channels: int, beta: float) -> None:
 
 
 def check_tiling() -> None:
-    """Blocks and strips of another size give the same result, to the bit."""
+    """Blocks and strips of other sizes give the same result, to the bit."""
     from fastalex.kernels import lrn_triton
 
     for case in lrn_triton.inspect_cases():
@@ -194,7 +194,7 @@ def check_tiling() -> None:
 
 
 def small(name: str) -> Any:
-    """The launch that an inspected kernel gets for one image of 7x7x16."""
+    """The launch of an inspected kernel for one image of 7x7x16."""
     from fastalex.kernels import lrn_triton
 
     x = torch.randn(1, 7, 7, 16)
@@ -211,9 +211,9 @@ def small(name: str) -> Any:
 
 
 def check_offsets_beyond_32_bits() -> None:
-    """More than 2^31 elements: the last program, which alone is run, reads and writes the right ones.
+    """With more than 2^31 elements the last program, the only one run, accesses the right ones.
 
-    The tensors are allocated and, but for their ends, never touched, so they take no memory.
+    The tensors are allocated but only their ends are touched, so they take no memory.
     """
     from triton.runtime import interpreter
 
@@ -295,7 +295,7 @@ def test_pool(interpreted: Any, shape: tuple[int, ...], size: int, dtype: torch.
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3), (4, 4), (5, 8), (8, 5)])
 def test_pool_edges(interpreted: Any, height: int, width: int) -> None:
-    """Heights and widths that leave no row over, or one."""
+    """Heights and widths where the pooling windows leave no row over, or one."""
     interpreted(check_pool, (1, 8, height, width), 3, torch.float32, CHANNELS_LAST)
 
 
@@ -320,7 +320,7 @@ def test_other_beta(interpreted: Any, channels: int, beta: float) -> None:
 
 @pytest.mark.parametrize("channels", [16, 5])
 def test_squares_beyond_fp16(interpreted: Any, channels: int) -> None:
-    """Values of some thousands: their squares do not fit in fp16."""
+    """The squares of values in the thousands exceed fp16's range."""
     interpreted(
         check_lrn, (1, channels, 3, 3), 5, torch.float16, CHANNELS_LAST, False, 1e-4, 0.75, 1.0, 3000.0
     )
@@ -347,7 +347,7 @@ def test_no_constant(interpreted: Any, channels: int) -> None:
     interpreted(check_no_constant, channels)
 
 
-def test_tiling_does_not_change_a_bit(interpreted: Any) -> None:
+def test_tiling_does_not_change_the_result(interpreted: Any) -> None:
     interpreted(check_tiling)
 
 
@@ -367,8 +367,8 @@ def test_negative_denominators(interpreted: Any, channels: int, beta: float) -> 
     interpreted(check_negative_denominators, channels, beta)
 
 
-def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
-    """Negative control: a window of 4 is not one of 5, and the comparison says so."""
+def test_a_wrong_window_is_detected(interpreted: Any) -> None:
+    """Negative control: a window of 4 fails the comparison with one of 5."""
     with pytest.raises(pytest.fail.Exception, match="not close"):
         interpreted(check_wrong_window, 4)
 
@@ -378,6 +378,6 @@ def test_the_oracle_tells_windows_apart(interpreted: Any) -> None:
 @pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS])
 @pytest.mark.parametrize("shape", [(8, 96, 55, 55), (8, 256, 27, 27), (2, 97, 9, 10)], ids=str)
 def test_on_a_gpu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """The same checks, compiled."""
+    """The same checks with compiled kernels."""
     check_lrn(shape, 5, dtype, layout, True, device="cuda")
     check_pool(shape, 5, dtype, layout, device="cuda")
