@@ -6,9 +6,9 @@ The backward pass computes it again, also `IMAGES` images at a time, so its grad
 never stored as a whole either. What is saved for the gradient is one byte per output: the argmax of its
 pooling window.
 
-The operator is made of those of `folded_conv` and `lrn`. Its result is theirs to the bit; the gradients of
-weight and bias are summed in another order. As there, it is opaque to torch.compile, has no autocast rule and
-is differentiable once.
+The operator calls the functions of `folded_conv` and the operators of `lrn`. Its result equals theirs to the
+bit; the gradients of weight and bias are summed in another order. As they are, it is opaque to torch.compile,
+has no autocast rule and is differentiable once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def folded_conv2d_relu_lrn_max_pool(
         crop: pixels of a crop on each axis, at most `resize`.
         mean: three numbers, one per channel, for pixels in 0..1.
         std: three positive numbers, as `mean`.
-        stride: of the convolution, on both axes.
+        stride: of the convolution, on both axes, at least 1.
         padding: zeros added to each side of the crop, on both axes.
         dtype: of the result: float32, bfloat16 or float16.
         size: channels in the window of the normalisation, at least 1.
@@ -106,7 +106,7 @@ def _block(*args: Any) -> tuple[Tensor, Tensor]:
     _check_values(convolution, "folded_conv2d_relu_lrn_max_pool")
     out, argmax = _empty_outputs(convolution)
     convolve = _implementation(convolution.images).folded_conv2d
-    with torch.autocast(convolution.images.device.type, enabled=False):  # it reaches into operators
+    with torch.autocast(convolution.images.device.type, enabled=False):  # it applies within operators too
         batch = reference.source_crops(convolution, torch.float32)
         kernels = reference.fold(convolution.weight, batch.rows, batch.columns)
         for part, *outputs in zip(*(each.split(IMAGES) for each in (batch, out, argmax)), strict=True):

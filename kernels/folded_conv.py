@@ -56,7 +56,7 @@ def folded_conv2d(
         crop: pixels of a crop on each axis, at most `resize`.
         mean: three numbers, one per channel, for pixels in 0..1.
         std: three positive numbers, as `mean`.
-        stride: of the convolution, on both axes.
+        stride: of the convolution, on both axes, at least 1.
         padding: zeros added to each side of the crop, on both axes.
         dtype: of the result: float32, bfloat16 or float16.
         indices: int64 (B,), the image of each crop. None: image i for crop i (and N = B).
@@ -83,12 +83,13 @@ def folded_conv2d(
 
 _TENSORS = "Tensor images, Tensor indices, Tensor offsets, Tensor flips, Tensor weight"
 _NUMBERS = "SymInt resize, SymInt crop, float[] mean, float[] std, SymInt stride, SymInt padding"
-# The fields of `FoldedConv`, as torch.library writes them
+# The fields of `FoldedConv`, in the notation of torch.library. Written out, not inferred from a signature, so
+# that four operators share it.
 SCHEMA = f"{_TENSORS}, Tensor bias, {_NUMBERS}, ScalarType dtype"
 
 
 def _check(arguments: FoldedConv, name: str) -> None:
-    """Raise ValueError for what `_check_images` does not see, except for the values in tensors."""
+    """Raise ValueError for what `_check_images` does not check, except the values in tensors."""
     images, indices, offsets, flips, weight, bias, resize, crop, _, _, stride, padding, _ = arguments
     _check_plan(images, indices, offsets, flips, name)
     height, width = images.shape[1:3]
@@ -139,7 +140,7 @@ def _folded_conv(*args: Any) -> Tensor:
     arguments = FoldedConv(*args)
     _check_values(arguments, "folded_conv2d")
     images, weight = arguments.images, arguments.weight
-    with torch.autocast(images.device.type, enabled=False):  # it reaches into operators
+    with torch.autocast(images.device.type, enabled=False):  # it applies within operators too
         batch = reference.source_crops(arguments, torch.float32)
         kernels = reference.fold(weight, batch.rows, batch.columns)
         return _implementation(images).folded_conv2d(batch, kernels, arguments.bias, arguments.dtype)
@@ -157,7 +158,7 @@ def _(*args: Any) -> Tensor:
     schema=f"(Tensor grad, {_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)",
 )
 def _folded_conv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    # No gradient depends on the bias.
+    # The gradients do not depend on the bias, which this operator does not take.
     arguments = FoldedConv._make((*args[:5], None, *args[5:], grad.dtype))
     images, weight = arguments.images, arguments.weight
     check_fits("gradient", grad, _empty_output(arguments, "meta").shape, grad.dtype, weight)

@@ -78,7 +78,7 @@ def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> None:
 
 @custom_op("fastalex::winograd_conv2d", mutates_args=())
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # it reaches into operators
+    with torch.autocast(x.device.type, enabled=False):  # it applies within operators too
         return _implementation(x, weight).winograd_conv2d(x, weight, bias)
 
 

@@ -62,7 +62,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed
 
 
 def has_rival(x: Tensor, options: Options, distance: float) -> Tensor:
-    """Where the two largest values of a pooling window are nearly equal but unequal: rounding may swap them."""
+    """Where a pooling window's two largest values are unequal but so close that rounding may swap them."""
     normalised = torch_relu_lrn(x, options)
     windows = normalised.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
     first, second = windows.topk(2).values.unbind(-1)
