@@ -1,8 +1,9 @@
-"""Fused kernels for AlexNet: the layers that PyTorch runs in many passes over memory, in one.
+"""Fused kernels for AlexNet: layers that PyTorch computes in many passes over memory, computed in one.
 
-Each function has a reference in plain PyTorch (`*_reference.py`), a Numba implementation for the CPU
-(`*_numba*.py`) and, but for the two convolutions, a Triton one for CUDA (`*_triton.py`) behind one PyTorch
-operator (`lrn.py`, `augment.py`, `folded_conv.py`, `winograd.py`). `folded_block.py` is made of two of these.
+Each function is one PyTorch operator (`lrn.py`, `augment.py`, `folded_conv.py`, `winograd.py`) with a
+reference in plain PyTorch (`*_reference.py`) and a Numba implementation for the CPU (`*_numba*.py`). All but
+the two convolutions also have a Triton implementation for CUDA (`*_triton.py`). `folded_block.py` combines
+`folded_conv.py` and `lrn.py`; `lazy_batch.py` defers `augment` to the first convolution.
 """
 
 from .augment import augment, ten_crop

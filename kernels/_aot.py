@@ -1,8 +1,9 @@
-"""Compiling a Triton kernel for a GPU that is not here, and reading what came out.
+"""Compile a Triton kernel ahead of time, for a GPU that need not be present, and read its machine code.
 
-Triton compiles to PTX, and the `ptxas` it ships turns that into the GPU's own machine code; neither needs a
-GPU. `cuobjdump`, which it ships too, prints the registers and the instructions. Not to be used in a process
-that runs the interpreter (TRITON_INTERPRET=1): there, `@triton.jit` does not give a function that compiles.
+Triton compiles to PTX, and the `ptxas` that it ships compiles that to the GPU's machine code; neither needs a
+GPU. `cuobjdump`, which it ships too, prints the registers and the instructions. This does not work in a
+process that runs the interpreter (TRITON_INTERPRET=1), where `@triton.jit` does not return a function that
+compiles.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _POINTER = {
 
 @dataclass(frozen=True)
 class Sm:
-    """What one streaming multiprocessor can hold."""
+    """The limits of one streaming multiprocessor."""
 
     warps: int
     blocks: int
@@ -44,7 +45,7 @@ class Sm:
 
 
 # CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
-# All of them have 65,536 registers, in four parts of 16,384, handed out to a warp 256 at a time (the rules of
+# Each has 65,536 registers, in four partitions of 16,384, allocated to a warp in units of 256 (the rules of
 # the occupancy calculator in Nsight Compute).
 ARCHITECTURES = {
     80: Sm(64, 32, 164 * 1024),  # A100
@@ -58,12 +59,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the compiler made of a kernel. Loads and stores are counts of instructions by width in bits."""
+    """A compiled kernel in numbers. `loads` and `stores` count instructions by width in bits."""
 
-    registers: int
-    stack: int  # bytes a thread
-    shared: int  # bytes a program
-    local_accesses: int  # spills and arrays in memory
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # bytes per program
+    local_accesses: int  # instructions that spill, or access an array in local memory
     loads: dict[int, int]
     stores: dict[int, int]
     instructions: int
@@ -144,18 +145,25 @@ def _read(resources: str, sass: str) -> MachineCode:
 
 
 def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
-    """The share of an SM's warps that programs of so many warps, registers and shared bytes can fill."""
+    """The fraction of an SM's warps that can be in flight.
+
+    Args:
+        arch: a key of `ARCHITECTURES`.
+        registers: per thread.
+        shared: bytes per program.
+        warps: per program.
+    """
     sm = ARCHITECTURES[arch]
-    registers_a_warp = -(-registers * 32 // 256) * 256
-    blocks = min(sm.blocks, sm.warps // warps, 16384 // registers_a_warp * 4 // warps)
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(sm.blocks, sm.warps // warps, 16384 // registers_per_warp * 4 // warps)
     if shared:
-        blocks = min(blocks, sm.shared // (shared + 1024))  # CUDA keeps 1 KB a block for itself
+        blocks = min(blocks, sm.shared // (shared + 1024))  # CUDA reserves 1 KB per block
     return blocks * warps / sm.warps
 
 
 def problems(case: KernelCase, dtype: torch.dtype, code: MachineCode) -> list[str]:
-    """Which of the case's promises the machine code breaks, one line each."""
-    wide = 2 if dtype == torch.float32 else 1  # accesses of 128 bits to eight channels
+    """The promises of the case that the machine code breaks, one line each."""
+    wide = 2 if dtype == torch.float32 else 1  # accesses of 128 bits for eight channels
     found = []
     if code.stack or code.local_accesses:
         found.append(f"spills: {code.stack} bytes of stack, {code.local_accesses} accesses to local memory")

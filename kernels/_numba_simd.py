@@ -2,7 +2,7 @@
 """Vectors of 16 floats for Numba: one cache line of fp32, one AVX-512 register, two of AVX2, four of NEON.
 
 Numba leaves vectorising to LLVM, which does well on a simple loop and badly on one with a window, a tail
-and a 16-bit type. Here the kernel says what it means, block by block, as a Triton kernel does; LLVM still
+and a 16-bit type. With this module a kernel is written block by block, as a Triton kernel is; LLVM still
 chooses the instructions and splits the vectors for machines with narrower registers.
 
     x = pointer(array)
@@ -10,8 +10,8 @@ chooses the instructions and splits the vectors for machines with narrower regis
     store(x, i, v)          rounded to nearest even
     a + b, a - b, a * b, a / b, fma(a, b, c), where(mask, a, b), a > b, a == b, ...
 
-NumPy has no bf16, so an array's dtype stands for what its bits are: float32, uint16 for bf16, int16 for
-fp16 (`bits` makes such a view of a tensor). Nothing is checked: an index out of range is a crash.
+NumPy has no bf16, so an array's dtype says what its bits mean: float32 for fp32, uint16 for bf16, int16 for
+fp16 (`bits` returns such a view of a tensor). Nothing is checked: an index out of range crashes the process.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
 
-# The threads of PyTorch's own OpenMP pool, where there is one: two pools would fight over the same cores.
-# A preference, not a demand: Numba falls back to the next layer, and NUMBA_THREADING_LAYER still decides.
+# Prefer the OpenMP pool that PyTorch uses too: two pools would compete for the same cores. Where there is
+# none, Numba falls back to the next layer; the environment variable NUMBA_THREADING_LAYER takes precedence.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
@@ -49,15 +49,15 @@ SOURCES = digest(Path(__file__).parent)
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` that keeps compiled code on disk where a folder for it can be written."""
+    """`numba.njit` that caches compiled code on disk, where a folder for it is writable."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             compiled = numba.njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable
             return numba.njit(nogil=True, **options)(function)
-        # Numba compiles again when the function's own file has changed. What is compiled into it comes from
-        # others here too, and there is no public way to tell it so.
+        # Numba compiles again when the function's own file has changed. Functions of other files in this
+        # folder are compiled into it too, and there is no public way to declare them.
         index: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
         if hasattr(index, "_source_stamp"):
             index._source_stamp = index._source_stamp, SOURCES
@@ -67,7 +67,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 inline = numba.njit(forceinline=True)
-"""For helpers that only other kernels call: they become part of their caller, and of its cache."""
+"""For helpers that only other kernels call: compiled into their caller, and cached with it."""
 
 
 def bits(x: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -76,13 +76,19 @@ def bits(x: torch.Tensor) -> np.ndarray[Any, Any]:
     return x.detach().view(-1).view(views.get(x.dtype, x.dtype)).numpy()
 
 
-_one_caller = threading.Lock()  # Numba's fallback threading layer aborts the process on a second one
+_one_caller = threading.Lock()  # Numba's fallback threading layer aborts the process on a second caller
 
 
 def run(serial: Any, parallel: Any, count: int, *args: Any) -> None:
-    """Work 0 .. count - 1 spread over as many threads as PyTorch uses.
+    """Run a kernel on work items 0 .. count - 1, with as many threads as PyTorch uses.
 
-    With one thread, as in a forked data-loading worker, no thread pool is touched at all.
+    With one thread, as in a forked data-loading worker, no thread pool is used.
+
+    Args:
+        serial: called as serial(start, stop, *args).
+        parallel: called as parallel(tasks, count, *args), where each task is a range for `serial`.
+        count: number of work items.
+        args: further arguments of both.
     """
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, count)
     if threads <= 1:
@@ -160,9 +166,9 @@ def _words(value: int) -> ir.Constant:
 
 @intrinsic
 def pointer(typing_context, array):
-    """Where an array's elements start. It does not keep the array alive: take it of a function's argument.
+    """A pointer to an array's elements. It does not keep the array alive: take it from a function's argument.
 
-    Passing arrays from function to function counts references, with atomic additions, in every call.
+    Passing arrays themselves from function to function would count references, atomically, in every call.
     """
 
     def codegen(context, builder, signature, args):
@@ -185,7 +191,7 @@ def _address(builder: ir.IRBuilder, start: Any, index: Any, vector: ir.VectorTyp
 
 
 def _copy(builder: ir.IRBuilder, source: Any, target: Any, count: Any) -> None:
-    """`count` elements one at a time: only the last, partial block of a row comes this way."""
+    """Copy `count` elements one at a time; used only for the last, partial block of a row."""
     with cgutils.for_range(builder, count) as loop:
         builder.store(builder.load(builder.gep(source, [loop.index])), builder.gep(target, [loop.index]))
 
@@ -210,8 +216,8 @@ def _from_float(context: Any, builder: ir.IRBuilder, value: Any, dtype: types.Ty
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), shorts)
     if _has(context, "avx512bf16"):  # one instruction instead of eight
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), shorts)
-    # bf16 is the upper half of fp32. Adding just under half of the lower one, and one more if the upper is
-    # odd, rounds to nearest even; it would carry a NaN over to zero, so a NaN is written as one.
+    # bf16 is the upper half of fp32. To round to nearest even, add 0x7FFF to the lower half, and one more if
+    # the upper half is odd. That could carry a NaN over to zero, so NaN is selected separately.
     word = builder.bitcast(value, _WORDS)
     odd = builder.and_(builder.lshr(word, _words(16)), _words(1))
     rounded = builder.add(word, builder.add(odd, _words(0x7FFF)))
@@ -222,7 +228,7 @@ def _from_float(context: Any, builder: ir.IRBuilder, value: Any, dtype: types.Ty
 
 @intrinsic
 def load(typing_context, start, index):
-    """The 16 elements from `index` of those at the pointer `start`, as fp32."""
+    """The 16 elements start[index:], as fp32."""
     vector = ir.VectorType(_STORED[start.dtype], LANES)
 
     def codegen(context, builder, signature, args):
@@ -234,7 +240,7 @@ def load(typing_context, start, index):
 
 @intrinsic
 def load_partial(typing_context, start, index, count):
-    """`count` < 16 elements, as fp32; the lanes after them are 0."""
+    """The `count` < 16 elements start[index:], as fp32; the lanes after them are 0."""
     element = _STORED[start.dtype]
 
     def codegen(context, builder, signature, args):
@@ -248,7 +254,7 @@ def load_partial(typing_context, start, index, count):
 
 @intrinsic
 def store(typing_context, start, index, value):
-    """`value` to the 16 elements from `index`, rounded to their dtype."""
+    """Store `value` in the 16 elements start[index:], rounded to their dtype."""
     vector = ir.VectorType(_STORED[start.dtype], LANES)
 
     def codegen(context, builder, signature, args):
@@ -261,7 +267,7 @@ def store(typing_context, start, index, value):
 
 @intrinsic
 def store_partial(typing_context, start, index, value, count):
-    """The first `count` < 16 lanes of `value`."""
+    """Store the first `count` < 16 lanes of `value` in start[index:], rounded to their dtype."""
 
     def codegen(context, builder, signature, args):
         stored = _from_float(context, builder, args[2], start.dtype)
@@ -275,7 +281,7 @@ def store_partial(typing_context, start, index, value, count):
 
 @intrinsic
 def bytes_equal(typing_context, start, index, byte):
-    """The mask of which of 16 uint8 elements equal `byte`."""
+    """A mask of the lanes whose uint8 element, of the 16 in start[index:], equals `byte`."""
     vector = ir.VectorType(ir.IntType(8), LANES)
 
     def codegen(context, builder, signature, args):
@@ -328,7 +334,7 @@ def fma(typing_context, a, b, c):
 
 @intrinsic
 def absolute(typing_context, v):
-    """|v|, sign bit cleared: also of NaN and of -0."""
+    """|v|, with the sign bit cleared, also of NaN and -0."""
     return _vector(v), lambda context, builder, signature, args: _call(
         builder, f"llvm.fabs.v{LANES}f32", *args
     )
@@ -336,7 +342,7 @@ def absolute(typing_context, v):
 
 @intrinsic
 def exceeds(typing_context, a, b):
-    """a > b by the bits: for numbers with the sign bit clear the same, except that NaN exceeds infinity."""
+    """a > b compared as bits: for positive numbers the same as a > b, except that NaN exceeds infinity."""
 
     def codegen(context, builder, signature, args):
         return builder.icmp_signed(">", *(builder.bitcast(v, _WORDS) for v in args))
@@ -389,9 +395,9 @@ def _has(context: Any, feature: str) -> bool:
 
 @intrinsic
 def estimates_suffice(typing_context, start):
-    """Whether results are bf16, and `estimate_inverse_square_root` is as exact as that needs, and fast.
+    """Whether results are bf16 and the processor has AVX-512, whose estimates are exact enough for bf16.
 
-    A constant: LLVM drops the branch that is not taken.
+    A compile-time constant, so LLVM drops the branch that is not taken.
     """
 
     def codegen(context, builder, signature, args):
@@ -402,7 +408,7 @@ def estimates_suffice(typing_context, start):
 
 @intrinsic
 def estimate_inverse_square_root(typing_context, v):
-    """v^(-1/2) within 2^-14 of it: one instruction with AVX-512, else a square root and a division."""
+    """v^(-1/2) to a relative 2^-14: one instruction with AVX-512, else a square root and a division."""
 
     def codegen(context, builder, signature, args):
         if not _has(context, "avx512f"):
@@ -424,7 +430,7 @@ def guess_inverse_fourth_root(typing_context, v):
     """v^(-1/4) within 4.3% for positive normal v: the bits of a float are nearly its logarithm."""
 
     def codegen(context, builder, signature, args):
-        # The constant that makes 1 - v * guess^4 span the least, found by trying: -0.171 to 0.095.
+        # The constant was found by search: 1 - v * guess^4 has its smallest range, -0.171 to 0.095.
         quarter = builder.lshr(builder.bitcast(args[0], _WORDS), _words(2))
         return builder.bitcast(builder.sub(_words(0x4F59E580), quarter), _FLOATS)
 

@@ -1,12 +1,12 @@
-"""Counting what a Triton kernel loads and stores, by running it in Triton's interpreter.
+"""Count the bytes that a Triton kernel loads and stores, by running it in Triton's interpreter.
 
-With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, a program
-after the other, in NumPy. Every load and store then passes two methods with its addresses and its mask;
-`count` listens there. `mended` mends what the interpreter does otherwise than a GPU for these kernels: it
-cuts fp32 to bf16 where a GPU rounds; and it refuses an index with some versions of NumPy.
+With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, one program
+after the other, in NumPy. Every load and store then calls one of two methods with its addresses and its mask;
+`count` records those. `mended` corrects the interpreter where it differs from a GPU for these kernels: it
+truncates fp32 to bf16 where a GPU rounds, and it refuses an index with some versions of NumPy.
 
-`python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON;
-`inspect` runs that in a process of its own, because it compiles too and one process cannot do both.
+`python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON.
+`inspect` runs that in a separate process, because one process cannot both interpret and compile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from triton.runtime import interpreter
 
 from ._triton_launch import FLOAT_DTYPES, KernelCase, Launch, dtype_name, is_interpreted
 
-_SECTOR = 32  # bytes: the least that a GPU fetches from memory
+_SECTOR = 32  # bytes, the unit in which a GPU accesses memory
 _BATCH = 1
 
 
@@ -38,13 +38,14 @@ _BATCH = 1
 class Traffic:
     """Bytes and faults of one launch.
 
-    moved: 32-byte sectors that a program touches, each once for each program, summed over the programs. That
-        is the memory traffic if a program finds in the L1 cache what it has touched before, and no program
-        what another has; what the L2 cache shares between programs comes off it.
-    floor: bytes touched at all, each once.
-    elements: of the tensor that the case divides by.
-    out_of_bounds: lanes that touched memory of no tensor, or stored to an input, or loaded from an output.
-    unwritten, rewritten: elements of the outputs stored never, or more than once.
+    moved: bytes in the 32-byte sectors that a program touches, each sector once per program, summed over the
+        programs. That is the memory traffic if the L1 cache serves everything that a program touches again,
+        and the L2 cache serves nothing that another program has touched.
+    floor: bytes touched by any program, each once.
+    elements: number of elements of the tensor that the case names.
+    out_of_bounds: lanes that accessed memory outside every tensor, stored to an input, or loaded from an
+        output.
+    unwritten, rewritten: elements of the outputs that were never stored, or more than once.
     """
 
     moved: int
@@ -69,7 +70,7 @@ class _Recorder:
         self.out_of_bounds = 0
 
     def record(self, program: tuple[int, ...], pointers: np.ndarray, mask: Any, stores: bool) -> Any:
-        """Take note of an access; returns its mask without the lanes that must not touch memory."""
+        """Record an access; returns its mask without the lanes that are out of bounds."""
         if program != self.program:
             self.finish_program()
             self.program = program
@@ -95,7 +96,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _replaced(where: Any, **functions: Callable[..., Any]) -> Iterator[None]:
-    """A class or module of the interpreter with some of its functions replaced."""
+    """Replace functions of a class or module of the interpreter within a `with` block."""
     originals = {name: getattr(where, name) for name in functions}
     for name, function in functions.items():
         setattr(where, name, function)
@@ -108,9 +109,9 @@ def _replaced(where: Any, **functions: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """Makes the interpreter round fp32 to bf16 to nearest, ties to even, as GPUs do; and take an index.
+    """Make the interpreter round fp32 to bf16 to nearest even, as GPUs do, and accept a tensor as an index.
 
-    Before Triton 3.8 it makes an index of a tensor as NumPy 2.5 no longer does.
+    Before Triton 3.8 it converts a tensor to an index in a way that NumPy 2.5 no longer supports.
     """
     original = interpreter.InterpreterBuilder.cast_impl
     patch_tensor = interpreter._patch_lang_tensor
@@ -133,7 +134,11 @@ def mended() -> Iterator[None]:
 
 
 def count(case: KernelCase, launch: Launch) -> Traffic:
-    """Run a launch on CPU tensors, in the interpreter, and count."""
+    """Run a launch on CPU tensors in the interpreter, and count.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET was not set when Triton was imported.
+    """
     if not is_interpreted():
         raise RuntimeError("counting needs TRITON_INTERPRET=1 in the environment before Triton is imported")
     recorder = _Recorder(launch.tensors, case.writes)
@@ -165,7 +170,7 @@ def count(case: KernelCase, launch: Launch) -> Traffic:
 
 
 def problems(case: KernelCase, traffic: Traffic) -> list[str]:
-    """Which of the case's promises the counts break, one line each."""
+    """The promises of the case that the counts break, one line each."""
     found = []
     if traffic.out_of_bounds:
         found.append(f"{traffic.out_of_bounds} accesses out of bounds")
@@ -178,7 +183,7 @@ def problems(case: KernelCase, traffic: Traffic) -> list[str]:
 
 
 class _EagerBytes(TorchDispatchMode):
-    """Adds up what every operator that does arithmetic reads and writes."""
+    """Add up the bytes that every operator reads and writes, except views and empty tensors."""
 
     def __init__(self) -> None:
         super().__init__()

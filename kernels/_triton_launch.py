@@ -1,9 +1,8 @@
-"""How fastalex launches a Triton kernel, and how it describes one to `python -m fastalex.kernels.inspect`.
+"""A description of a Triton kernel launch, used both to run it and to inspect it.
 
 A kernel file (`*_triton.py`) builds a `Launch` - the kernel, its grid and its arguments by name - and runs
-it. Because a launch is described before it happens, `inspect` can take the very same description and
-compile it for a GPU that is not there, or run it in Triton's interpreter and count the bytes. Nothing is
-written down twice.
+it. `python -m fastalex.kernels.inspect` takes the same description and compiles it for a GPU that is not
+present, or runs it in Triton's interpreter and counts the bytes.
 
 To have its kernels inspected, a kernel file defines `inspect_cases() -> list[KernelCase]` and is named in
 `inspect.KERNEL_MODULES`.
@@ -20,10 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-# Names of arguments of which one compiled kernel serves every value (`do_not_specialize`). Triton would
-# otherwise compile it anew, which takes seconds, for values that 16 divides, for 1, and for all others: for
-# the last batch of an epoch, and for another crop. The price is a few divisions a lane.
-SIZES = ["elements", "vectors", "batch", "height", "width", "rows", "image_count"]
+# Arguments for which a kernel is not specialised (`do_not_specialize`). Triton would otherwise compile one
+# kernel for multiples of 16, one for 1 and one for all other values, each in seconds: for the last batch of
+# an epoch, or for another crop. The price is a few divisions per lane.
+SIZES = ["vectors", "batch", "height", "width", "rows", "image_count"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,10 +45,10 @@ class Launch:
     """One kernel launch.
 
     kernel: a `@triton.jit` function.
-    programs: how many of it, in one dimension.
+    programs: the size of the one-dimensional grid.
     arguments: every argument by parameter name.
-    warps: of 32 threads, to a program.
-    maxnreg: registers that a thread has at most; None leaves it to the compiler.
+    warps: warps (of 32 threads) per program.
+    maxnreg: registers per thread, at most; None leaves it to the compiler.
     """
 
     kernel: Any
@@ -64,7 +63,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told beside the arguments."""
+        """The options for the compiler."""
         return {"num_warps": self.warps, **({"maxnreg": self.maxnreg} if self.maxnreg else {})}
 
     def run(self) -> None:
@@ -72,26 +71,26 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments)
             return
         device = next(iter(self.tensors.values())).device
-        # Triton launches on the current device, which need not be the one the tensors are on.
+        # Triton launches on the current device, which need not be the tensors' device.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel at the shape AlexNet gives it, and what is promised about it.
+    """A kernel at AlexNet's shape, and what its file promises about it.
 
     name: the row's name in the table.
     launch: from (dtype, batch, device) to a `Launch`. Called with the meta device to compile (no memory is
         touched) and with the CPU to count bytes.
     writes: the names of the tensor arguments that the kernel writes; it reads the others.
-    elements: the name of the tensor argument whose elements the byte counts are divided by.
-    traffic_limit: bytes moved over the floor, at most.
+    elements: the name of the tensor argument whose number of elements divides the byte counts.
+    traffic_limit: the ratio of bytes moved to the floor, at most.
     vector_loads, vector_stores: how many accesses of eight channels (128 bits in bf16 and fp16, two times 128
-        in fp32) the kernel's text has, at least.
+        in fp32) the kernel's code has, at least.
     narrowest_store: bits of the narrowest global store allowed (a one-byte argmax of eight channels is 64).
-    eager: from (dtype, batch) to a function that does on meta tensors what plain PyTorch would, or None.
-    dtypes: what to compile for.
+    eager: from (dtype, batch) to a function that runs plain PyTorch's operators on meta tensors, or None.
+    dtypes: the dtypes to compile for.
     """
 
     name: str

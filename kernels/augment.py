@@ -1,9 +1,9 @@
-"""From uint8 images to a finished batch as one PyTorch operator: checks and dispatch by device.
+"""From uint8 images to a normalised batch as one PyTorch operator: checks and dispatch by device.
 
 `fastalex::augment` resizes, crops, flips, normalises, converts and lays out a batch in one pass over the
-output. The body is the plain PyTorch reference, for any device; the CPU runs `augment_numba`, CUDA runs
-`augment_triton`, each imported by the first call that needs it. Ten-crop is the same operator: ten views of
-each image instead of one.
+output. `augment_numba` computes it on the CPU, `augment_triton` on CUDA, and `augment_reference`, plain
+PyTorch, on any other device; the fast modules are imported by the first call that needs them. Ten-crop is the
+same operator with ten views of each image instead of one.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import custom_op, infer_schema
 
 from . import augment_reference as reference
 
@@ -33,24 +35,26 @@ def augment(
     dtype: torch.dtype,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """A normalised batch of random (or any other) crops of uint8 images.
+    """A normalised batch of crops of uint8 images.
 
-    Each image is resized to resize x resize pixels as `torchvision.transforms.v2.Resize` does with
-    `antialias=True`, in float arithmetic, whether that enlarges or shrinks it; then cropped, then mirrored
-    left to right where `flips` says so; then (x / 255 - mean) / std, rounded to `dtype` (to nearest even).
+    Each image is resized to `resize` x `resize` pixels as `torchvision.transforms.v2.Resize` does with
+    `antialias=True`, in float arithmetic, larger or smaller; then cropped; then mirrored left to right where
+    `flips` is True. The result is (x / 255 - mean) / std, rounded to `dtype` (to nearest even).
 
     Args:
         images: uint8 (N, H, W, 3), contiguous.
         offsets: int32 (B, 2), top and left of each crop within the resized image, 0 .. resize - crop.
-        flips: bool (B,).
-        resize, crop: pixels.
-        mean, std: one number a channel, for pixels in 0..1.
+        flips: bool (B,), which crops are mirrored.
+        resize: pixels of the resized image on each axis.
+        crop: pixels of a crop on each axis, at most `resize`.
+        mean: three numbers, one per channel, for pixels in 0..1.
+        std: three positive numbers, as `mean`.
         dtype: of the result: float32, bfloat16 or float16.
-        indices: int64 (B,), the image of each crop: this gathers from a resident data set without copying
-            it. None: image i for crop i (and N = B).
+        indices: int64 (B,), the image of each crop, so that a batch is gathered from a resident data set
+            without copying images. None: image i for crop i (and N = B).
 
     Returns:
-        (B, 3, crop, crop), channels-last.
+        (B, 3, crop, crop) in `dtype`, channels-last.
 
     Raises:
         ValueError: a wrong shape, dtype or device; a crop larger than the resized image; on the CPU an index
@@ -78,17 +82,27 @@ def ten_crop(
     """The corner and centre crops of each image and their mirror images, in one launch.
 
     Args:
+        images: uint8 (N, H, W, 3), contiguous.
+        resize: pixels of the resized image on each axis.
+        crop: pixels of a crop on each axis, at most `resize`.
+        mean: three numbers, one per channel, for pixels in 0..1.
+        std: three positive numbers, as `mean`.
+        dtype: of the result: float32, bfloat16 or float16.
+        indices: int64 (B,), which images. None: all of them, in order (and N = B).
         mirror: False leaves the mirror images out: five views instead of ten.
-        The others, and the errors, are those of `augment`.
 
     Returns:
-        (B * 10, 3, crop, crop) or (B * 5, 3, crop, crop), channels-last: the views of the first image, then
-        of the second, and so on, in the order of `torchvision.transforms.v2.TenCrop` (or `FiveCrop`).
+        (B * 10, 3, crop, crop) or (B * 5, 3, crop, crop) in `dtype`, channels-last: the views of the first
+        image, then of the second, and so on, in the order of `torchvision.transforms.v2.TenCrop` (or
+        `FiveCrop`).
+
+    Raises:
+        ValueError: as `augment`.
     """
     _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
     indices = _resolve_indices(images, indices, "ten_crop")
-    # Traced, the tensors become constants of the graph: dynamo would warn that it looks through the cache,
-    # and what other tracers make in their place, as they do of the images, must not stay in it.
+    # When tracing, do without the cache: dynamo warns of it, and the tensors that other tracers substitute
+    # (as they do for the images) must not stay in it.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     views = ten_crop_views.__wrapped__ if traced else ten_crop_views
     offsets, flips = views(resize, crop, mirror, images.device)
@@ -116,7 +130,9 @@ def _check_images(
         raise ValueError(f"{name}: crop must be in 1 .. resize, got crop={crop} with resize={resize}")
     if max(images.shape[1:3]) * resize >= 2**28:  # the kernels' exact coordinates are 32-bit
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])} resized to {resize} are too large")
-    if 3 * max(images.shape[1] * images.shape[2], crop**2) >= 2**31:  # so are offsets within an image
+    if (
+        3 * max(images.shape[1] * images.shape[2], crop**2) >= 2**31
+    ):  # and so are their offsets within an image
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])}, or crops of {crop}, are too large")
     if len(mean) != 3 or not all(-math.inf < value < math.inf for value in mean):
         raise ValueError(f"{name}: mean must be three finite numbers, got {mean}")
@@ -157,14 +173,14 @@ def _crop_views(resize: int, crop: int, mirror: bool) -> list[tuple[int, int, bo
     far, middle = resize - crop, round((resize - crop) / 2)
     five = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
     views = [(top, left, False) for top, left in five]
-    if mirror:  # TenCrop mirrors the whole image and then cuts: the place of each cut is mirrored too
+    if mirror:  # TenCrop mirrors the image before it crops, so the position of each crop is mirrored too
         views += [(top, far - left, True) for top, left in five]
     return views
 
 
-@lru_cache(maxsize=16)  # on a GPU, building it would be a copy from the host in every batch
+@lru_cache(maxsize=16)  # without it, a GPU would wait for a copy from the host in every batch
 def ten_crop_views(resize: int, crop: int, mirror: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `ten_crop` cuts of each image: int32 (V, 2) offsets and bool (V,) flips, V being 10, or 5."""
+    """The views of `ten_crop`: int32 (V, 2) offsets and bool (V,) flips, with V = 10 if `mirror`, else 5."""
     views = _crop_views(resize, crop, mirror)
     offsets = torch.tensor([view[:2] for view in views], dtype=torch.int32, device=device)
     return offsets, torch.tensor([view[2] for view in views], device=device)
@@ -179,75 +195,27 @@ def _check_ranges(images: Tensor, indices: Tensor, offsets: Tensor, limit: int, 
             raise ValueError(f"{function}: {name} must be in 0 .. {last}, got {low} .. {high}")
 
 
-@custom_op("fastalex::augment", mutates_args=())
-def _augment(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    views: int,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    return reference.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
+def _implementation(images: Tensor) -> ModuleType:
+    if images.device.type == "cpu":
+        from . import augment_numba
+
+        return augment_numba
+    if images.device.type == "cuda":
+        from . import augment_triton
+
+        return augment_triton
+    return reference
 
 
-@_augment.register_kernel("cpu")
-def _(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    views: int,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    from . import augment_numba
-
-    _check_ranges(images, indices, offsets, resize - crop, "augment")
-    return augment_numba.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
-
-
-@_augment.register_kernel("cuda")
-def _(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    views: int,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    from . import augment_triton
-
-    return augment_triton.augment(images, indices, offsets, flips, views, resize, crop, mean, std, dtype)
+@custom_op("fastalex::augment", mutates_args=(), schema=infer_schema(reference.augment, mutates_args=()))
+def _augment(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, *options: Any) -> Tensor:
+    if images.device.type == "cpu":
+        _, resize, crop, *_ = options
+        _check_ranges(images, indices, offsets, resize - crop, "augment")
+    return _implementation(images).augment(images, indices, offsets, flips, *options)
 
 
 @_augment.register_fake
-def _(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    views: int,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(
-        (indices.shape[0] * views, 3, crop, crop),
-        dtype=dtype,
-        device=images.device,
-        memory_format=torch.channels_last,
-    )
+def _(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, *options: Any) -> Tensor:
+    views, _, crop, *_, dtype = options
+    return reference.empty_batch(indices.shape[0] * views, crop, dtype, images.device)

@@ -1,15 +1,15 @@
 # mypy: disallow-untyped-defs=False
-"""Resize, crop, flip and normalise on the CPU: a row at a time, each source row once.
+"""Resize, crop, flip and normalise on the CPU: row by row, each source row once.
 
-Resizing is separable. A source row is converted and normalised (the weights of a pixel sum to 1, so that may
-come first), stretched or shrunk to the width of the crop, already mirrored if the crop is, and kept; an
-output row is then a weighted sum of two such rows, or of more where the image shrinks, rounded and written:
+Resizing is separable. A source row is converted and normalised (before resizing, which changes nothing: the
+weights of a pixel sum to 1), then resized to the width of the crop, mirrored if the crop is, and kept. An
+output row is a weighted sum of two such rows, or of more where the image shrinks, rounded and stored:
 
     source row -> (x / 255 - mean) / std -> crop x 3 floats, kept in a ring of `taps` rows
     output row y = sum over k of weight[y, k] * ring[(first[y] + k) % taps]
 
-Enlarging 32 pixels to 256, the first line runs for 32 rows and the second for 224: it is the second that is
-vectorised, and what it writes that takes the time.
+When 32 pixels are enlarged to 256, the first line runs for 32 rows and the second for 224. So the second is
+the one that is vectorised, and storing its result takes most of the time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import augment_reference as reference
 from ._numba_simd import LANES, bits, fma, inline, jit, load, pointer, run, splat, store, store_partial
 
 f32 = np.float32
@@ -30,10 +31,10 @@ f32 = np.float32
 
 @lru_cache(maxsize=64)
 def _taps(source: int, resized: int) -> tuple[Any, Any, int]:
-    """For each resized pixel the first source pixel it depends on, and the weights of it and those after it.
+    """For each resized pixel, the first source pixel that it depends on and the weights from that pixel on.
 
-    int64 (resized,), float32 (resized * taps,) and taps; the weights of a pixel sum to 1, and first + taps
-    never passes the end. The filter is the triangle of `augment_reference`, in whole numbers.
+    Returns int64 (resized,), float32 (resized * taps,) and taps. The weights of a pixel sum to 1, and first +
+    taps never passes the end. The filter is the triangle of `augment_reference`, in whole numbers.
     """
     i, j = np.arange(resized)[:, None], np.arange(source)
     weights = np.maximum(2 * max(source, resized) - np.abs((2 * j + 1) * resized - (2 * i + 1) * source), 0)
@@ -52,7 +53,7 @@ def _normalise_row(images, at, line, width, scale, shift):
 
 @inline
 def _resize_row(line, first, weights, taps, left, flip, row, at, crop):
-    """The part of `line` that is in the crop, resized and perhaps mirrored, to row[at:]."""
+    """Resize the part of `line` that is in the crop, mirror it if `flip`, and write it to row[at:]."""
     column = left + crop - 1 if flip else left
     step = -1 if flip else 1
     for to in range(at, at + 3 * crop, 3):
@@ -92,7 +93,7 @@ def _outputs(
         image = indices[n // views] * height
         view = n % views if views > 1 else n
         top, left, flip = offsets[view, 0], offsets[view, 1], flips[view]
-        done = first_row[top]  # source rows before this one are in the ring, or not needed
+        done = first_row[top]  # source rows before this one are in the ring or not needed
         for y in range(crop):
             first, weights = first_row[top + y], row_taps * (top + y)
             while done < first + row_taps:
@@ -123,7 +124,7 @@ def _augment(
     start, stop, images, height, width, indices, offsets, flips, views, crop,
     first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
 ):  # fmt: skip
-    """Outputs start .. stop - 1; all arrays but `offsets` are flat."""
+    """Compute outputs start .. stop - 1; all arrays but `offsets` are flat."""
     line = np.empty(3 * width, np.float32)
     ring = np.zeros(row_taps * ((3 * crop + LANES - 1) // LANES * LANES), np.float32)
     _outputs(
@@ -159,10 +160,10 @@ def augment(
 ) -> Tensor:
     """As `augment_reference.augment`, on the CPU; indices and offsets must be in range."""
     count = len(indices) * views
-    out = torch.empty((count, 3, crop, crop), dtype=dtype, memory_format=torch.channels_last)
+    out = reference.empty_batch(count, crop, dtype, images.device)
     height, width = images.shape[1:3]
     deviations = np.array(std)
-    # Contiguous, or Numba would compile the kernel once more for strided ones.
+    # Contiguous, because Numba would compile the kernel again for strided arrays.
     rows = (t.contiguous().numpy() for t in (indices, offsets, flips))
     run(
         _augment, _parallel_augment, count,

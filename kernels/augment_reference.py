@@ -1,7 +1,7 @@
 """Resize, crop, flip and normalise in plain PyTorch: the readable definition.
 
 The resize is PyTorch's own, the one that torchvision calls: bilinear, pixel centres at half-integers, with
-`antialias=True`. That filter weighs source pixel j for output pixel i, on each axis, by a triangle
+`antialias=True`. On each axis that filter weighs source pixel j for output pixel i by a triangle
 
     max(0, 1 - |(j + 1/2) / s - (i + 1/2)| / max(1, 1 / s)),   s = output size / source size,
 
@@ -31,15 +31,13 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The operator's definition; shapes and meaning as in `fastalex.kernels.augment`.
+    """The operator's definition; arguments and result as for `fastalex.kernels.augment`.
 
-    With views = V > 1 there are V outputs for each index, adjacent, and the V rows of `offsets` and `flips`
-    serve every image; otherwise they have a row for each index.
+    With views = V > 1 there are V outputs for each index, next to each other, and the V rows of `offsets` and
+    `flips` apply to every image; with V = 1 they have one row for each index.
     """
     count = len(indices) * views
-    out = torch.empty(
-        (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
-    )
+    out = empty_batch(count, crop, dtype, images.device)
     if count == 0:
         return out
     if views > 1:
@@ -57,3 +55,8 @@ def augment(
     ]
     shift, scale = (crops.new_tensor(values)[:, None, None] for values in (mean, std))
     return out.copy_((crops / 255 - shift) / scale)
+
+
+def empty_batch(count: int, crop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised result of `augment`: (count, 3, crop, crop), channels-last."""
+    return torch.empty((count, 3, crop, crop), dtype=dtype, device=device, memory_format=torch.channels_last)

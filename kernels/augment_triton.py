@@ -1,11 +1,11 @@
 """Resize, crop, flip and normalise on the GPU, in one launch and one pass over the output.
 
-The batch that comes out is some hundred times the size of the images that went in (32 pixels enlarged to
-256), so what counts is how it is written: each lane owns eight neighbouring numbers of an output row, 128
-bits in bf16, and the source, a few kilobytes an image, is read through the caches.
+The resulting batch is some hundred times the size of its images (32 pixels enlarged to 256), so what counts
+is how it is stored: each lane owns eight neighbouring numbers of an output row, 128 bits in bf16, and the
+source, a few kilobytes an image, is read through the caches.
 
-**Enlarging.** Between two neighbouring source rows lie several output rows, all of them mixtures of the same
-two rows. So a program owns the gap between two source rows: it resizes both to the output's width, once, in
+**Enlarging.** Several output rows lie between two neighbouring source rows, and all of them mix the same two
+rows. So a program owns the gap between two source rows: it resizes both to the output's width, once, in
 registers, and then walks down the output rows in the gap with one multiplication and one store a vector.
 Gap g lies between source rows g - 1 and g; gaps 0 and `height` are the borders, where both rows are the same.
 
@@ -16,12 +16,12 @@ Gap g lies between source rows g - 1 and g; gaps 0 and `height` are the borders,
     source row g      ----------------   below
 
 **Shrinking**, on either axis, is torchvision's antialiasing: every output pixel is a weighted mean of all
-source pixels under a triangle. A program owns ROWS output rows and sums over source rows and columns. It is
-plain, not fast: the source is larger than the output then, and decoding it costs far more.
+source pixels under a triangle. A program owns ROWS output rows and sums over source rows and columns. This
+kernel is simple, not fast: the source is larger than the output then, and decoding it costs far more.
 
-Coordinates are whole numbers. The centre of output pixel i, in units of 1 / (2 * resize) source pixels, is
-(2 i + 1) * size, that of source pixel j is (2 j + 1) * resize, so the gap an output pixel is in, its place
-there and the triangle's weights are exact, and every pixel is in exactly one gap.
+**Coordinates** are whole numbers. In units of 1 / (2 * resize) source pixels the centre of output pixel i is
+(2 i + 1) * size and that of source pixel j is (2 j + 1) * resize. So the gap that an output pixel is in, its
+position there and the triangle's weights are exact, and every pixel is in exactly one gap.
 
 An index or an offset out of range fills its output with NaN and reads nothing outside the images.
 """
@@ -43,7 +43,7 @@ from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 def _sample(
     index_pointer, offset_pointer, flip_pointer, n, image_count, LIMIT: tl.constexpr, VIEWS: tl.constexpr
 ):
-    """Image, top, left and flip of output n, and 0, or NaN where they are out of range (then of image 0)."""
+    """Image, top, left and flip of output n, and 0; where they are out of range, zeros, the flip and NaN."""
     view = n
     if VIEWS > 1:
         view = n % VIEWS
@@ -58,8 +58,8 @@ def _sample(
 
 @triton.jit
 def _vectors(block, left, flip, CROP: tl.constexpr, BLOCK: tl.constexpr):
-    """For BLOCK x 8 neighbouring numbers of an output row: where they are in it, their channel, the column
-    of the resized image that they show, and whether they exist."""
+    """For BLOCK x 8 neighbouring numbers of an output row: their position in it, their channel, their column
+    in the resized image, and whether they exist."""
     element = (block * BLOCK + tl.arange(0, BLOCK))[:, None] * 8 + tl.arange(0, 8)[None, :]
     x = element // 3
     column = left + tl.where(flip, CROP - 1 - x, x)
@@ -210,9 +210,9 @@ def _shrink_kernel(
         tl.store(out_pointer + y * ROW + element, value.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-# The fastest tried on an H200 in bf16: 84 vectors make a row of AlexNet's input, three programs of 32.
+# The fastest tried on an H200 in bf16: a row of AlexNet's input is 84 vectors, three programs of 32.
 _BLOCK, _WARPS = 32, 1
-_ROWS = 8  # that a program which shrinks owns
+_ROWS = 8  # output rows of a program that shrinks
 
 
 def _launch(
@@ -249,7 +249,7 @@ def _launch(
     programs = cdiv(row, 8 * _BLOCK) * count
     if max(height, width) > resize:
         return Launch(_shrink_kernel, programs * cdiv(crop, _ROWS), {**arguments, "ROWS": _ROWS}, _WARPS)
-    # Two rows that are crop - 1 apart are at most this many gaps apart; both ends count.
+    # The number of gaps, at most, from the first row of a crop to the last, both included.
     gaps = (crop - 1) * height // resize + 2
     return Launch(_enlarge_kernel, programs * gaps, {**arguments, "GAPS": gaps}, _WARPS)
 
@@ -266,11 +266,9 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `augment_reference.augment`, on a GPU; what is out of range gives NaN."""
+    """As `augment_reference.augment`, on a GPU; an index or an offset out of range gives NaN."""
     count = len(indices) * views
-    out = torch.empty(
-        (count, 3, crop, crop), dtype=dtype, device=images.device, memory_format=torch.channels_last
-    )
+    out = reference.empty_batch(count, crop, dtype, images.device)
     if count > 0:
         rows = indices.contiguous(), offsets.contiguous(), flips.contiguous()
         _launch(images, *rows, out, views, resize, crop, mean, std).run()
@@ -278,7 +276,7 @@ def augment(
 
 
 def inspect_cases() -> list[KernelCase]:
-    """What `inspect` looks at: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk."""
+    """For `inspect`: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk."""
     resize, crop = 256, 224
 
     def tensors(
@@ -313,9 +311,9 @@ def inspect_cases() -> list[KernelCase]:
         )
 
     return [
-        # A program's 512 bytes of a row seldom begin where a sector does: its neighbour writes that one too.
+        # A program's 512 bytes of a row seldom begin where a sector does: two programs write that sector.
         case("augment", 32, 32, 1, 1.1),
         case("ten_crop", 32, 32, 10, 1.1),
-        # Neighbouring programs share the source rows under the triangle, and both read them.
+        # Neighbouring programs both read the source rows that lie under the triangles of both.
         case("augment_shrink", 375, 500, 1, 1.25),
     ]

@@ -1,29 +1,33 @@
-"""`folded_conv2d` and the ReLU, normalisation and max pooling behind it as one operator that keeps neither.
+"""`folded_conv2d` with ReLU, LRN and max pooling as one operator that does not store the intermediates.
 
-The output of AlexNet's first convolution is its largest tensor by far, 149 MB for a batch of 128 in fp32,
-and folded it takes little time to compute. So it is computed `IMAGES` images at a time, pooled, and
-forgotten; the backward pass computes it again, and its gradient, which is as large, is never there as a whole
-either. What is kept for the gradient is one byte for each pooled number: which one of its window it was.
+The output of AlexNet's first convolution is its largest tensor by far, 149 MB for a batch of 128 in fp32, and
+the folded convolution computes it quickly. So it is computed `IMAGES` images at a time, pooled and dropped.
+The backward pass computes it again, also `IMAGES` images at a time, so its gradient, which is as large, is
+never stored as a whole either. What is saved for the gradient is one byte per output: the argmax of its
+pooling window.
 
-It is made of the operators of `folded_conv` and `lrn`. The result is theirs to the bit; the gradients of
-weight and bias are added up in another order. What is said there of torch.compile, autocast and second
-derivatives holds here too.
+The operator calls the functions of `folded_conv` and the operators of `lrn`. Its result equals theirs to the
+bit; the gradients of weight and bias are summed in another order. As they are, it is opaque to torch.compile,
+has no autocast rule and is differentiable once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import folded_conv_reference as reference
-from .folded_conv import _check, _check_ranges, _convolved, _implementation
+from ._checks import refuse_second_derivative
+from .augment import _check_images, _resolve_indices
+from .folded_conv import SCHEMA, _check, _check_values, _empty_output, _implementation
+from .folded_conv_reference import FoldedConv
 from .lrn import _check_pooling, _lrn_max_pool, _lrn_max_pool_backward, _pooled
 
-IMAGES = 32  # 37 MB of fp32 for AlexNet at 224x224; with fewer, what each part takes beside its images shows
+IMAGES = 32  # 37 MB of fp32 for AlexNet at 224x224; with fewer, the fixed cost of a part shows
 
 
 def folded_conv2d_relu_lrn_max_pool(
@@ -46,153 +50,108 @@ def folded_conv2d_relu_lrn_max_pool(
     k: float = 1.0,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """`relu_lrn_max_pool(folded_conv2d(images, ...), size, alpha, beta, k)`; arguments and errors as there.
+    """`relu_lrn_max_pool(folded_conv2d(images, ...), size, alpha, beta, k)`, a part of the batch at a time.
 
     Differentiable in weight and bias.
 
+    Args:
+        images: uint8 (N, H, W, 3), contiguous. H and W divide `resize`.
+        offsets: int32 (B, 2), top and left of each crop within the resized image, 0 .. resize - crop.
+        flips: bool (B,), which crops are mirrored.
+        weight: fp32 (out channels, 3, height, width); fast if the out channels are a multiple of 96.
+        bias: fp32 (out channels,).
+        resize: pixels of the resized image on each axis.
+        crop: pixels of a crop on each axis, at most `resize`.
+        mean: three numbers, one per channel, for pixels in 0..1.
+        std: three positive numbers, as `mean`.
+        stride: of the convolution, on both axes, at least 1.
+        padding: zeros added to each side of the crop, on both axes.
+        dtype: of the result: float32, bfloat16 or float16.
+        size: channels in the window of the normalisation, at least 1.
+        alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
+        indices: int64 (B,), the image of each crop. None: image i for crop i (and N = B).
+
     Returns:
-        (B, out channels, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in `dtype`, channels-last, for a convolution's
-        output of height H and width W.
+        (B, out channels, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in `dtype`, channels-last, where H and W are the
+        height and width of the convolution's output.
+
+    Raises:
+        ValueError: as `folded_conv2d` and `relu_lrn_max_pool`.
     """
     name = "folded_conv2d_relu_lrn_max_pool"
-    numbers = resize, crop, list(mean), list(std), stride, padding, dtype
-    indices = _check(images, offsets, flips, weight, bias, *numbers, indices, name)
-    _check_pooling(_convolved(indices, weight, crop, stride, padding, dtype, "meta"), size, name)
-    return _block(images, indices, offsets, flips, weight, bias, *numbers, size, alpha, beta, k)[0]
+    _check_images(images, resize, crop, mean, std, dtype, name)
+    indices = _resolve_indices(images, indices, name)
+    convolution = FoldedConv(
+        images, indices, offsets, flips, weight, bias,
+        resize, crop, list(mean), list(std), stride, padding, dtype,
+    )  # fmt: skip
+    _check(convolution, name)
+    _check_pooling(_empty_output(convolution, "meta"), size, name)
+    return _block(*convolution, size, alpha, beta, k)[0]
 
 
-def _room(
-    indices: Tensor, weight: Tensor, crop: int, stride: int, padding: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Room for the result, and for which one of its window each number is."""
-    like = _pooled(_convolved(indices, weight, crop, stride, padding, dtype, "meta"))
-    device = weight.device
+_SCHEMA = f"{SCHEMA}, SymInt size, float alpha, float beta, float k"
+
+
+def _empty_outputs(convolution: FoldedConv) -> tuple[Tensor, Tensor]:
+    """The uninitialised result, and its argmax: uint8 of the same shape."""
+    like = _pooled(_empty_output(convolution, "meta"))
+    device = convolution.weight.device
     return torch.empty_like(like, device=device), torch.empty_like(like, device=device, dtype=torch.uint8)
 
 
-@custom_op("fastalex::conv_block", mutates_args=())
-def _block(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-) -> tuple[Tensor, Tensor]:
-    _check_ranges(images, indices, offsets, resize - crop, "folded_conv2d_relu_lrn_max_pool")
-    plan = images, indices, offsets, flips, weight.shape[2:]
-    out, argmax = _room(indices, weight, crop, stride, padding, dtype)
-    convolution = _implementation(images)
-    with torch.autocast(images.device.type, enabled=False):  # it reaches into operators
-        batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
-        kernels = reference.fold(weight, batch.rows, batch.columns)
-        for part, *some in zip(*(each.split(IMAGES) for each in (batch, out, argmax)), strict=True):
-            convolved = convolution.folded_conv2d(part, kernels, bias, dtype)
-            for room, result in zip(some, _lrn_max_pool(convolved, size, alpha, beta, k), strict=True):
-                room.copy_(result)
+@custom_op("fastalex::conv_block", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _block(*args: Any) -> tuple[Tensor, Tensor]:
+    convolution, lrn = FoldedConv(*args[:-4]), args[-4:]
+    _check_values(convolution, "folded_conv2d_relu_lrn_max_pool")
+    out, argmax = _empty_outputs(convolution)
+    convolve = _implementation(convolution.images).folded_conv2d
+    with torch.autocast(convolution.images.device.type, enabled=False):  # it applies within operators too
+        batch = reference.source_crops(convolution, torch.float32)
+        kernels = reference.fold(convolution.weight, batch.rows, batch.columns)
+        for part, *outputs in zip(*(each.split(IMAGES) for each in (batch, out, argmax)), strict=True):
+            convolved = convolve(part, kernels, convolution.bias, convolution.dtype)
+            for output, result in zip(outputs, _lrn_max_pool(convolved, *lrn), strict=True):
+                output.copy_(result)
     return out, argmax
 
 
 @_block.register_fake
-def _(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-) -> tuple[Tensor, Tensor]:
-    return _room(indices, weight, crop, stride, padding, dtype)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(FoldedConv(*args[:-4]))
 
 
-@custom_op("fastalex::conv_block_backward", mutates_args=())
-def _block_backward(
-    grad: Tensor,
-    argmax: Tensor,
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-) -> tuple[Tensor, Tensor]:
-    plan = images, indices, offsets, flips, weight.shape[2:]
-    convolution = _implementation(images)
-    with torch.autocast(images.device.type, enabled=False):
-        batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
-        kernels = reference.fold(weight, batch.rows, batch.columns)
-        d_kernels, d_bias = torch.zeros_like(kernels), torch.zeros_like(bias)
-        for part, *some in zip(*(each.split(IMAGES) for each in (batch, grad, argmax)), strict=True):
-            convolved = convolution.folded_conv2d(part, kernels, bias, dtype)
-            d_convolved = _lrn_max_pool_backward(*some, convolved, size, alpha, beta, k)
-            shares = convolution.folded_conv2d_backward(d_convolved, part)
-            d_kernels += shares[0]
-            d_bias += shares[1]
+@custom_op(
+    "fastalex::conv_block_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor argmax, {_SCHEMA}) -> (Tensor, Tensor)",
+)
+def _block_backward(grad: Tensor, argmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    convolution, lrn = FoldedConv(*args[:-4]), args[-4:]
+    implementation = _implementation(convolution.images)
+    with torch.autocast(convolution.images.device.type, enabled=False):
+        batch = reference.source_crops(convolution, torch.float32)
+        kernels = reference.fold(convolution.weight, batch.rows, batch.columns)
+        d_kernels, d_bias = torch.zeros_like(kernels), torch.zeros_like(convolution.bias)
+        for part, *pooled in zip(*(each.split(IMAGES) for each in (batch, grad, argmax)), strict=True):
+            convolved = implementation.folded_conv2d(part, kernels, convolution.bias, convolution.dtype)
+            d_convolved = _lrn_max_pool_backward(*pooled, convolved, *lrn)
+            terms = implementation.folded_conv2d_backward(d_convolved, part)
+            d_kernels += terms[0]
+            d_bias += terms[1]
         d_weight = reference.unfold(d_kernels, batch.rows, batch.columns)
     return d_weight.contiguous(), d_bias
 
 
 @_block_backward.register_fake
-def _(
-    grad: Tensor,
-    argmax: Tensor,
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, argmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, bias = args[4:6]
     return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    images, indices, offsets, flips, weight, bias, *ctx.numbers = inputs
-    ctx.save_for_backward(output[1], images, indices, offsets, flips, weight, bias)
+    tensors, ctx.numbers = inputs[:6], inputs[6:]
+    ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -201,9 +160,5 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
     return None, None, None, None, *gradients, *(None for _ in ctx.numbers)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError("folded_conv2d_relu_lrn_max_pool is differentiable once")
-
-
 _block.register_autograd(_differentiate, setup_context=_save)
-_block_backward.register_autograd(_refuse)
+refuse_second_derivative(_block_backward, "folded_conv2d_relu_lrn_max_pool is differentiable once")

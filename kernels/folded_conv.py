@@ -1,10 +1,10 @@
-"""`augment` and the convolution behind it as one PyTorch operator that never enlarges the images.
+"""A convolution of augmented images as one PyTorch operator that never enlarges the images.
 
-An enlarged image says nothing that the image did not, and neither does a convolution of it: each output is a
-linear function of a few source pixels, of 3x3 to 4x4 for AlexNet's first layer on CIFAR-10, where the kernel
-covers 11x11 enlarged ones. `folded_conv_reference` says how; the CPU runs `folded_conv_numba`. The kernels on
-the source are computed from the weight in every call, and the weight's gradient from theirs: both are small
-matrix products, whatever the batch.
+An enlarged image holds no more information than its source. Each output of the convolution is a linear
+function of a few source pixels: for AlexNet's first layer on CIFAR-10, of 3x3 to 4x4, where the kernel covers
+11x11 enlarged ones. So the weight is *folded* into kernels on the source (`folded_conv_reference` derives
+them), and the weight's gradient is computed from theirs. Both are small matrix products, whatever the batch.
+The CPU runs `folded_conv_numba`, other devices the reference.
 
 The operator is opaque to torch.compile and has no autocast rule: the arithmetic is fp32 throughout, where
 autocast would round crops and weight to bf16 first. It is deterministic, and differentiable once.
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import folded_conv_reference as reference
-from ._checks import check_fits
+from ._checks import check_fits, check_parameters, refuse_second_derivative
 from .augment import _check_images, _check_plan, _check_ranges, _resolve_indices
+from .folded_conv_reference import FoldedConv
 
 
 def folded_conv2d(
@@ -46,60 +47,51 @@ def folded_conv2d(
     Differentiable in weight and bias.
 
     Args:
-        images: uint8 (N, H, W, 3), contiguous, with H and W divisors of `resize`.
-        weight: fp32 (out channels, 3, height, width); fast if the channels are a multiple of 96.
+        images: uint8 (N, H, W, 3), contiguous. H and W divide `resize`.
+        offsets: int32 (B, 2), top and left of each crop within the resized image, 0 .. resize - crop.
+        flips: bool (B,), which crops are mirrored.
+        weight: fp32 (out channels, 3, height, width); fast if the out channels are a multiple of 96.
         bias: fp32 (out channels,).
-        stride, padding: of the convolution, on both axes.
+        resize: pixels of the resized image on each axis.
+        crop: pixels of a crop on each axis, at most `resize`.
+        mean: three numbers, one per channel, for pixels in 0..1.
+        std: three positive numbers, as `mean`.
+        stride: of the convolution, on both axes, at least 1.
+        padding: zeros added to each side of the crop, on both axes.
         dtype: of the result: float32, bfloat16 or float16.
-        offsets, flips, resize, crop, mean, std, indices: as for `fastalex.kernels.augment`.
+        indices: int64 (B,), the image of each crop. None: image i for crop i (and N = B).
 
     Returns:
-        (B, out channels, (crop + 2 * padding - height) // stride + 1, ... of width), channels-last.
+        (B, out channels, (crop + 2 * padding - height) // stride + 1, the same of the width) in `dtype`,
+        channels-last.
 
     Raises:
-        ValueError: as `augment` does, but on any device for an index or an offset out of range; a resize that
-            is no whole multiple of the images; a weight or bias of a wrong shape, dtype or device; a kernel
-            larger than the padded crop.
+        ValueError: as `augment`, but on every device for an index or an offset out of range; also if `resize`
+            is not a whole multiple of H and W, if weight or bias has a wrong shape, dtype or device, and if
+            the kernel is larger than the padded crop.
     """
-    numbers = resize, crop, list(mean), list(std), stride, padding, dtype
-    indices = _check(images, offsets, flips, weight, bias, *numbers, indices, "folded_conv2d")
-    return _folded_conv(images, indices, offsets, flips, weight, bias, *numbers)
-
-
-def _check(
-    images: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    indices: Tensor | None,
-    name: str,
-) -> Tensor:
-    """Check all but what is in the tensors; return the indices."""
+    name = "folded_conv2d"
     _check_images(images, resize, crop, mean, std, dtype, name)
     indices = _resolve_indices(images, indices, name)
+    arguments = FoldedConv(
+        images, indices, offsets, flips, weight, bias,
+        resize, crop, list(mean), list(std), stride, padding, dtype,
+    )  # fmt: skip
+    _check(arguments, name)
+    return _folded_conv(*arguments)
+
+
+_TENSORS = "Tensor images, Tensor indices, Tensor offsets, Tensor flips, Tensor weight"
+_NUMBERS = "SymInt resize, SymInt crop, float[] mean, float[] std, SymInt stride, SymInt padding"
+# The fields of `FoldedConv`, in the notation of torch.library. Written out, not inferred from a signature, so
+# that four operators share it.
+SCHEMA = f"{_TENSORS}, Tensor bias, {_NUMBERS}, ScalarType dtype"
+
+
+def _check(arguments: FoldedConv, name: str) -> None:
+    """Raise ValueError for what `_check_images` does not check, except the values in tensors."""
+    images, indices, offsets, flips, weight, bias, resize, crop, _, _, stride, padding, _ = arguments
     _check_plan(images, indices, offsets, flips, name)
-    _check_convolution(images, weight, bias, resize, crop, stride, padding, name)
-    return indices
-
-
-def _check_convolution(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    stride: int,
-    padding: int,
-    name: str,
-) -> None:
     height, width = images.shape[1:3]
     if resize % height or resize % width:
         raise ValueError(
@@ -110,13 +102,7 @@ def _check_convolution(
         raise ValueError(
             f"{name}: weight must be (out channels, 3, height, width), got {tuple(weight.shape)}"
         )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must be ({len(weight)},), got {tuple(bias.shape)}")
-    for argument, value in (("weight", weight), ("bias", bias)):
-        if value.dtype != torch.float32 or value.device != images.device:
-            raise ValueError(
-                f"{name}: {argument} must be float32 on {images.device}, got {value.dtype} on {value.device}"
-            )
+    check_parameters(name, images, weight, bias)
     if stride < 1 or padding < 0:
         raise ValueError(
             f"{name}: stride must be at least 1 and padding at least 0, got {stride} and {padding}"
@@ -127,19 +113,18 @@ def _check_convolution(
         )
 
 
-def _convolved(
-    indices: Tensor,
-    weight: Tensor,
-    crop: int,
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Tensor:
-    """Room for the result."""
-    height, width = ((crop + 2 * padding - taps) // stride + 1 for taps in weight.shape[2:])
-    shape = indices.shape[0], weight.shape[0], height, width
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+def _check_values(arguments: FoldedConv, name: str) -> None:
+    """Raise ValueError for an index or an offset out of range."""
+    images, indices, offsets, *_ = arguments
+    _check_ranges(images, indices, offsets, arguments.resize - arguments.crop, name)
+
+
+def _empty_output(arguments: FoldedConv, device: torch.device | str) -> Tensor:
+    """An uninitialised result."""
+    padded = arguments.crop + 2 * arguments.padding
+    height, width = ((padded - taps) // arguments.stride + 1 for taps in arguments.weight.shape[2:])
+    shape = arguments.indices.shape[0], arguments.weight.shape[0], height, width
+    return torch.empty(shape, dtype=arguments.dtype, device=device, memory_format=torch.channels_last)
 
 
 def _implementation(images: Tensor) -> ModuleType:
@@ -150,107 +135,59 @@ def _implementation(images: Tensor) -> ModuleType:
     return folded_conv_numba
 
 
-@custom_op("fastalex::folded_conv", mutates_args=())
-def _folded_conv(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_ranges(images, indices, offsets, resize - crop, "folded_conv2d")
-    plan = images, indices, offsets, flips, weight.shape[2:]
-    with torch.autocast(images.device.type, enabled=False):  # it reaches into operators
-        batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
+@custom_op("fastalex::folded_conv", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+def _folded_conv(*args: Any) -> Tensor:
+    arguments = FoldedConv(*args)
+    _check_values(arguments, "folded_conv2d")
+    images, weight = arguments.images, arguments.weight
+    with torch.autocast(images.device.type, enabled=False):  # it applies within operators too
+        batch = reference.source_crops(arguments, torch.float32)
         kernels = reference.fold(weight, batch.rows, batch.columns)
-        return _implementation(images).folded_conv2d(batch, kernels, bias, dtype)
+        return _implementation(images).folded_conv2d(batch, kernels, arguments.bias, arguments.dtype)
 
 
 @_folded_conv.register_fake
-def _(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _convolved(indices, weight, crop, stride, padding, dtype, weight.device)
+def _(*args: Any) -> Tensor:
+    arguments = FoldedConv(*args)
+    return _empty_output(arguments, arguments.weight.device)
 
 
-@custom_op("fastalex::folded_conv_backward", mutates_args=())
-def _folded_conv_backward(
-    grad: Tensor,
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-) -> tuple[Tensor, Tensor]:
-    expected = _convolved(indices, weight, crop, stride, padding, grad.dtype, "meta")
-    check_fits("gradient", grad, expected.shape, grad.dtype, weight)
-    plan = images, indices, offsets, flips, weight.shape[2:]
+@custom_op(
+    "fastalex::folded_conv_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)",
+)
+def _folded_conv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    # The gradients do not depend on the bias, which this operator does not take.
+    arguments = FoldedConv._make((*args[:5], None, *args[5:], grad.dtype))
+    images, weight = arguments.images, arguments.weight
+    check_fits("gradient", grad, _empty_output(arguments, "meta").shape, grad.dtype, weight)
     with torch.autocast(images.device.type, enabled=False):
-        batch = reference.crops(*plan, resize, crop, mean, std, stride, padding, torch.float32)
+        batch = reference.source_crops(arguments, torch.float32)
         d_kernels, d_bias = _implementation(images).folded_conv2d_backward(grad, batch)
         d_weight = reference.unfold(d_kernels, batch.rows, batch.columns)
     return d_weight.contiguous(), d_bias
 
 
 @_folded_conv_backward.register_fake
-def _(
-    grad: Tensor,
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    weight: Tensor,
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight = args[4]
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, indices, offsets, flips, weight, _, *ctx.numbers, _ = inputs
-    ctx.save_for_backward(images, indices, offsets, flips, weight)
+    *tensors, _ = inputs[:6]
+    *ctx.numbers, _ = inputs[6:]
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_weight, d_bias = _folded_conv_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return None, None, None, None, d_weight, d_bias, None, None, None, None, None, None, None
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "folded_conv2d is differentiable once; for second derivatives use torch.nn.functional.conv2d"
-    )
+    gradients = _folded_conv_backward(grad, *ctx.saved_tensors, *ctx.numbers)
+    return None, None, None, None, *gradients, *(None for _ in ctx.numbers), None
 
 
 _folded_conv.register_autograd(_differentiate, setup_context=_save)
-_folded_conv_backward.register_autograd(_refuse)
+refuse_second_derivative(
+    _folded_conv_backward,
+    "folded_conv2d is differentiable once; for second derivatives use torch.nn.functional.conv2d",
+)

@@ -1,16 +1,16 @@
 # mypy: disallow-untyped-defs=False
 """The folded convolution on the CPU: small matrix products on the source images, all sums in registers.
 
-The outputs of a crop that share a pair of phases share a kernel, of at most `taps` x `taps` x 3 numbers for
-each of 96 channels. Going through them together, forward and backward are the loops of a matrix product with
-96 columns, six registers of 16 channels:
+The outputs of a crop that share a pair of phases share a kernel of at most `taps` x `taps` x 3 numbers for
+each of 96 channels. Taken together, their forward and backward passes are the loops of a matrix product with
+96 columns, which are six registers of 16 channels:
 
-    forward    4 outputs x 96 channels in registers; each tap's 96 weights serve all four
+    forward    4 outputs x 96 channels in registers; the 96 weights of a tap serve all four
     backward   3 colours x 96 channels of the kernel's gradient in registers, over some tens of outputs
 
-Nothing is gathered into a matrix first: a tap of an output is at a fixed distance from its first one. A
-thread owns images in the forward pass, and pairs of phases in the backward pass, so that no two add to the
-same gradient.
+Nothing is gathered into a matrix first: a tap is at a fixed distance from the output's first one. Each thread
+owns some images in the forward pass and some pairs of phases in the backward pass, so that no two threads add
+to the same gradient.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from . import folded_conv_reference as reference
 from ._numba_simd import LANES, bits, fma, inline, jit, load, pointer, run, splat, store
-from .folded_conv_reference import Array, Axis, Crops
+from .folded_conv_reference import Array, Axis, SourceCrops
 
 f32 = np.float32
-CHANNELS = 6 * LANES  # with them in registers for 4 outputs, 30 of AVX-512's 32 are in use
-HELD = 64  # outputs whose gradients the backward pass keeps in fp32, 24 KiB, while it uses them
+CHANNELS = 6 * LANES  # for 4 outputs they take 30 of AVX-512's 32 registers
+HELD = 64  # outputs whose gradients the backward pass holds in fp32 at a time: 24 KiB
 
 # --- 96 channels at a time --------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def _fma(scalar, v, total):
 
 @inline
 def _places(n, p, q, top, left, rows, columns, channels, source_at, out_at):
-    """Where these outputs are, and where in `source` their windows start; returns how many there are."""
+    """Write the positions of these outputs and of their windows in `source`; returns how many there are."""
     order_y, begin_y, start_y, _, _, outputs_y, padded_y = rows
     order_x, begin_x, start_x, _, _, outputs_x, padded_x = columns
     count = 0
@@ -88,7 +88,7 @@ def _places(n, p, q, top, left, rows, columns, channels, source_at, out_at):
 def _four_outputs(
     source, windows, line, height, width, kernels, weights, next_line, channels, bias, block, out, to
 ):
-    """96 channels, from `block`, of the four outputs at `to`, whose windows start at `windows`."""
+    """Compute 96 channels, from `block` on, of the four outputs at `to` with windows from `windows` on."""
     a = _load(bias, block)
     b, c, d = a, a, a
     for s in range(height):
@@ -119,7 +119,7 @@ def _outputs(start, stop, windows, to, source, tops, lefts, rows, columns, chann
                 count = _places(n, p, q, tops[n], lefts[n], rows, columns, channels, windows, to)
                 if count == 0:
                     continue
-                for extra in range(count, (count + 3) // 4 * 4):  # computed again, and written again
+                for extra in range(count, (count + 3) // 4 * 4):  # the last output, again
                     windows[extra], to[extra] = windows[count - 1], to[count - 1]
                 weights = (p * taps_y * len(span_x) + q) * taps_x * 3 * channels
                 for i in range(0, count, 4):
@@ -134,7 +134,7 @@ def _outputs(start, stop, windows, to, source, tops, lefts, rows, columns, chann
 
 @jit(error_model="numpy", fastmath={"contract"})
 def _forward(start, stop, source, tops, lefts, rows, columns, channels, kernels, bias, out):
-    """Images start .. stop - 1."""
+    """Compute images start .. stop - 1."""
     places = rows[5] * columns[5] + 3
     windows, to = np.empty(places, np.int64), np.empty(places, np.int64)
     _outputs(start, stop, windows, to, source, tops, lefts, rows, columns, channels, kernels, bias, out)
@@ -152,7 +152,7 @@ def _parallel_forward(tasks, count, source, tops, lefts, rows, columns, channels
 
 @inline
 def _one_pixel(source, windows, first, e, grads, count, d_kernels, at, channels):
-    """Adds what `count` outputs say of the 3 x 96 weights of one pixel of the window, `e` after its start."""
+    """Add the contributions of `count` outputs to the 3 x 96 weights of the window's pixel at `e`."""
     red, green = _load(d_kernels, at), _load(d_kernels, at + channels)
     blue = _load(d_kernels, at + 2 * channels)
     for i in range(count):
@@ -203,7 +203,7 @@ def _kernels(
 def _backward(
     start, stop, pairs, source, tops, lefts, rows, columns, channels, grad, d_kernels, d_bias
 ):  # fmt: skip
-    """The pairs of phases pairs[start] .. pairs[stop - 1], each p * column phases + q."""
+    """Compute the pairs of phases pairs[start] .. pairs[stop - 1]; each is p * column phases + q."""
     places = rows[5] * columns[5]
     grads = np.empty(HELD * CHANNELS, np.float32)
     windows, to = np.empty(places, np.int64), np.empty(places, np.int64)
@@ -227,15 +227,15 @@ def _parallel_backward(
 
 @lru_cache(maxsize=64)
 def _tables(each: Axis) -> tuple[Any, ...]:
-    """The outputs of each offset sorted by phase, where each phase begins among them, and the rest."""
+    """The outputs of each offset sorted by phase, where each phase begins among them, and `each`'s fields."""
     order = each.phase.argsort(axis=1, kind="stable")
     phases, _, taps = each.mixing.shape
     begin = (each.phase[:, :, None] < np.arange(phases + 1)).sum(axis=1)
     return order, begin, each.start, each.span, taps, order.shape[1], len(each.pixels)
 
 
-def _shared_out(batch: Crops, rows: tuple[Any, ...], columns: tuple[Any, ...]) -> Array:
-    """The pairs of phases in such an order that equal parts of it are equal work for each thread."""
+def _balanced_pairs(batch: SourceCrops, rows: tuple[Any, ...], columns: tuple[Any, ...]) -> Array:
+    """The pairs of phases, ordered so that equal parts are about equal work for each thread."""
     outputs = [
         np.diff(begin)[at.numpy()] * span
         for (_, begin, _, span, *_), at in ((rows, batch.tops), (columns, batch.lefts))
@@ -245,12 +245,12 @@ def _shared_out(batch: Crops, rows: tuple[Any, ...], columns: tuple[Any, ...]) -
     return np.concatenate([heaviest_first[thread::threads] for thread in range(threads)])
 
 
-def _arguments(batch: Crops) -> tuple[Any, ...]:
+def _arguments(batch: SourceCrops) -> tuple[Any, ...]:
     tops, lefts = batch.tops.contiguous().numpy(), batch.lefts.contiguous().numpy()
     return bits(batch.source), tops, lefts, _tables(batch.rows), _tables(batch.columns)
 
 
-def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def folded_conv2d(batch: SourceCrops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """As `folded_conv_reference.folded_conv2d`, for fp32 kernels on the CPU."""
     channels = kernels.shape[-1]
     if channels % CHANNELS:
@@ -263,13 +263,13 @@ def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtyp
     return out
 
 
-def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
+def folded_conv2d_backward(grad: Tensor, batch: SourceCrops) -> tuple[Tensor, Tensor]:
     """As `folded_conv_reference.folded_conv2d_backward`, for an fp32 source on the CPU."""
     channels = grad.shape[1]
     if channels % CHANNELS:
         return reference.folded_conv2d_backward(grad, batch)
     source, tops, lefts, rows, columns = _arguments(batch)
-    pairs = _shared_out(batch, rows, columns)
+    pairs = _balanced_pairs(batch, rows, columns)
     d_kernels = reference.zero_kernels(batch, channels)
     d_bias = torch.zeros((len(pairs), channels), dtype=torch.float32)
     run(

@@ -1,19 +1,19 @@
-"""A convolution over enlarged crops, computed on the images as they were: the readable definition.
+"""A convolution of enlarged crops, computed on the source images: the readable definition.
 
-Enlarged bilinearly by a whole factor F, pixel r of an axis lies at (2r + 1 - F) / 2F of the source, between
-the pixels i and i + 1 with i the floor of that; beyond the edges the outermost pixel is repeated. A
-convolution's output looks at `kernel` neighbours of the enlarged axis, hence at few of the source, and is
-linear in them:
+When an axis is enlarged bilinearly by a whole factor F, pixel r lies at (2r + 1 - F) / 2F of the source:
+between the pixels i and i + 1, where i is the floor of that. Beyond the edges the outermost pixel repeats.
+An output of the convolution depends on `kernel` neighbours of the enlarged axis, hence on a few source
+pixels, and is linear in them:
 
     sum over k of w[k] * enlarged[at + k] = sum over t of (sum over k of w[k] * U[k, t]) * source[start + t]
 
-U depends on `at` only through its remainder by F, except where the kernel hangs over the edge of the crop and
-misses some k: there are few different U, the phases of `Axis`. With one for the rows and one for the columns
-the bracket is a kernel of `taps` x `taps` source pixels. Those of all pairs of phases (`fold`) replace the
-weight. A mirrored crop is a crop of the mirrored image.
+U depends on `at` only through its remainder by F, except where the kernel reaches over the edge of the crop
+and misses some k. So there are few different U, the phases of `Axis`. With one phase for the rows and one for
+the columns, the bracket is a kernel of `taps` x `taps` source pixels. The kernels of all pairs of phases
+(`fold`) replace the weight. A mirrored crop is a crop of the mirrored image.
 
-Enlarging 32 to 256 and cropping 224, AlexNet's 11x11 kernel with stride 4 becomes 3x3, 3x4, 4x3 and 4x4 ones,
-and a crop uses two of the eight interior phases an axis, by turns.
+When 32 pixels are enlarged to 256 and cropped to 224, AlexNet's 11x11 kernel with stride 4 becomes kernels of
+3x3, 3x4, 4x3 and 4x4, and a crop alternates between two of the eight interior phases on each axis.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +30,33 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 
+class FoldedConv(NamedTuple):
+    """The arguments of the operator, in its order; `fastalex.kernels.folded_conv2d` describes them."""
+
+    images: Tensor
+    indices: Tensor
+    offsets: Tensor
+    flips: Tensor
+    weight: Tensor
+    bias: Tensor
+    resize: int
+    crop: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    stride: int
+    padding: int
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """Which source pixels an axis of the convolution's output depends on, for every offset of the crop.
+    """The source pixels that the convolution's outputs on an axis depend on, for every offset of the crop.
 
     Attributes:
-        mixing: float64 (phases, kernel, taps), U above; the rows of taps in the convolution's padding are 0.
-        span: int64 (phases,), the taps that are not zero for every k: the first `span`.
-        phase: int64 (offsets, outputs).
-        start: int64 (offsets, outputs), the first tap's pixel, counted in the padded source.
+        mixing: float64 (phases, kernel, taps), U above; its rows for k in the convolution's padding are 0.
+        span: int64 (phases,); the taps from `span` on are zero for every k.
+        phase: int64 (offsets, outputs), the phase of each output.
+        start: int64 (offsets, outputs), the pixel of an output's first tap, counted in the padded source.
         pixels: int64 (padded,), the source pixel that each pixel of the padded source repeats.
     """
 
@@ -51,7 +69,7 @@ class Axis:
 
 @lru_cache(maxsize=64)
 def axis(source: int, resize: int, crop: int, kernel: int, stride: int, padding: int) -> Axis:
-    """The axis for `source` pixels resized to `resize`, a whole multiple, and cropped to `crop`."""
+    """The axis for `source` pixels enlarged to `resize`, a whole multiple, and cropped to `crop`."""
     twice = 2 * resize // source
     offset = np.arange(resize - crop + 1)[:, None, None]
     output = np.arange((crop + 2 * padding - kernel) // stride + 1)[:, None]
@@ -77,12 +95,12 @@ def axis(source: int, resize: int, crop: int, kernel: int, stride: int, padding:
 
 
 @dataclass(frozen=True, eq=False)
-class Crops:
-    """A batch before it is enlarged.
+class SourceCrops:
+    """A batch before it is enlarged: the source images, and the position of each crop.
 
     Attributes:
         source: (B, H, W, 3), normalised, mirrored where the crop is, and padded as `Axis.pixels` says.
-        tops, lefts: int64 (B,), the offsets of the crops, counted in the mirrored image where it is mirrored.
+        tops, lefts: int64 (B,), the offsets of the crops in the enlarged image, mirrored where the crop is.
         rows, columns: the two axes.
     """
 
@@ -92,37 +110,25 @@ class Crops:
     rows: Axis
     columns: Axis
 
-    def split(self, size: int) -> list[Crops]:
-        """Parts of so many crops, the last of what is left."""
+    def split(self, size: int) -> list[SourceCrops]:
+        """Parts of `size` crops; the last may be smaller."""
         parts = zip(*(x.split(size) for x in (self.source, self.tops, self.lefts)), strict=True)
         return [replace(self, source=s, tops=t, lefts=x) for s, t, x in parts]
 
 
-def crops(
-    images: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    kernel_size: Sequence[int],
-    resize: int,
-    crop: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: int,
-    padding: int,
-    dtype: torch.dtype,
-) -> Crops:
-    """The batch that `fastalex.kernels.folded_conv2d` describes, in arithmetic of `dtype`."""
+def source_crops(arguments: FoldedConv, dtype: torch.dtype) -> SourceCrops:
+    """The crops that `arguments` describe, in arithmetic of `dtype`."""
+    images, indices, offsets, flips, weight, _, resize, crop, mean, std, stride, padding, _ = arguments
     height, width = images.shape[1:3]
-    rows = axis(height, resize, crop, kernel_size[0], stride, padding)
-    columns = axis(width, resize, crop, kernel_size[1], stride, padding)
+    rows = axis(height, resize, crop, weight.shape[2], stride, padding)
+    columns = axis(width, resize, crop, weight.shape[3], stride, padding)
     y, x = (torch.from_numpy(each.pixels).to(images.device) for each in (rows, columns))
     x = torch.where(flips[:, None], width - 1 - x, x)
     pixels = images[indices[:, None, None], y[:, None], x[:, None, :]]
     shift, scale = (torch.tensor(values, dtype=dtype, device=images.device) for values in (mean, std))
     source = (pixels.to(dtype) / 255 - shift) / scale
     tops, lefts = offsets.long().unbind(1)
-    return Crops(source, tops, torch.where(flips, resize - crop - lefts, lefts), rows, columns)
+    return SourceCrops(source, tops, torch.where(flips, resize - crop - lefts, lefts), rows, columns)
 
 
 def fold(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -147,10 +153,10 @@ def _mixing(each: Axis, like: Tensor) -> Tensor:
     return torch.from_numpy(each.mixing).to(like)
 
 
-def _windows(batch: Crops) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tensor]]:
-    """For each pair of phases p, q: the outputs (image, row, column) that have it, and what they look at.
+def _windows(batch: SourceCrops) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tensor]]:
+    """For each pair of phases: p, q, its outputs (image, row, column), and the source pixels of each output.
 
-    The latter is (outputs, taps, taps, 3).
+    The pixels are (outputs, taps, taps, 3).
     """
     source, (rows, columns) = batch.source, (batch.rows, batch.columns)
     tensors = (rows.phase, rows.start, columns.phase, columns.start)
@@ -169,8 +175,8 @@ def _windows(batch: Crops) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tenso
         yield p, q, places, source[n, row_start[n, y] + s[:, None], column_start[n, x] + t]
 
 
-def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The operator's definition, of a weight that `fold` folded: (B, out channels, H, W), channels-last.
+def folded_conv2d(batch: SourceCrops, kernels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operator's definition, for the kernels of `fold`: (B, out channels, H, W), channels-last.
 
     The arithmetic is in the kernels' dtype.
     """
@@ -181,8 +187,8 @@ def folded_conv2d(batch: Crops, kernels: Tensor, bias: Tensor, dtype: torch.dtyp
     return out
 
 
-def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
-    """The gradients of kernels, for `unfold`, and bias, in the source's dtype, from that of the result."""
+def folded_conv2d_backward(grad: Tensor, batch: SourceCrops) -> tuple[Tensor, Tensor]:
+    """The gradients of the kernels (for `unfold`) and the bias, in the source's dtype, from the result's."""
     d_kernels = zero_kernels(batch, grad.shape[1])
     pixels = grad.permute(0, 2, 3, 1).to(d_kernels.dtype)
     for p, q, places, window in _windows(batch):
@@ -190,16 +196,16 @@ def folded_conv2d_backward(grad: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
     return d_kernels, pixels.sum((0, 1, 2))
 
 
-def zero_kernels(batch: Crops, channels: int) -> Tensor:
-    """Room for the sum of the kernels' gradients: the shape of `fold`, in the source's dtype."""
+def zero_kernels(batch: SourceCrops, channels: int) -> Tensor:
+    """Zeros to which the kernels' gradients are added: the shape of `fold`, in the source's dtype."""
     (row_phases, _, row_taps), (column_phases, _, column_taps) = (
         each.mixing.shape for each in (batch.rows, batch.columns)
     )
     return batch.source.new_zeros((row_phases, row_taps, column_phases, column_taps, 3, channels))
 
 
-def empty_output(batch: Crops, kernels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the result."""
+def empty_output(batch: SourceCrops, kernels: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised result."""
     height, width = batch.rows.phase.shape[1], batch.columns.phase.shape[1]
     return torch.empty(
         (len(batch.tops), kernels.shape[-1], height, width),

@@ -1,11 +1,10 @@
-"""What can be known of the Triton kernels without a GPU: `python -m fastalex.kernels.inspect`.
+"""Inspect the Triton kernels without a GPU: `python -m fastalex.kernels.inspect`.
 
 Compiles every kernel for six GPU architectures and reads registers, spills and the width of memory accesses
-from the machine code (`_aot`); runs every kernel in Triton's interpreter and counts the bytes it moves,
-beside the least it could move and what plain PyTorch moves (`_traffic`). Prints both tables, writes them to
-`benchmarks/results/kernels_inspect.md` and `.json`, and exits with 1 if a kernel breaks what its file
-promises. `docs/gpu.md` explains how to read them. Takes some minutes; compiled kernels are cached by
-Triton.
+from the machine code (`_aot`). Runs every kernel in Triton's interpreter and counts the bytes that it moves,
+beside the fewest that it could move and those that plain PyTorch moves (`_traffic`). Prints both tables,
+writes them to `benchmarks/results/kernels_inspect.md` and `.json`, and exits with 1 if a kernel breaks what
+its file promises. `docs/gpu.md` explains how to read them. Takes some minutes; kernels are cached.
 
     python -m fastalex.kernels.inspect                           everything
     python -m fastalex.kernels.inspect --arch 89 --dtype bfloat16 --kernel pool --no-write
@@ -36,7 +35,7 @@ from ._triton_launch import FLOAT_DTYPES, KernelCase, dtype_name, is_interpreted
 KERNEL_MODULES = ("fastalex.kernels.lrn_triton", "fastalex.kernels.augment_triton")
 RESULTS = Path("benchmarks/results")
 BATCH = 128
-BANDWIDTH = {"RTX 4070 Ti SUPER": 672e9, "H100": 3350e9}  # bytes a second, from the makers' data sheets
+BANDWIDTH = {"RTX 4070 Ti SUPER": 672e9, "H100": 3350e9}  # bytes per second, from NVIDIA's data sheets
 _BYTES = ("moved", "floor", "eager")
 
 
@@ -80,7 +79,7 @@ def _jobs(archs: list[int], dtypes: list[str], kernel: str) -> list[_Job]:
 
 
 def _count(dtypes: list[str], kernel: str) -> list[dict[str, Any]]:
-    """Byte counts of every case, from a process that runs the interpreter."""
+    """Byte counts of every case, from a separate process that runs the interpreter."""
     command = [sys.executable, "-m", "fastalex.kernels._traffic", "--modules", *KERNEL_MODULES]
     command += ["--dtype", *dtypes, "--kernel", kernel]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -113,7 +112,7 @@ def _traffic_table(traffic: list[dict[str, Any]]) -> str:
 
 
 def _time_table(traffic: list[dict[str, Any]]) -> str:
-    """Microseconds that the bytes take at the full bandwidth of memory, at batch 128."""
+    """Microseconds for the bytes at the full memory bandwidth, at batch 128."""
     header = ["kernel", "dtype", *(f"{gpu}, {key}" for gpu in BANDWIDTH for key in _BYTES)]
     rows = []
     for row in traffic:

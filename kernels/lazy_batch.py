@@ -1,8 +1,8 @@
 """A lazy batch: source images and the parameters of their crops.
 
-The first convolution of a network may consume it without materialising its pixels: a convolution of enlarged
-images is one of the images themselves with other weights (:func:`folded_conv2d`). On the
-CPU that takes a quarter of the time of making the batch and convolving it.
+The first convolution of a network may consume it without materializing pixels, because a convolution of
+enlarged images is a convolution of the source images with other weights (:func:`folded_conv2d`). On the CPU
+that takes a quarter of the time of materializing the batch and convolving it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from .folded_conv import folded_conv2d
 
 @dataclass(frozen=True)
 class LazyBatch:
-    """Crops of enlarged images.
+    """Crops of enlarged images, not yet materialized.
 
     Attributes:
-        images: uint8 (N, H, W, 3), all of them.
-        indices: int64 (B,), which image each crop is of.
-        offsets: int32 (B, 2), its top and left in the enlarged image.
-        flips: bool (B,), whether it is mirrored.
-        resize, crop, mean, std, dtype: as for :func:`fastalex.kernels.augment`.
+        images: uint8 (N, H, W, 3), the whole data set.
+        indices: int64 (B,), the image of each crop.
+        offsets: int32 (B, 2), top and left of each crop in the enlarged image.
+        flips: bool (B,), which crops are mirrored.
+        resize, crop: pixels on each axis, of the enlarged image and of a crop.
+        mean, std: three numbers each, one per channel, for pixels in 0..1.
+        dtype: of the materialized batch: float32, bfloat16 or float16.
     """
 
     images: Tensor
@@ -43,11 +45,11 @@ class LazyBatch:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the batch, were it made: (B, 3, crop, crop)."""
+        """The shape of the materialized batch: (B, 3, crop, crop)."""
         return torch.Size((len(self.indices), 3, self.crop, self.crop))
 
     def chunk(self, chunks: int) -> list[LazyBatch]:
-        """Divide the batch, as ``Tensor.chunk`` does."""
+        """Split the batch into lazy batches, as ``Tensor.chunk`` does."""
         parts = zip(*(x.chunk(chunks) for x in (self.indices, self.offsets, self.flips)), strict=True)
         return [replace(self, indices=i, offsets=o, flips=f) for i, o, f in parts]
 
@@ -56,13 +58,13 @@ class LazyBatch:
         return augment(**vars(self))
 
     def convolve(self, convolution: nn.Conv2d) -> Tensor:
-        """What the convolution makes of the batch, to rounding, without making it."""
+        """``convolution(self.materialize())`` to rounding, without materializing the batch."""
         return folded_conv2d(**self._folded(convolution))
 
     def convolve_and_pool(
         self, convolution: nn.Conv2d, size: int, alpha: float, beta: float, k: float
     ) -> Tensor:
-        """``relu_lrn_max_pool`` of what the convolution makes of the batch, without making that either."""
+        """``relu_lrn_max_pool(self.convolve(convolution), ...)``, without storing its argument."""
         numbers: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "k": k}
         return folded_conv2d_relu_lrn_max_pool(**self._folded(convolution), **numbers)
 

@@ -1,27 +1,28 @@
 """Local response normalisation as PyTorch operators: checks, dispatch by device, gradients.
 
-Four operators in the namespace `fastalex`, two forward and two backward. The body of each is the plain
-PyTorch reference, which serves float64 and every device without a kernel of its own; the CPU runs
-`lrn_numba`, CUDA runs `lrn_triton`. Those modules are imported by the first call that needs them, so that
-neither Numba nor Triton is loaded by importing this one.
+Four operators in the namespace `fastalex`, two forward and two backward. `lrn_numba` computes them on the
+CPU and `lrn_triton` on CUDA. `lrn_reference`, plain PyTorch, computes float64, every other device, and the
+shapes that the fast module does not take: on the CPU windows that reach over more than 16 channels to a
+side, on CUDA channels not a multiple of 8 and windows of 1 or over 5. The fast modules are imported by the
+first call that needs them, so importing this module loads neither Numba nor Triton.
 
 The operators are opaque to torch.compile (`custom_op`, not `triton_op`: under the interpreter that the
-tests use, the latter fails opcheck), have no autocast rule (a bf16 activation stays bf16: the arithmetic
-inside is fp32 whatever the dtype) and keep nothing but the input, and for pooling one byte a result, for
-the gradient. They are deterministic, and differentiable once.
+tests use, the latter fails opcheck). They have no autocast rule: a bf16 activation stays bf16, and the
+arithmetic inside is fp32 whatever the dtype. For the gradient they save the input alone, and for pooling one
+byte per result. They are deterministic, and differentiable once.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import lrn_reference as reference
-from ._checks import check_fits
+from ._checks import check_fits, refuse_second_derivative
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,25 +35,38 @@ def local_response_norm(
     y[c] = x[c] / (k + alpha / size * sum of x[j]^2)^beta, j from c - size // 2 to c + (size - 1) // 2.
 
     Args:
-        x: (N, C, L), (N, C, H, W) or (N, C, D, H, W), fp32, bf16, fp16 or float64; channels-last is fast.
+        x: (N, C, L), (N, C, H, W) or (N, C, D, H, W), fp32, bf16, fp16 or float64. Other memory formats than
+            channels-last are copied to it and back.
         size: channels in the window, at least 1.
         alpha: factor of the mean square. PyTorch's meaning: the 1e-4 of Krizhevsky et al. (2012), who do
             not divide by `size` = 5, is 5e-4 here.
-        beta: exponent; 0.75 is fast.
+        beta: exponent; the kernels are fastest for 0.75.
         k: added constant.
 
     Returns:
         A tensor with the shape, dtype and memory format of `x`.
 
     Raises:
-        ValueError: wrong rank, dtype or window.
+        ValueError: `x` has another rank or dtype, or `size` is not a whole number of at least 1.
     """
     _check(x, size, (3, 4, 5), "local_response_norm")
     return _lrn(x, size, alpha, beta, k, False)
 
 
 def relu_lrn(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
-    """`local_response_norm(relu(x), ...)` in one pass; arguments, result and errors as there."""
+    """`local_response_norm(relu(x), size, alpha, beta, k)` in one pass.
+
+    Args:
+        x: (N, C, L), (N, C, H, W) or (N, C, D, H, W), fp32, bf16, fp16 or float64.
+        size: channels in the window, at least 1.
+        alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
+
+    Returns:
+        A tensor with the shape, dtype and memory format of `x`.
+
+    Raises:
+        ValueError: as `local_response_norm`.
+    """
     _check(x, size, (3, 4, 5), "relu_lrn")
     return _lrn(x, size, alpha, beta, k, True)
 
@@ -63,15 +77,17 @@ def relu_lrn_max_pool(
     """`max_pool2d(relu_lrn(x, ...), kernel_size=3, stride=2)` in one pass forward and one backward.
 
     Args:
-        x: (N, C, H, W) with H and W at least 3; the others as for `local_response_norm`.
+        x: (N, C, H, W) with H and W at least 3, fp32, bf16, fp16 or float64.
+        size: channels in the window, at least 1.
+        alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
 
     Returns:
-        (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1), dtype and memory format of `x`. The maximum is taken
-        in fp32, before rounding; between exactly equal values the gradient goes to the first, as in
+        (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1), in the dtype and memory format of `x`. The maximum is
+        taken in fp32, before rounding; of exactly equal values the first receives the gradient, as in
         `max_pool2d`.
 
     Raises:
-        ValueError: wrong rank, dtype or window, or an image smaller than the pooling window.
+        ValueError: as `local_response_norm`; or the image is smaller than the pooling window.
     """
     _check_pooling(x, size, "relu_lrn_max_pool")
     return _lrn_max_pool(x, size, alpha, beta, k)[0]
@@ -99,39 +115,34 @@ def _check_pooled_gradient(grad: Tensor, argmax: Tensor, x: Tensor) -> None:
     check_fits("argmax", argmax, shape, torch.uint8, x)
 
 
-def _implementation(x: Tensor) -> ModuleType:
-    """The module that computes `x`'s result: by device, and the reference for float64."""
+def _implementation(x: Tensor, size: int) -> ModuleType:
+    """The module that computes the result for `x` and a window of `size`: see the module's docstring."""
     if x.dtype == torch.float64:
         return reference
     if x.device.type == "cuda":
-        from . import lrn_triton
-
-        return lrn_triton
-    from . import lrn_numba
-
-    return lrn_numba
+        from . import lrn_triton as fast
+    elif x.device.type == "cpu":
+        from . import lrn_numba as fast  # type: ignore[no-redef]
+    else:
+        return reference
+    return fast if fast.takes(x, size) else reference
 
 
 def _pooled(x: Tensor) -> Tensor:
-    """A view of `x` with the shape of the pooled result: its `empty_like` has the right strides too."""
+    """A view of `x` with the shape of the pooled result; `empty_like` gives it the right strides too."""
     return x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
 
 
-_ACCELERATED = ["cpu", "cuda"]
+# --- the operators: the options of a fake, and of a gradient, are size, alpha, beta, k and perhaps relu ---
 
 
 @custom_op("fastalex::lrn", mutates_args=())
 def _lrn(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    return reference.lrn_forward(x, size, alpha, beta, k, relu)
-
-
-@_lrn.register_kernel(_ACCELERATED)
-def _(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    return _implementation(x).lrn_forward(x, size, alpha, beta, k, relu)
+    return _implementation(x, size).lrn_forward(x, size, alpha, beta, k, relu)
 
 
 @_lrn.register_fake
-def _(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+def _(x: Tensor, *options: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -139,33 +150,23 @@ def _(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> 
 def _lrn_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> Tensor:
-    return reference.lrn_backward(grad, x, size, alpha, beta, k, relu)
-
-
-@_lrn_backward.register_kernel(_ACCELERATED)
-def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     check_fits("gradient", grad, x.shape, x.dtype, x)
-    return _implementation(x).lrn_backward(grad, x, size, alpha, beta, k, relu)
+    return _implementation(x, size).lrn_backward(grad, x, size, alpha, beta, k, relu)
 
 
 @_lrn_backward.register_fake
-def _(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+def _(grad: Tensor, x: Tensor, *options: Any) -> Tensor:
     check_fits("gradient", grad, x.shape, x.dtype, x)
     return torch.empty_like(x)
 
 
 @custom_op("fastalex::lrn_max_pool", mutates_args=())
 def _lrn_max_pool(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    return reference.lrn_max_pool_forward(x, size, alpha, beta, k)
-
-
-@_lrn_max_pool.register_kernel(_ACCELERATED)
-def _(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    return _implementation(x).lrn_max_pool_forward(x, size, alpha, beta, k)
+    return _implementation(x, size).lrn_max_pool_forward(x, size, alpha, beta, k)
 
 
 @_lrn_max_pool.register_fake
-def _(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(_pooled(x)), torch.empty_like(_pooled(x), dtype=torch.uint8)
 
 
@@ -173,19 +174,17 @@ def _(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor
 def _lrn_max_pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    return reference.lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
-
-
-@_lrn_max_pool_backward.register_kernel(_ACCELERATED)
-def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     _check_pooled_gradient(grad, argmax, x)
-    return _implementation(x).lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
+    return _implementation(x, size).lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
 
 
 @_lrn_max_pool_backward.register_fake
-def _(grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def _(grad: Tensor, argmax: Tensor, x: Tensor, *options: Any) -> Tensor:
     _check_pooled_gradient(grad, argmax, x)
     return torch.empty_like(x)
+
+
+# --- gradients --------------------------------------------------------------------------------------------
 
 
 def _save_lrn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -195,7 +194,7 @@ def _save_lrn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_lrn(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    return _lrn_backward(grad, x, *ctx.options), None, None, None, None, None
+    return _lrn_backward(grad, x, *ctx.options), *(None for _ in ctx.options)
 
 
 def _save_lrn_max_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -206,17 +205,14 @@ def _save_lrn_max_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_lrn_max_pool(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, argmax = ctx.saved_tensors
-    return _lrn_max_pool_backward(grad, argmax, x, *ctx.options), None, None, None, None
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "fastalex's LRN kernels are differentiable once; for second derivatives use "
-        "torch.nn.functional.local_response_norm"
-    )
+    return _lrn_max_pool_backward(grad, argmax, x, *ctx.options), *(None for _ in ctx.options)
 
 
 _lrn.register_autograd(_differentiate_lrn, setup_context=_save_lrn)
 _lrn_max_pool.register_autograd(_differentiate_lrn_max_pool, setup_context=_save_lrn_max_pool)
-_lrn_backward.register_autograd(_refuse)
-_lrn_max_pool_backward.register_autograd(_refuse)
+for _backward in (_lrn_backward, _lrn_max_pool_backward):
+    refuse_second_derivative(
+        _backward,
+        "fastalex's LRN kernels are differentiable once; for second derivatives use "
+        "torch.nn.functional.local_response_norm",
+    )

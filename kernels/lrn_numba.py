@@ -2,20 +2,20 @@
 """Local response normalisation on the CPU: one pass over memory, all arithmetic in registers.
 
 The layout is channels-last: a pixel's channels are neighbours in memory, and so is the window. A kernel
-walks over a pixel in blocks of 16 channels and keeps three of them at hand, so that the window's sum is
-four shuffles of registers and four additions:
+walks over a pixel in blocks of 16 channels and keeps three blocks in registers, so that the window's sum
+takes four shuffles of registers and four additions:
 
     previous block   | current block   | next block
     .. s12 s13 s14 s15 s16 s17 ...  s31  s32 s33 ..        squares; window of s16 with size 5: s14 .. s18
 
-The gradient has the same shape twice: the squares run one block ahead of the summands of the second sum,
-which run one block ahead of the result. Nothing but the input and the gradient is read, nothing but the
-result is written. Other layouts are copied to channels-last and back.
+The gradient does this twice: the squares run one block ahead of the summands of the second sum, which run
+one block ahead of the result. Only the input and the gradient are read, only the result is written. Other
+layouts are copied to channels-last and back.
 
 d^(-3/4), AlexNet's power, is a guess from the bits of d and one polynomial, or for bf16 two estimates
 (`_inverse_power`); a division and two square roots would take longer than everything else together.
 
-What takes the time on two cores is memory: see `benchmarks/results/`.
+On two cores most of the time goes to memory: see `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import lrn_reference as reference
+from ._layout import empty_pixels, finish, pixels
 from ._numba_simd import (
     LANES,
     absolute,
@@ -57,14 +58,14 @@ f32 = np.float32
 
 # --- one block of 16 channels -----------------------------------------------------------------------------
 #
-# `general` is None for what AlexNet needs (a window of 5, the exponent 3/4, whole blocks of channels), and
-# (before, after, beta) for everything else. Numba compiles a kernel for each type of its arguments, so the
-# common kernel holds no trace of the general case: registers are what it would run out of first.
+# `general` is None for AlexNet's case (a window of 5, the exponent 3/4, whole blocks of channels), and
+# (before, after, beta) for all others. Numba compiles a kernel for each type of its arguments, so AlexNet's
+# kernel contains no code of the general case, which would cost it registers.
 
 
 @inline
 def _load(array, at, left, general):
-    """The block at `at` when `left` channels are left: lanes beyond them are 0."""
+    """The block at `at`, of which `left` channels exist: lanes beyond them are 0."""
     if left >= LANES:
         return load(array, at)
     if general is None or left <= 0:
@@ -89,18 +90,19 @@ def _store(array, at, value, left, general):
 
 @inline
 def _load_input(x, at, left, floor, general):
-    """max(v, floor), which lets NaN through. `floor` is 0 for ReLU; nothing is below NaN, for no ReLU."""
+    """max(v, floor), but NaN stays NaN. `floor` is 0 for ReLU and NaN for none: nothing is below NaN."""
     v = _load(x, at, left, general)
     return where(splat(floor) > v, splat(floor), v)
 
 
 @inline
 def _inverse_power(d, x, general):
-    """d^-beta. For 3/4, a result for every positive normal d, 0 for infinity, NaN for NaN.
+    """d^-beta. For beta = 3/4, d must be positive and normal, infinity (giving 0) or NaN.
 
-    For bf16, with z near d^(-1/2), d^(-3/4) is z^2 z^(-1/2): two estimates, within 1.6e-4 in all, where
-    rounding to bf16 may take 39e-4. Else within 3e-7: with y near d^(-1/4) and e = d y^4 - 1, d^(-3/4) is
-    y^3 (1 + e)^(-3/4), a polynomial in e, of degree 5 and fitted over the values that e can take.
+    For bf16, with z near d^(-1/2), d^(-3/4) is z^2 z^(-1/2): two estimates with a relative error of at most
+    1.6e-4, where rounding to bf16 has up to 39e-4. Otherwise the error is at most 3e-7: with y near d^(-1/4)
+    and e = d y^4 - 1, d^(-3/4) is y^3 (1 + e)^(-3/4), and the power of 1 + e is a polynomial of degree 5
+    fitted over the range of e.
     """
     if general is not None:
         return power(d, splat(-general[2]))
@@ -123,7 +125,7 @@ def _inverse_power(d, x, general):
 def _window_sum(previous, current, following, mirrored, general):
     """Sum over the window of each of the 16 channels of `current`.
 
-    With `mirrored`, over the channels whose windows hold it: these reach as far, the other way round.
+    With `mirrored`, sum over the channels whose windows hold it: the same with `before` and `after` swapped.
     """
     if general is None:
         near = concatenated(previous, current, 15) + concatenated(current, following, 1)
@@ -149,7 +151,7 @@ def _window_sum(previous, current, following, mirrored, general):
 
 @inline
 def _forward_pixel(x, at, y, to, stored, channels, scale, k, floor, general, unsigned):
-    """The pixel at x[at:], or its absolute value, normalised into the first `stored` lanes from y[to:]."""
+    """Normalise the pixel at x[at:] into the first `stored` lanes of y[to:]; `unsigned`: store |y|."""
     v = _load_input(x, at, channels, floor, general)
     previous, current = splat(f32(0)), v * v  # the squares of the block before, and of this one
     for c in range(0, channels, LANES):
@@ -172,11 +174,11 @@ def _load_if(exists, position, g, argmax, at, left, general):
 
 @inline
 def _load_gradient(g, at, pooling, left, general):
-    """The gradient of a block of the result: as it is, or from the up to four pooling windows around it.
+    """The gradient of a block of the result; with pooling, summed over the up to four windows that hold it.
 
-    `pooling` is None, or for the last window that could hold the pixel: argmax, the pixel's position in
-    it, how far back the row of windows above starts, and whether there is this window, the one before it,
-    the one above, and the one above that one.
+    `pooling` is None or describes the last window that could hold the pixel: argmax, the pixel's position in
+    that window, the distance to the window above, whether four windows exist (this one, the one before it,
+    the one above, and the one before that), and the number of channels.
     """
     if pooling is None:
         return _load(g, at, left, general)
@@ -189,7 +191,7 @@ def _load_gradient(g, at, pooling, left, general):
 
 @inline
 def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, floor, general):
-    """The gradient of the pixel at x[at:] into dx[at:], from that of its result at g[g_at:]."""
+    """Write the gradient of the pixel at x[at:] to dx[at:], from that of its result at g[g_at:]."""
     zero = splat(f32(0))
     v = _load_input(x, at, channels, floor, general)
     previous, current = zero, v * v  # the squares of the block before, and of the block at c
@@ -204,7 +206,7 @@ def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, flo
             d = fma(splat(scale), _window_sum(previous, current, following, False, general), splat(k))
             scaled = _load_gradient(g, g_at + c, pooling, left, general) * _inverse_power(d, x, general)
             q_next = scaled * v / d
-            if general is not None:  # no summand comes from a channel that does not exist, not even 0 / 0
+            if general is not None:  # channels that do not exist add nothing, not even 0 / 0
                 q_next = where(first_lanes(left), q_next, zero)
         if c > 0:
             total = _window_sum(q_previous, q, q_next, True, general)
@@ -216,7 +218,7 @@ def _backward_pixel(g, g_at, pooling, x, at, dx, channels, scale, k, factor, flo
         last_v, last_scaled, v = v, scaled, next_v
 
 
-# --- kernels: each works on a range of pixels or rows, and in parallel on several -------------------------
+# --- kernels: a serial one for a range of pixels or rows, and a parallel one that calls it ----------------
 
 
 @jit()
@@ -256,7 +258,7 @@ def _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, facto
                 for position in range(1, 9):
                     row, column = top + position // 3, 2 * j + position % 3
                     value = load(rows, (row % 3 * width + column) * padded + c)
-                    wins = exceeds(value, best)  # so the first of equals stays, and NaN passes
+                    wins = exceeds(value, best)  # the first of equals stays, and NaN wins
                     best = where(wins, value, best)
                     index = where(wins, splat(f32(position)), index)
                 _store(y, out + c, best, channels - c, general)
@@ -265,14 +267,14 @@ def _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, facto
 
 @jit()
 def _pool_forward(start, stop, x, y, argmax, shape, channels, scale, k, factor, floor, general):
-    """Pooled rows start .. stop - 1, counted through all images; three normalised rows stay in cache."""
+    """Compute pooled rows start .. stop - 1 of all images, keeping three normalised rows in the cache."""
     rows = np.empty(3 * shape[1] * ((channels + LANES - 1) // LANES * LANES), np.float32)
     _pool_rows(start, stop, rows, x, y, argmax, shape, channels, scale, k, factor, floor, general)
 
 
 @jit()
 def _pool_backward(start, stop, g, argmax, x, dx, shape, channels, scale, k, factor, floor, general):
-    """Rows start .. stop - 1 of the input, counted through all images."""
+    """Compute rows start .. stop - 1 of the input, counted through all images."""
     height, width, pooled_height, pooled_width = shape
     g, argmax, x, dx = pointer(g), pointer(argmax), pointer(x), pointer(dx)
     back = pooled_width * channels
@@ -332,88 +334,66 @@ def _parallel_pool_backward(
 
 
 def _options(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> tuple[Any, ...]:
-    """What follows the arrays in every kernel: channels, scale, k, factor, floor, general."""
+    """The last arguments of every kernel: channels, scale, k, factor, floor, general."""
     channels = x.shape[1]
     general = None
     if not (size == 5 and beta == 0.75 and channels % LANES == 0 and alpha >= 0 and k >= 1e-30):
-        # No window reaches farther than there are channels.
+        # A window reaches no farther than the channels.
         general = min(size // 2, channels - 1), min((size - 1) // 2, channels - 1), f32(beta)
     floor = f32(0) if relu else f32(np.nan)
     return channels, f32(alpha / size), f32(k), f32(-2 * alpha * beta / size), floor, general
 
 
-def _is_for_reference(x: Tensor, size: int) -> bool:
-    """Nothing to do, or a window that reaches farther than one block to either side."""
-    return x.numel() == 0 or min(size // 2, x.shape[1] - 1) > LANES
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """`x` as dense (N, ..., C), without a copy if it is channels-last already."""
-    return x.movedim(1, -1).contiguous()
-
-
-def _room_for(out: Tensor) -> Tensor:
-    """Where to compute `out`, dense (N, ..., C): its own memory if it is channels-last."""
-    pixels = out.movedim(1, -1)
-    return pixels if pixels.is_contiguous() else torch.empty(pixels.shape, dtype=out.dtype)
-
-
-def _moved(pixels: Tensor, out: Tensor) -> Tensor:
-    """`out`, with the values computed in its `_room_for`."""
-    return out if pixels.data_ptr() == out.data_ptr() else out.copy_(pixels.movedim(-1, 1))
+def takes(x: Tensor, size: int) -> bool:
+    """Whether this module computes the result for `x`: a window reaches at most one block to either side."""
+    return x.numel() > 0 and min(size // 2, x.shape[1] - 1) <= LANES
 
 
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """As `lrn_reference.lrn_forward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_forward(x, size, alpha, beta, k, relu)
     out = torch.empty_like(x)
-    y = _room_for(out)
+    y = empty_pixels(out)
     options = _options(x, size, alpha, beta, k, relu)
-    run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(_pixels(x)), bits(y), *options)
-    return _moved(y, out)
+    run(_forward, _parallel_forward, x.numel() // x.shape[1], bits(pixels(x)), bits(y), *options)
+    return finish(out, y)
 
 
 def lrn_backward(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> Tensor:
     """As `lrn_reference.lrn_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_backward(grad, x, size, alpha, beta, k, relu)
     out = torch.empty_like(x)
-    dx = _room_for(out)
-    arrays = bits(_pixels(grad)), bits(_pixels(x)), bits(dx)
+    dx = empty_pixels(out)
+    arrays = bits(pixels(grad)), bits(pixels(x)), bits(dx)
     options = _options(x, size, alpha, beta, k, relu)
     run(_backward, _parallel_backward, x.numel() // x.shape[1], *arrays, *options)
-    return _moved(dx, out)
+    return finish(out, dx)
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
     """As `lrn_reference.lrn_max_pool_forward`, for fp32, bf16 and fp16 on the CPU."""
-    # The kernel finds the largest by the bits of numbers without a sign; these make some results negative.
-    if _is_for_reference(x, size) or alpha < 0 or k < 0:
+    # The kernel compares absolute values as bits; a negative alpha or k makes some results negative.
+    if alpha < 0 or k < 0:
         return reference.lrn_max_pool_forward(x, size, alpha, beta, k)
     height, width = x.shape[2:]
     shape = height, width, (height - 3) // 2 + 1, (width - 3) // 2 + 1
     like = x[:, :, : shape[2], : shape[3]]  # its empty_like has the memory format of x
     out, argmax_out = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
-    y, argmax = _room_for(out), _room_for(argmax_out)
-    arrays = bits(_pixels(x)), bits(y), bits(argmax)
+    y, argmax = empty_pixels(out), empty_pixels(argmax_out)
+    arrays = bits(pixels(x)), bits(y), bits(argmax)
     options = _options(x, size, alpha, beta, k, True)
     run(_pool_forward, _parallel_pool_forward, x.shape[0] * shape[2], *arrays, shape, *options)
-    return _moved(y, out), _moved(argmax, argmax_out)
+    return finish(out, y), finish(argmax_out, argmax)
 
 
 def lrn_max_pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
     """As `lrn_reference.lrn_max_pool_backward`, for fp32, bf16 and fp16 on the CPU."""
-    if _is_for_reference(x, size):
-        return reference.lrn_max_pool_backward(grad, argmax, x, size, alpha, beta, k)
     out = torch.empty_like(x)
-    dx = _room_for(out)
-    arrays = bits(_pixels(grad)), bits(_pixels(argmax)), bits(_pixels(x)), bits(dx)
+    dx = empty_pixels(out)
+    arrays = bits(pixels(grad)), bits(pixels(argmax)), bits(pixels(x)), bits(dx)
     shape = (*x.shape[2:], *grad.shape[2:])
     options = _options(x, size, alpha, beta, k, True)
     run(_pool_backward, _parallel_pool_backward, x.shape[0] * x.shape[2], *arrays, shape, *options)
-    return _moved(dx, out)
+    return finish(out, dx)

@@ -11,8 +11,8 @@ result and its gradient are
     dv[c] = g[c] * d[c]^-beta - 2 * alpha * beta / size * v[c] * sum of g[j] * v[j] * d[j]^(-beta-1)
 
 where the last sum is over every j whose window holds c. Half-precision inputs are computed in fp32 and
-rounded once, on the way out. Nothing here is fast; the fused implementations are tested against it and
-against float64 `torch.nn.functional`.
+rounded once, on the way out. The fused implementations are tested against it and against float64
+`torch.nn.functional`. It also computes the shapes that they do not take.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """`x` in the dtype it is computed in: fp32, or float64 if it is that already."""
+    """`x` in the dtype of the arithmetic: float64 for float64, else fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _window_sum(v: Tensor, before: int, after: int) -> Tensor:
-    """Sum over channels c - before .. c + after at every channel c; channels that do not exist count as 0."""
+    """Sum over channels c - before .. c + after for every c; channels that do not exist count as 0."""
     channels = v.shape[1]
     before, after = min(before, channels - 1), min(after, channels - 1)
     padded = F.pad(v.movedim(1, -1), (before, after)).movedim(-1, 1)
-    # Shifted slices, not differences of a running sum: one infinity must not spoil the whole pixel.
+    # Shifted slices, not differences of a running sum, which would spread one infinity over the whole pixel.
     return sum((padded[:, i : i + channels] for i in range(1, before + after + 1)), padded[:, :channels])
 
 
@@ -71,7 +71,7 @@ def lrn_backward(
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    """`max_pool2d(local_response_norm(relu(x)), 3, 2)` and where each maximum was.
+    """`max_pool2d(local_response_norm(relu(x)), 3, 2)` and the position of each maximum.
 
     The maximum is taken before rounding to the dtype of `x`. The second tensor is uint8, shaped like the
     first: row * 3 + column inside the 3x3 window, the first of equal maxima, the last NaN if there is any
@@ -92,7 +92,7 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
 def lrn_max_pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
-    """Gradient of the pooled result of `lrn_max_pool_forward` with respect to `x`."""
+    """Gradient of `lrn_max_pool_forward` with respect to `x`, given that of its result and its argmax."""
     if x.numel() == 0:
         return torch.empty_like(x)
     g = _wide(grad)

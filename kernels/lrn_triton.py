@@ -2,15 +2,15 @@
 
 **Triton in a paragraph.** A `@triton.jit` function is a kernel: Python syntax, compiled for the GPU. It is
 launched over a grid of *programs*. A program is not a thread: it computes on whole blocks of values at
-once, such as `tl.arange(0, BLOCK)`, and Triton deals a block out over the program's 32 x `num_warps`
+once, such as `tl.arange(0, BLOCK)`, and Triton distributes a block over the program's 32 x `num_warps`
 threads. A value marked `tl.constexpr` is known when the kernel is compiled, so an `if` on one, or a
-`tl.static_range` up to one, leaves nothing behind in the machine code. `tl.load` and `tl.store` take a
-block of addresses and a mask; where the mask is off nothing is touched.
+`tl.static_range` up to one, costs no instructions. `tl.load` and `tl.store` take a block of addresses and a
+mask; where the mask is off, no memory is accessed.
 
 **The layout.** A channels-last activation lies in memory as N x H x W x C: the channels of one position are
 neighbours, and so is the window of channels that this normalisation sums over. In NCHW that window would be
 spread over as many distant planes. Other layouts are therefore copied to channels-last and the result back:
-8 bytes an element in bf16, where plain PyTorch moves several times that (`python -m
+8 bytes per element in bf16, where plain PyTorch moves several times that (`python -m
 fastalex.kernels.inspect`).
 
 **The formulas.** With d[c] = k + alpha / size * sum of x[j]^2 over the window of c, which runs from c -
@@ -22,38 +22,38 @@ convention), and with G the incoming gradient,
 
 where the last sum runs over the j whose window holds c. The arithmetic is fp32 whatever the tensors are.
 
-**The fast kernels** (C a multiple of 8, windows of 2 to 5 channels) give every *lane*, an entry of the
-block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load a thread
-has; the grid is flat over all such vectors, so that 96 channels leave no lane idle, where a block padded to
-a power of two would idle a quarter. The window of the outer channels reaches into the neighbouring vectors:
-small *halo* loads, masked off at the first and the last vector of a position, fetch those (2 channels a
-side forward, 4 backward, from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is
-then split into 8 *columns* (`_unzip`), each a block of one value a lane, that is, a register. Sliding the
-window means naming another column: no shared memory, no shuffles between threads, no barrier. `_zip` joins
-the columns for a 128-bit store.
+**The kernels** take C a multiple of 8 and windows of 2 to 5 channels. They give every *lane*, an entry of the
+block, a vector of 8 neighbouring channels. Eight channels of bf16 are 128 bits, the widest load of a thread.
+The grid is flat over all such vectors, so that 96 channels leave no lane idle; a block padded to a power of
+two would leave a quarter idle. The window of the outer channels reaches into the neighbouring vectors: small
+*halo* loads, masked off at the first and the last vector of a position, fetch those (2 channels on each side
+forward, 4 backward, from lines that the neighbouring lanes load anyway). A loaded (BLOCK, 8) tile is then
+split into 8 *columns* (`_unzip`), each a block of one value per lane, that is, a register. Sliding the window
+means reading another column: no shared memory, no shuffles between threads, no barrier. `_zip` joins the
+columns for a 128-bit store.
 
 **Pooling** (3x3 windows, stride 2, as in AlexNet). Forward, a lane walks down one pooled column, normalises
 a row of three positions at a time, and keeps the row that two pooled rows share. It writes the maximum and,
-in one byte, which of the nine won; the normalised activation is never written. Backward, a lane walks down
-the input in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling
+in one byte, its position among the nine; the normalised activation is never written. Backward, a lane walks
+down the input in quads of 2x2 positions, the step of the pooling. A quad lies under at most four pooling
 windows, always in the same places, so for each position the lane *gathers* the gradient of those windows
-whose winner it was. Gathering is why there are no atomics, which would add in a different order each run:
-every element of dx is written once, by one lane, in a fixed order.
+whose maximum it was. Gathering needs no atomics, which would add in a different order in each run: every
+element of dx is written once, by one lane, in a fixed order.
 
 **Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they
 cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic. An
 H200 has the bandwidth for more: there the pooled kernels are bound by instructions in bf16 (docs/gpu.md).
 
-**Registers** decide how many threads a GPU can keep in flight. What was tried for the pooled backward, the
-hungriest (registers in bf16 on sm_90): all four windows of a quad loaded at once, 127; one position at a
-time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp32 instead of a maximum,
+**Registers** decide how many threads a GPU can keep in flight. The pooled backward needs the most. Variants
+tried, with their registers in bf16 on sm_90: all four windows of a quad loaded at once, 127; one position at
+a time, 85; sums of the window without sharing pairs, 77; ReLU by comparing in fp32 instead of a maximum,
 which the compiler moves to packed bf16 halves, 64; loops over the windows that stay loops, so that the
 loads are not all hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8%
 of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
-flight on an H100, from a quarter of what it can hold to a half. (In use is a cap of 72: see below, why.)
+flight on an H100, from a quarter of its capacity to a half. (`_POOL_BACKWARD_REGISTERS` is the cap in use.)
 
-**Everything else** (other channel counts, other windows) takes the plain kernels of `_lrn_triton_plain`: a
-lane an element, a loop over the window, loads that the cache serves.
+**Other channel counts and windows** are not computed here: `takes` says which tensors are, and `lrn` passes
+the others to `lrn_reference`.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -72,15 +72,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._lrn_triton_plain import (
-    plain_backward,
-    plain_forward,
-    plain_pool_forward,
-    power,
-    reciprocal,
-    scalars,
-    slope,
-)
+from ._layout import empty_pixels, finish, pixels
 from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 # ---------------------------------------------------------------- loading and storing eight channels
@@ -144,7 +136,7 @@ def _store(pointer, offset, mask, columns, BLOCK: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _vector_masks(mask, group, GROUPS: tl.constexpr):
-    """Where to load a vector, its left halo and its right. `group`: which of the C / 8 vectors it is."""
+    """The masks of a vector, its left halo and its right halo. `group` numbers the C / 8 vectors."""
     return mask, mask & (group > 0), mask & (group < GROUPS - 1)
 
 
@@ -161,6 +153,32 @@ def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.conste
 
 
 # ---------------------------------------------------------------- the arithmetic, on columns in registers
+
+
+@triton.jit
+def _power(d, neg_beta, B75: tl.constexpr):
+    """d^-beta. Beta = 0.75 takes two fast instructions, which give infinity for 0 and 0 for infinity.
+
+    A negative d (from a negative k or alpha) has whole powers only; the others are NaN, as in PyTorch.
+    """
+    if B75:
+        r = tl.rsqrt(d)
+        return r * tl.sqrt(r)
+    else:
+        magnitude = tl.where(neg_beta == 0.0, 1.0, tl.exp2(neg_beta * tl.log2(tl.abs(d))))
+        is_whole = tl.floor(neg_beta) == neg_beta
+        is_even = 2.0 * tl.floor(0.5 * neg_beta) == neg_beta
+        sign = tl.where(is_even, 1.0, tl.where(is_whole, -1.0, float("nan")))
+        return tl.where(d < 0.0, sign, 1.0) * magnitude
+
+
+@triton.jit
+def _reciprocal(d, B75: tl.constexpr):
+    if B75:
+        r = tl.rsqrt(d)  # the one that `_power` has computed already
+        return r * r
+    else:
+        return 1.0 / d
 
 
 @triton.jit
@@ -201,7 +219,7 @@ def _normalise(
     sums = _window_sums(squares, 8, SIZE)
     y = ()
     for i in tl.static_range(8):
-        y = y + (x[LEFT + i] * power(k + alpha * sums[i], neg_beta, B75),)
+        y = y + (x[LEFT + i] * _power(k + alpha * sums[i], neg_beta, B75),)
     return y
 
 
@@ -237,14 +255,14 @@ def _gradient(
     ratios = ()
     for j in tl.static_range(8 + HALO):
         d = k + alpha * sums[j]
-        # A channel that does not exist must add nothing; with k = 0 its d would be 0 and the power infinite.
+        # Channels that do not exist must add nothing; with k = 0 their d would be 0 and its power infinite.
         if j < RIGHT:
             d = tl.where(masks[1], d, 1.0)
         if j >= 8 + RIGHT:
             d = tl.where(masks[2], d, 1.0)
-        w = grad[j].to(tl.float32) * power(d, neg_beta, B75)
+        w = grad[j].to(tl.float32) * _power(d, neg_beta, B75)
         scaled = scaled + (w,)
-        ratios = ratios + (w * x[LEFT + j] * reciprocal(d, B75),)
+        ratios = ratios + (w * x[LEFT + j] * _reciprocal(d, B75),)
     sums = _window_sums(ratios, 8, SIZE)
     dx = ()
     for i in tl.static_range(8):
@@ -314,7 +332,7 @@ def _backward_kernel(
 
 @triton.jit
 def _keep_larger(best, best_tap, value, tap, STEP: tl.constexpr):
-    """Max pooling's comparison, on eight columns: the first of equals stays, and NaN wins."""
+    """Max pooling's comparison, on eight columns: of equal values the first stays, and NaN wins."""
     new = ()
     new_tap = ()
     for i in tl.static_range(8):
@@ -411,7 +429,7 @@ def _pooled_gradient(
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    """What reaches position (ROW, COLUMN) of a quad: the gradient of the windows that it won, with the halo.
+    """The gradient of position (ROW, COLUMN) of a quad, from the windows whose maximum it was, with the halo.
 
     Pooling window (r, c) begins at the first position of quad (r, c), so a quad's even rows lie under the
     windows of its own row and the one above (where they are the third row), its odd rows under its own only;
@@ -493,13 +511,14 @@ def _pool_backward_kernel(
 
 # ---------------------------------------------------------------- what to launch, on channels-last tensors
 
-# Fixed, not autotuned: to compile and time others would cost every process a minute before its first step. On
-# an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27 rows.
-_BLOCK, _WARPS = 128, 4  # one vector a thread
+# Fixed, not autotuned: compiling and timing alternatives would cost every process a minute before its first
+# step. On an H200 blocks of 64 to 256 lanes differ by less than a tenth, and these are the fastest of 2 to 27
+# rows.
+_BLOCK, _WARPS = 128, 4  # one vector per thread
 _FORWARD_ROWS, _BACKWARD_ROWS = 3, 2  # in a lane's strip
-# Of the pooled backward. Left to itself ptxas aims, on some GPUs, for too few registers, and spills the rest.
-# A cap ends that: the lowest, in steps of eight, that does. At 64 bf16 spills on sm_86 and sm_89 with Triton
-# 3.6, fp16 on sm_90 and sm_100 with 3.8; bf16 on an H200, which does not, is up to 3% faster then.
+# For the pooled backward. Without a cap ptxas aims, on some GPUs, for too few registers and spills the rest.
+# 72 is the lowest cap, in steps of eight, that prevents it. With 64, bf16 spills on sm_86 and sm_89 with
+# Triton 3.6, and fp16 on sm_90 and sm_100 with 3.8; bf16 on an H200 does not spill and is up to 3% faster.
 _POOL_BACKWARD_REGISTERS = 72
 
 
@@ -507,14 +526,23 @@ def _launch(kernel: Any, lanes: int, arguments: dict[str, Any], maxnreg: int | N
     return Launch(kernel, cdiv(lanes, _BLOCK), {**arguments, "BLOCK": _BLOCK}, _WARPS, maxnreg)
 
 
-def _is_fast(rows: Tensor, size: int) -> bool:
-    image = rows[0].numel()
-    return rows.shape[-1] % 8 == 0 and 2 <= size <= 5 and image < 2**31  # 32-bit offsets within an image
+def takes(x: Tensor, size: int) -> bool:
+    """Whether the kernels of this module compute the result for `x`, (N, C, ...), and a window of `size`."""
+    # Offsets within an image are 32 bits wide.
+    return x.numel() > 0 and x.shape[1] % 8 == 0 and 2 <= size <= 5 and x[0].numel() < 2**31
+
+
+def _scalars(size: int, alpha: float, beta: float, k: float) -> dict[str, float | bool]:
+    """The numbers that every kernel takes."""
+    return {"alpha": alpha / size, "k": float(k), "neg_beta": -float(beta), "B75": beta == 0.75}
+
+
+def _slope(size: int, alpha: float, beta: float) -> float:
+    """The factor of the gradient's second term."""
+    return 2 * alpha * beta / size
 
 
 def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Launch:
-    if not _is_fast(x, size):
-        return plain_forward(x, y, size, alpha, beta, k, relu)
     vectors = x.numel() // 8
     arguments = {
         "x_pointer": x,
@@ -523,7 +551,7 @@ def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: floa
         "C": x.shape[-1],
         "SIZE": size,
         "RELU": relu,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     return _launch(_forward_kernel, vectors, arguments)
 
@@ -531,19 +559,17 @@ def _forward(x: Tensor, y: Tensor, size: int, alpha: float, beta: float, k: floa
 def _backward(
     grad: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool
 ) -> list[Launch]:
-    if not _is_fast(x, size):
-        return plain_backward(grad, None, x, dx, size, alpha, beta, k, relu)
     vectors = x.numel() // 8
     arguments = {
         "x_pointer": x,
         "grad_pointer": grad,
         "dx_pointer": dx,
         "vectors": vectors,
-        "slope": slope(size, alpha, beta),
+        "slope": _slope(size, alpha, beta),
         "C": x.shape[-1],
         "SIZE": size,
         "RELU": relu,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     return [_launch(_backward_kernel, vectors, arguments)]
 
@@ -551,8 +577,6 @@ def _backward(
 def _pool_forward(
     x: Tensor, y: Tensor, argmax: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Launch:
-    if not _is_fast(x, size):
-        return plain_pool_forward(x, y, argmax, size, alpha, beta, k)
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
@@ -564,7 +588,7 @@ def _pool_forward(
         "rows": _FORWARD_ROWS,
         "C": channels,
         "SIZE": size,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     strips = batch * cdiv(y.shape[1], _FORWARD_ROWS) * y.shape[2]
     return _launch(_pool_forward_kernel, strips * (channels // 8), arguments)
@@ -573,8 +597,6 @@ def _pool_forward(
 def _pool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> list[Launch]:
-    if not _is_fast(x, size):
-        return plain_backward(grad, argmax, x, dx, size, alpha, beta, k, True)
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
@@ -585,10 +607,10 @@ def _pool_backward(
         "height": height,
         "width": width,
         "rows": _BACKWARD_ROWS,
-        "slope": slope(size, alpha, beta),
+        "slope": _slope(size, alpha, beta),
         "C": channels,
         "SIZE": size,
-        **scalars(size, alpha, beta, k),
+        **_scalars(size, alpha, beta, k),
     }
     strips = batch * cdiv((height + 1) // 2, _BACKWARD_ROWS) * ((width + 1) // 2)
     lanes = strips * (channels // 8)
@@ -598,35 +620,16 @@ def _pool_backward(
 # ---------------------------------------------------------------- the four functions
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` as (N, ..., C), contiguous: a view of a channels-last tensor, a copy of any other."""
-    return x.movedim(1, -1).contiguous()
-
-
-def _empty_rows(out: Tensor) -> Tensor:
-    """Where a kernel writes `out`, as (N, ..., C): `out` itself if it is channels-last, else a buffer."""
-    rows = out.movedim(1, -1)
-    return rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=out.dtype, device=out.device)
-
-
-def _finish(out: Tensor, rows: Tensor) -> Tensor:
-    if rows.data_ptr() != out.data_ptr():
-        out.copy_(rows.movedim(-1, 1))
-    return out
-
-
 def lrn_forward(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
     """Local response normalisation of `x`, or of relu(x).
 
-    x: (N, C, ...), 3-D to 5-D, fp32, bf16 or fp16, any strides. alpha is divided by `size`, as PyTorch does.
-    Returns a tensor like `torch.empty_like(x)`.
+    x: (N, C, ...), 3-D to 5-D, fp32, bf16 or fp16, any strides, as `takes` says. alpha is divided by `size`,
+    as PyTorch does. Returns a tensor like `torch.empty_like(x)`.
     """
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        _forward(_rows(x), rows, size, alpha, beta, k, relu).run()
-        _finish(out, rows)
-    return out
+    y = empty_pixels(out)
+    _forward(pixels(x), y, size, alpha, beta, k, relu).run()
+    return finish(out, y)
 
 
 def lrn_backward(
@@ -634,30 +637,23 @@ def lrn_backward(
 ) -> Tensor:
     """Gradient of `lrn_forward` with respect to `x`, given that of its result, `grad` (the shape of `x`)."""
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        for launch in _backward(_rows(grad), _rows(x), rows, size, alpha, beta, k, relu):
-            launch.run()
-        _finish(out, rows)
-    return out
+    dx = empty_pixels(out)
+    for launch in _backward(pixels(grad), pixels(x), dx, size, alpha, beta, k, relu):
+        launch.run()
+    return finish(out, dx)
 
 
 def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
     """`max_pool2d(lrn(relu(x)), kernel_size=3, stride=2)`.
 
     x: (N, C, H, W) with H and W at least 3. Returns the pooled result and a uint8 tensor of the same shape
-    and strides: which of the window's nine positions won, 3 * row + column; the first of equals.
+    and strides, the position of the maximum in its window: 3 * row + column, the first of equals.
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
-    out = torch.empty_like(like)
-    argmax = torch.empty_like(like, dtype=torch.uint8)
-    if x.numel():
-        rows = _empty_rows(out)
-        argmax_rows = _empty_rows(argmax)
-        _pool_forward(_rows(x), rows, argmax_rows, size, alpha, beta, k).run()
-        _finish(out, rows)
-        _finish(argmax, argmax_rows)
-    return out, argmax
+    out, argmax = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
+    y, argmax_pixels = empty_pixels(out), empty_pixels(argmax)
+    _pool_forward(pixels(x), y, argmax_pixels, size, alpha, beta, k).run()
+    return finish(out, y), finish(argmax, argmax_pixels)
 
 
 def lrn_max_pool_backward(
@@ -665,12 +661,10 @@ def lrn_max_pool_backward(
 ) -> Tensor:
     """Gradient of `lrn_max_pool_forward` with respect to `x`, given that of its result and its argmax."""
     out = torch.empty_like(x)
-    if x.numel():
-        rows = _empty_rows(out)
-        for launch in _pool_backward(_rows(grad), _rows(argmax), _rows(x), rows, size, alpha, beta, k):
-            launch.run()
-        _finish(out, rows)
-    return out
+    dx = empty_pixels(out)
+    for launch in _pool_backward(pixels(grad), pixels(argmax), pixels(x), dx, size, alpha, beta, k):
+        launch.run()
+    return finish(out, dx)
 
 
 # ---------------------------------------------------------------- for `inspect`
@@ -681,7 +675,7 @@ _POOLED = (_HEIGHT - 3) // 2 + 1
 
 
 def inspect_cases() -> list[KernelCase]:
-    """The fast kernels at the shape of AlexNet's first normalisation."""
+    """The four kernels at the shape of AlexNet's first normalisation."""
 
     def activation(dtype: torch.dtype, batch: int, device: torch.device, size: int = _HEIGHT) -> Tensor:
         if device.type == "meta":

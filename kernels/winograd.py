@@ -1,28 +1,29 @@
 """A 3x3 or 5x5 convolution by Winograd's algorithm as one PyTorch operator: up to 5.8 times fewer products.
 
-`winograd_reference` says how. The CPU runs one of two: `winograd_numba_bf16`, whose small tiles and 2.25
-times fewer products are what bf16's rounding bears, and `winograd_numba_fp32`, with larger ones. There is
-nothing fast for other devices. In bf16 what is rounded is not what a plain convolution rounds: the
-transformed weight and tiles, and products before they become outputs, each once, from fp32.
-`benchmarks/test_winograd.py` measures what that costs in accuracy. The weight's gradient comes in fp32.
+`winograd_reference` derives it. On the CPU, 3x3 convolutions in bf16 run `winograd_numba_bf16`: small tiles
+and 2.25 times fewer products, which is as far as bf16's rounding allows. All others run `winograd_numba_fp32`
+with larger tiles. Other devices run the reference, which is not fast. bf16 rounds other values here than in a
+plain convolution: the transformed weight, the transformed tiles, and the products before they become outputs,
+each once, from fp32. `benchmarks/test_winograd.py` measures the effect on accuracy. The weight's gradient is
+fp32.
 
-The operator is opaque to torch.compile and has no autocast rule: the fp32 weight is transformed in fp32, and
-the products are in the dtype of x, but of a 5x5 convolution always in fp32. It is deterministic, and
-differentiable once. Infinity or NaN in a pixel makes all outputs of its tiles NaN, also those that a plain
-convolution computes without it.
+The operator is opaque to torch.compile and has no autocast rule: the fp32 weight is transformed in fp32; the
+products are in the dtype of x, for a 5x5 convolution always in fp32. It is deterministic, and differentiable
+once. Infinity or NaN in a pixel makes all outputs of its tiles NaN, even those that do not depend on that
+pixel in a plain convolution.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import winograd_reference as reference
-from ._checks import check_fits
+from ._checks import check_fits, check_parameters, refuse_second_derivative
 
 TAPS = 3, 5
 
@@ -33,16 +34,16 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Differentiable in all three.
 
     Args:
-        x: fp32 or bf16 (N, in channels, H, W); fast if it is channels-last and all channels are multiples
-            of 16.
-        weight: fp32 (out channels, in channels, r, r), r being 3 or 5.
+        x: fp32 or bf16 (N, in channels, H, W); fast if it is channels-last and the numbers of in and out
+            channels are multiples of 16.
+        weight: fp32 (out channels, in channels, r, r), where r is 3 or 5.
         bias: fp32 (out channels,), or None for zeros.
 
     Returns:
-        (N, out channels, H, W), channels-last.
+        (N, out channels, H, W) in the dtype of x, channels-last.
 
     Raises:
-        ValueError: a tensor of a wrong shape, dtype or device.
+        ValueError: a tensor has a wrong shape, dtype or device.
     """
     name = "winograd_conv2d"
     if x.dim() != 4 or 0 in x.shape[1:]:
@@ -55,13 +56,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"{name}: weight must be {expected}, got {tuple(weight.shape)}")
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must be ({len(weight)},), got {tuple(bias.shape)}")
-    for argument, value in (("weight", weight), ("bias", bias)):
-        if value.dtype != torch.float32 or value.device != x.device:
-            raise ValueError(
-                f"{name}: {argument} must be float32 on {x.device}, got {value.dtype} on {value.device}"
-            )
+    check_parameters(name, x, weight, bias)
     return _winograd(x, weight, bias)
 
 
@@ -83,7 +78,7 @@ def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> None:
 
 @custom_op("fastalex::winograd_conv2d", mutates_args=())
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # it reaches into operators
+    with torch.autocast(x.device.type, enabled=False):  # it applies within operators too
         return _implementation(x, weight).winograd_conv2d(x, weight, bias)
 
 
@@ -117,11 +112,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _winograd_backward(grad, *ctx.saved_tensors)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "winograd_conv2d is differentiable once; for second derivatives use torch.nn.functional.conv2d"
-    )
-
-
 _winograd.register_autograd(_differentiate, setup_context=_save)
-_winograd_backward.register_autograd(_refuse)
+refuse_second_derivative(
+    _winograd_backward,
+    "winograd_conv2d is differentiable once; for second derivatives use torch.nn.functional.conv2d",
+)

@@ -1,19 +1,20 @@
 # mypy: disallow-untyped-defs=False
 """Winograd's F(2x2, 3x3) on the CPU: matrix products by PyTorch, transforms in one pass over memory each.
 
-The products take nearly all of the time, and the transforms must not take what they save: each goes through a
-tile 16 channels at a time, does both its sides in registers, in fp32, and rounds once. Not more than `IMAGES`
-are in transformed tiles at a time, which take more than four times the memory of the pixels; the backward
-pass transforms the input once more rather than keep them.
+The products take most of the time, and the transforms must not cost what the products save. So each transform
+handles 16 channels of a tile at a time, applies both its sides in registers in fp32, and rounds once. At most
+`IMAGES` images are in transformed tiles at a time, because the tiles take over four times the memory of the
+pixels; the backward pass transforms the input again rather than save its tiles.
 
-The outputs of an odd height or width end in half a tile, whose second output nobody reads. The fourth
-row or column of the tile serves only that, so it is left out of these tiles: 7% of the products for 13x13.
-Position (i, j) of the tiles is therefore a matrix of its own height; all 16 lie one after another:
+If the height or width is odd, the outputs end in half a tile, whose second output is not needed. The fourth
+row or column of the tile serves only that output, so these tiles do without it: 7% fewer products for 13x13.
+The matrix of position (i, j) therefore has its own number of rows. All 16 matrices lie one after another:
 
     (images * tile rows that have an i * tile columns that have a j, channels)
 
-A thread owns rows of tiles. Where tiles overlap, in the gradient of the input, the owner of a tile gathers
-for the 2x2 pixels in its middle what the tiles around say of them: no two threads write the same pixel.
+Each thread owns some rows of tiles. Tiles overlap in the gradient of the input; there the owner of a tile
+computes the 2x2 pixels in its middle and adds the contributions of the neighbouring tiles, so that no two
+threads write the same pixel.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ from ._numba_simd import LANES, bits, inline, jit, load, pointer, run, splat, st
 f32 = np.float32
 OUTPUTS, TAPS = 2, 3  # F(2x2, 3x3)
 NO_BIAS = torch.empty(0, dtype=torch.float32)
-IMAGES = (
-    64  # of 13x13x384, 34 MiB of tiles in bf16; with fewer than 32 the products lose more than caches win
-)
+# 34 MiB of tiles in bf16 for 13x13x384. With fewer than 32 the products lose more than the caches gain.
+IMAGES = 64
 
 # --- one side of each transform ---------------------------------------------------------------------------
 
@@ -58,20 +58,21 @@ def _gradient_side(a, b):
 
 @inline
 def _pixels_side(a, b, c, d, before, after):
-    """The middle two of B v, each with what the next tile has for it: the fourth before, the first after."""
+    """The middle two of B v, plus the overlap: the fourth of the tile before, the first of the tile after."""
     return b - c + d - before, b + c - a + after
 
 
 # --- one block of 16 channels, from c, of a tile ----------------------------------------------------------
 #
-# at       where the tile is in the matrix of each position
-# pixel    where the first of its 2x2 pixels is
-# lines    from a pixel to the one below, from a tile to the one below, and that in the tiles' fourth column
-# rows     whether there is: a row before the two, the second of the two, a row after. Without the first and
-#          the last there is no tile there, without the second this tile has no fourth row
-# columns  the same
+# at       offset of the tile in the matrix of each position
+# pixel    offset of the first of its 2x2 pixels
+# lines    distance from a pixel to the one below, from a tile to the one below, and the latter for the tiles'
+#          fourth column
+# rows     which rows exist: the one before the two, the second of the two, the one after. Without the first
+#          or the last there is no tile on that side; without the second this tile has no fourth row
+# columns  the same for columns
 #
-# What does not exist counts as 0.
+# Rows and columns that do not exist count as 0.
 
 
 @inline
@@ -166,7 +167,7 @@ def _output_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, colum
 
 @inline
 def _pixels_column(tiles, at, j, c, line, rows, exists):
-    """`c` may also lead into the tile before or after."""
+    """`c` may also point into the tile before or after."""
     return _pixels_side(
         _load_if(exists, tiles, at[j] + c),
         _load_if(exists, tiles, at[j + 4] + c),
@@ -196,7 +197,7 @@ def _pixels_tile(pixels, tiles, bias, at, pixel, c, channels, lines, rows, colum
 
 @inline
 def _each_tile(do, start, stop, at, pixels, tiles, bias, begin, shape):
-    """`begin` is where the matrices of the positions begin; `shape` that of the pixels."""
+    """Call `do` for each block of each tile. `begin` holds the offsets of the 16 matrices."""
     height, width, channels = shape
     down, across = (height + 1) // 2, (width + 1) // 2
     lines = width * channels, across * channels, width // 2 * channels
@@ -218,7 +219,7 @@ def _each_tile(do, start, stop, at, pixels, tiles, bias, begin, shape):
 
 @jit()
 def _input(start, stop, pixels, tiles, bias, begin, shape):
-    """V of the input."""
+    """Transform the input: V."""
     at = np.empty(16, np.int64)
     _each_tile(_input_tile, start, stop, at, pixels, tiles, bias, begin, shape)
 
@@ -232,7 +233,7 @@ def _parallel_input(tasks, count, pixels, tiles, bias, begin, shape):
 
 @jit()
 def _gradient(start, stop, pixels, tiles, bias, begin, shape):
-    """dM of the gradient."""
+    """Transform the gradient of the result: dM."""
     at = np.empty(16, np.int64)
     _each_tile(_gradient_tile, start, stop, at, pixels, tiles, bias, begin, shape)
 
@@ -246,7 +247,7 @@ def _parallel_gradient(tasks, count, pixels, tiles, bias, begin, shape):
 
 @jit()
 def _output(start, stop, pixels, tiles, bias, begin, shape):
-    """The output of M."""
+    """Compute the outputs from M."""
     at = np.empty(16, np.int64)
     _each_tile(_output_tile, start, stop, at, pixels, tiles, bias, begin, shape)
 
@@ -260,7 +261,7 @@ def _parallel_output(tasks, count, pixels, tiles, bias, begin, shape):
 
 @jit()
 def _pixels_gradient(start, stop, pixels, tiles, bias, begin, shape):
-    """The gradient of the input from dV."""
+    """Compute the gradient of the input from dV."""
     at = np.empty(16, np.int64)
     _each_tile(_pixels_tile, start, stop, at, pixels, tiles, bias, begin, shape)
 
@@ -276,10 +277,10 @@ def _parallel_pixels_gradient(tasks, count, pixels, tiles, bias, begin, shape):
 
 
 class _Tiles:
-    """Room for the transformed tiles of the dense (N, H, W, C) `pixels`, and the passes between the two.
+    """The transformed tiles of dense (N, H, W, C) `pixels`, uninitialised until `run`.
 
     Attributes:
-        positions: the matrix of each position.
+        positions: the matrix of each position, a view of the tiles.
     """
 
     def __init__(self, pixels: Tensor) -> None:
@@ -293,7 +294,7 @@ class _Tiles:
         self.positions = self._all.split(counts)
 
     def run(self, serial: Any, parallel: Any, bias: Tensor = NO_BIAS) -> _Tiles:
-        """Compute the tiles from the pixels, or the other way round: as the kernel does."""
+        """Run a kernel: it computes the tiles from the pixels, or the pixels from the tiles. Returns self."""
         arrays = bits(self._pixels), bits(self._all), bits(bias)
         run(serial, parallel, self._work, *arrays, self._begin, tuple(self._pixels.shape[1:]))
         return self
@@ -302,20 +303,20 @@ class _Tiles:
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU.
 
-    `x` is not empty, and all channels are multiples of `LANES`.
+    `x` is not empty, and the numbers of in and out channels are multiples of `LANES`.
     """
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype).transpose(1, 2)
     bias = bias.contiguous()
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     chunks = (reference.pixels(each).split(IMAGES) for each in (x, out))
-    for some, some_out in zip(*chunks, strict=True):
-        _convolve(some, some_out, transformed, bias)
+    for part, part_out in zip(*chunks, strict=True):
+        _convolve(part, part_out, transformed, bias)
     return out
 
 
 def _convolve(pixels: Tensor, out: Tensor, transformed: Tensor, bias: Tensor) -> None:
-    """Some images: a function, so that their tiles are gone when those of the next are made."""
+    """Convolve some images. A function, so that their tiles are freed before the next are allocated."""
     tiles = _Tiles(pixels).run(_input, _parallel_input)
     products = _Tiles(out)
     for v, u, m in zip(tiles.positions, transformed, products.positions, strict=True):
@@ -324,27 +325,27 @@ def _convolve(pixels: Tensor, out: Tensor, transformed: Tensor, bias: Tensor) ->
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
+    """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
     grads = reference.pixels(grad)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
     chunks = (each.split(IMAGES) for each in (reference.pixels(x), grads, reference.pixels(d_x)))
-    for some, some_grads, some_d_x in zip(*chunks, strict=True):
-        # All at once: a sum of two dtypes, matrix by matrix, is slow.
-        d_transformed += _backward(some, some_grads, some_d_x, transformed).float()
+    for part, part_grads, part_d_x in zip(*chunks, strict=True):
+        # All matrices at once: adding bf16 to fp32 matrix by matrix is slow.
+        d_transformed += _backward(part, part_grads, part_d_x, transformed).float()
     d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
     return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), d_bias
 
 
 def _backward(pixels: Tensor, grads: Tensor, d_pixels: Tensor, transformed: Tensor) -> Tensor:
-    """Some images: computes the gradient of their pixels and returns their share of dU."""
+    """Write the gradient of some images' pixels to `d_pixels`; returns their term of dU."""
     tiles = _Tiles(pixels).run(_input, _parallel_input)
     d_products = _Tiles(grads).run(_gradient, _parallel_gradient)
     d_tiles = _Tiles(d_pixels)
-    share = torch.empty_like(transformed)
+    term = torch.empty_like(transformed)
     for p, d_product in enumerate(d_products.positions):
         torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
-        torch.mm(d_product.t(), tiles.positions[p], out=share[p])
+        torch.mm(d_product.t(), tiles.positions[p], out=term[p])
     d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
-    return share
+    return term

@@ -1,19 +1,19 @@
 # mypy: disallow-untyped-defs=False
-"""Winograd's convolution on the CPU in fp32, whose rounding allows tiles of up to 8x8.
+"""Winograd's convolution on the CPU in fp32, whose precision allows tiles of up to 8x8.
 
-A tile of 8x8 takes 5.8 times fewer products than a 5x5 convolution of 27x27 pixels, and one of 7x7 takes 3.4
-times fewer than a 3x3 convolution of 13x13. Its transforms multiply by up to 5.25, which loses four bits: in
-bf16 that would leave nothing, in fp32 the result is still a thousand times nearer to the truth than bf16 is.
+Tiles of 8x8 take 5.8 times fewer products than a plain 5x5 convolution of 27x27 pixels, and tiles of 7x7 take
+3.4 times fewer than a plain 3x3 convolution of 13x13. The transforms multiply by up to 5.25, which loses four
+bits: too many for bf16, while in fp32 the result still has a thousandth of bf16's error.
 
-All three transforms are one kernel, `_transform`: a matrix from both sides, from where one lattice of tiles
-lies in memory to where another does. The matrix is a constant when the kernel is compiled: every product with
-0, 1 or -1 is none, and a block of 16 channels of a tile stays in registers and the first-level cache. Pixels
-that a tile has beyond the border are read from and written to a padded copy of a few images, so that there
-is no special case.
+All three transforms are one kernel, `_transform`. It multiplies each tile by a matrix from both sides and
+moves it from one lattice of tiles in memory to another. The matrix is a compile-time constant: factors of 0,
+1 and -1 cost no multiplication, and a block of 16 channels of a tile stays in registers and the first-level
+cache. Pixels that a tile has beyond the border are read from and written to a padded copy of a few images,
+so that the kernel has no special case.
 
-`ROWS` tiles go through at a time, so that they are still in a cache when the next step wants them: the three
-steps touch ten times the memory of the pixels. The gradient of the input is the convolution of the
-result's with the weight turned round, so it takes no kernel of its own.
+`ROWS` tiles are processed at a time, so that they are still in a cache when the next step needs them: the
+three steps touch ten times the memory of the pixels. The gradient of the input is the convolution of the
+result's gradient with the rotated weight, so it needs no kernel of its own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from torch import Tensor
 from . import winograd_reference as reference
 from ._numba_simd import _FLOATS, LANES, _address, _call, _every, bits, jit, pointer, run
 
-ROWS = 200  # enough for the products to run at their best; twice as many only keep twice the memory
+ROWS = 200  # enough for full speed of the products; twice as many only take twice the memory
 
 _Steps = tuple[int, int, int, int, int]
-"""From an image, a row of tiles and a tile to the next; within a tile, from a row and a column."""
+"""Distances in memory from one image, row of tiles, tile, row of a tile and column of a tile to the next."""
 
 # --- one transform ----------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def _matrix(name: str, outputs: int, taps: int) -> list[list[float]]:
 
 
 def _combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) -> Any:
-    """The sum of factor * value. What is only added comes first: then every product is part of an FMA."""
+    """The sum of factor * value. Factors of 1 and -1 come first, so that every product is part of an FMA."""
     terms = sorted(zip(factors, values, strict=True), key=lambda term: (term[0] != 1, term[0] != -1))
     total = None
     for factor, value in terms:
@@ -68,11 +68,12 @@ def _combination(builder: ir.IRBuilder, factors: list[float], values: list[Any])
 
 @intrinsic
 def _tile(typing_context, name, outputs, taps, source, at, down, across, target, to, below, beside):
-    """16 channels of a tile: a transform from both sides, of elements at + i * down + j * across.
+    """Transform 16 channels of a tile from both sides; its elements are at + i * down + j * across.
 
     Args:
-        name, outputs, taps: say which transform, as constants.
-        source, at, down, across: an fp32 array, where in it the tile begins, and where its rows and columns.
+        name, outputs, taps: which transform, as constants.
+        source, at, down, across: an fp32 array, the tile's offset in it, and the distances between the tile's
+            rows and between its columns.
         target, to, below, beside: the same for the result.
     """
     for constant in (name, outputs, taps):
@@ -119,8 +120,8 @@ def _tiles(name, outputs, taps, start, stop, source, target, sizes, a, b):
 def _transform(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
     """The kernel of a transform, for one thread and for several.
 
-    Each works on some rows of tiles, counted through all images. `sizes` are the rows of tiles in an image,
-    the tiles in a row and the channels; `a` and `b` are the `_Steps` in source and target.
+    Each works on some rows of tiles, counted through all images. `sizes` holds the rows of tiles in an image,
+    the tiles in a row and the channels; `a` and `b` are the `_Steps` of source and target.
     """
 
     @jit()
@@ -140,15 +141,15 @@ def _transform(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
 
 
 class _Tiling:
-    """How images of a size are cut into tiles, and what is done with some images at a time.
+    """The tiles of images of one size, and the steps of the algorithm for some images at a time.
 
-    What its methods return is scratch memory, and lasts until the next call of the same one: to claim it anew
-    for some images at a time would leave malloc's heap in pieces, and find no page of it in a cache.
+    Its methods return scratch memory that the next call of the same method overwrites. Allocating it for
+    every part of the batch would fragment the heap, and its pages would not be in a cache.
 
     Attributes:
         outputs: m of F(m, r).
-        positions: of a tile, t^2.
-        images: how many at a time, at most and first.
+        positions: positions in a tile, t^2.
+        images: the number of images at a time; the last part of a batch may have fewer.
     """
 
     def __init__(self, x: Tensor, taps: int) -> None:
@@ -157,43 +158,43 @@ class _Tiling:
         self._tile = self.outputs + taps - 1
         self.positions = self._tile**2
         self._down, self._across = -(-height // self.outputs), -(-width // self.outputs)
-        # Beyond the last row and column, to where the last tile's outputs end
+        # From the last row and column to the end of the last tile's outputs
         self._below, self._right = -height % self.outputs, -width % self.outputs
         self.images = max(1, ROWS // (self._down * self._across))
         self._scratch: dict[str, Tensor] = {}
 
     def input(self, pixels: Tensor) -> Tensor:
-        """V of the (images, H, W, C): (t^2, tiles, C)."""
+        """V, (t^2, tiles, C), of pixels (images, H, W, C)."""
         return self._to_tiles("input", pixels, self._taps // 2)
 
     def gradient(self, pixels: Tensor) -> Tensor:
-        """dM of the gradient (images, H, W, C): (t^2, tiles, C)."""
+        """dM, (t^2, tiles, C), of the gradient (images, H, W, C)."""
         return self._to_tiles("gradient", pixels, 0)
 
     def products(self, tiles: Tensor, transformed: Tensor) -> Tensor:
-        """M of V and U (t^2, C, out channels): (t^2, tiles, out channels)."""
-        out = self._room("products", *tiles.shape[:2], transformed.shape[2])
+        """M, (t^2, tiles, out channels), from V and U (t^2, C, out channels)."""
+        out = self._buffer("products", *tiles.shape[:2], transformed.shape[2])
         return torch.bmm(tiles, transformed, out=out)
 
     def output(self, tiles: Tensor) -> Tensor:
-        """The outputs of M: (images, H, W, C)."""
+        """The outputs, (images, H, W, C), from M."""
         images, channels = tiles.shape[1] // (self._down * self._across), tiles.shape[2]
         size = self._down * self.outputs, self._across * self.outputs
-        pixels = self._room("output", images, *size, channels)
+        pixels = self._buffer("output", images, *size, channels)
         self._run("output", images, tiles, self._steps_in_tiles(tiles), pixels, self._steps_in_pixels(pixels))
         return pixels[:, : size[0] - self._below, : size[1] - self._right]
 
     def _to_tiles(self, name: str, pixels: Tensor, border: int) -> Tensor:
         images, height, width, channels = pixels.shape
         size = height + 2 * border + self._below, width + 2 * border + self._right
-        padded = self._room(f"padded {name}", images, *size, channels)
+        padded = self._buffer(f"padded {name}", images, *size, channels)
         padded[:, border : border + height, border : border + width] = pixels
-        tiles = self._room(name, self.positions, images * self._down * self._across, channels)
+        tiles = self._buffer(name, self.positions, images * self._down * self._across, channels)
         self._run(name, images, padded, self._steps_in_pixels(padded), tiles, self._steps_in_tiles(tiles))
         return tiles
 
-    def _room(self, name: str, *shape: int) -> Tensor:
-        """Zeros, or what the last images left there: of pixels, for fewer images, the same places."""
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """The scratch memory `name`: zeros at first, then what the last call left (padding stays zero)."""
         size = math.prod(shape)
         if name not in self._scratch:
             self._scratch[name] = torch.zeros(size, dtype=torch.float32)
@@ -216,32 +217,32 @@ class _Tiling:
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `winograd_reference.winograd_conv2d`, for fp32 and bf16 and an fp32 weight on the CPU.
 
-    `x` is not empty, and all channels are multiples of `LANES`.
+    `x` is not empty, and the numbers of in and out channels are multiples of `LANES`.
     """
     tiling = _Tiling(x, weight.shape[2])
     transformed = reference.transform_weight(weight, tiling.outputs).transpose(1, 2)
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    for some, some_out in _some_at_a_time(tiling, x, out):
-        products = tiling.products(tiling.input(some), transformed)
-        torch.add(tiling.output(products), bias, out=some_out)
+    for part, part_out in _parts(tiling, x, out):
+        products = tiling.products(tiling.input(part), transformed)
+        torch.add(tiling.output(products), bias, out=part_out)
     return out
 
 
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, of the same tensors."""
-    turned = weight.flip(2, 3).transpose(0, 1)
-    d_x = winograd_conv2d(grad, turned, turned.new_zeros(len(turned)))
+    """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
+    rotated = weight.flip(2, 3).transpose(0, 1)
+    d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
     return d_x, _weight_gradient(grad, x, weight.shape), grad.sum((0, 2, 3), dtype=torch.float32)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
     tiling = _Tiling(x, shape[2])
     d_transformed = torch.zeros(tiling.positions, *shape[:2], dtype=torch.float32)
-    for some, some_grads in _some_at_a_time(tiling, x, grad):
-        d_transformed.baddbmm_(tiling.gradient(some_grads).transpose(1, 2), tiling.input(some))
+    for part, part_grads in _parts(tiling, x, grad):
+        d_transformed.baddbmm_(tiling.gradient(part_grads).transpose(1, 2), tiling.input(part))
     return reference.weight_gradient(d_transformed, tiling.outputs, shape[2])
 
 
-def _some_at_a_time(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _parts(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(reference.pixels(x).split(tiling.images) for x in tensors), strict=True)

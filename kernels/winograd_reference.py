@@ -1,20 +1,20 @@
 """Winograd's F(m, r): a convolution of r x r taps with (m + r - 1)^2 products for every m x m outputs.
 
-The plain way takes m^2 r^2. The padded input is cut into tiles of t x t, t = m + r - 1, that overlap by
-r - 1, one for every m x m outputs. With the matrices B, G and A of `matrices`, on the rows and on the columns
-of a tile d, of a weight's g and of the outputs y,
+A plain convolution takes m^2 r^2. The padded input is cut into tiles of t x t, t = m + r - 1, that overlap by
+r - 1, one for every m x m outputs. The matrices B, G and A of `matrices` are applied to the rows and the
+columns of a tile d, of the weight g and of the outputs y:
 
     V = B^T d B,    U = G g G^T,    M = sum over in channels of U * V,    y = A^T M A
 
-so that each of the t^2 positions in a tile is a matrix product of its own, (tiles, in channels) by (in
-channels, out channels). All of it is linear, and its gradient the same backwards:
+So each of the t^2 positions in a tile is one matrix product, (tiles, in channels) by (in channels, out
+channels). All steps are linear, and the gradient is their transpose:
 
     dM = A dy A^T,    dV = sum over out channels of U * dM,    dU = sum over tiles of V * dM,
     dd = B dV B^T,    dg = G^T dU G
 
-where an input pixel's gradient is the sum over the tiles it is in. After Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", arXiv:1509.09308, section 4.1. Here a matrix is applied to rows and columns at
-once, as its Kronecker product with itself.
+where an input pixel's gradient is the sum over the tiles that hold it. After Lavin and Gray, "Fast Algorithms
+for Convolutional Neural Networks", arXiv:1509.09308, section 4.1. Here a matrix is applied to rows and
+columns at once, as its Kronecker product with itself.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Where the polynomials are evaluated: small numbers, since their powers are what the matrices are made of,
-# and in pairs of opposite sign or inverse, which lose the least.
+# Where the polynomials are evaluated: small numbers, because the matrices consist of their powers, and in
+# pairs of opposite sign or inverse, which lose the least precision.
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 LARGEST_TILE = len(POINTS) + 1
-# Of F(m, 3) the next would round half as much again as F(5, 3), and its weight is in more tiles than it saves
-# for images that small.
+# F(6, 3) would have 1.5 times the rounding error of F(5, 3), and at these image sizes its larger transformed
+# weight costs more than its fewer products save.
 MOST_OUTPUTS = 5
 
 
@@ -48,9 +48,9 @@ class Matrices(NamedTuple):
 def matrices(outputs: int, taps: int) -> Matrices:
     """The transforms of F(m, r), by the construction of Toom and Cook.
 
-    Evaluating a polynomial of r coefficients, the taps, and one of m at t - 1 points and at infinity,
-    multiplying the values, and interpolating multiplies the polynomials; transposed, that is a correlation.
-    After Blahut, "Fast Algorithms for Signal Processing", section 5.2.
+    To multiply a polynomial of r coefficients, the taps, by one of m, evaluate both at t - 1 points and at
+    infinity, multiply the values, and interpolate. The transpose of that is a correlation. After Blahut,
+    "Fast Algorithms for Signal Processing", section 5.2.
 
     Args:
         outputs: m, on each axis.
@@ -73,7 +73,7 @@ def matrices(outputs: int, taps: int) -> Matrices:
 
 
 def _polynomial(roots: list[float]) -> Tensor:
-    """The coefficients of the product of all x - root, that of x^0 first."""
+    """The coefficients of the product of all x - root, lowest power first."""
     coefficients = torch.ones(1, dtype=torch.float64)
     for root in roots:
         coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
@@ -81,7 +81,7 @@ def _polynomial(roots: list[float]) -> Tensor:
 
 
 def outputs_per_tile(height: int, width: int, taps: int) -> int:
-    """The m that takes the fewest products for outputs of this size; of equals the one that rounds least."""
+    """The m with the fewest products for outputs of this size; of equals the smallest, which rounds least."""
 
     def products(outputs: int) -> int:
         tile = outputs + taps - 1
@@ -95,7 +95,7 @@ def _both_sides(matrix: Tensor) -> Tensor:
 
 
 def transform_weight(weight: Tensor, outputs: int) -> Tensor:
-    """U: (t^2, out channels, in channels), of the weight (out channels, in channels, r, r)."""
+    """U, (t^2, out channels, in channels), from the weight (out channels, in channels, r, r)."""
     side = _both_sides(matrices(outputs, weight.shape[2]).weight).to(weight)
     taps = weight.permute(2, 3, 0, 1)
     return (side @ taps.reshape(side.shape[1], -1)).view(-1, *taps.shape[2:])
@@ -114,7 +114,7 @@ def pixels(x: Tensor) -> Tensor:
 
 
 def _missing(size: int, outputs: int) -> int:
-    """By how much the last tile's outputs go beyond `size`."""
+    """The number of the last tile's outputs that lie beyond `size`."""
     return -size % outputs
 
 
@@ -128,10 +128,12 @@ def _transform_input(x: Tensor, outputs: int, taps: int) -> Tensor:
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, outputs: int | None = None) -> Tensor:
-    """The operator's definition: `conv2d(x, weight, bias, padding=r // 2)` in weight's dtype, then in x's.
+    """The operator's definition: `conv2d(x, weight, bias, padding=r // 2)`.
+
+    The arithmetic is in weight's dtype and the result in that of x.
 
     Args:
-        outputs: m; None: the one of the fewest products.
+        outputs: m; None takes that of `outputs_per_tile`.
     """
     (height, width), taps = x.shape[2:], weight.shape[2]
     outputs = outputs or outputs_per_tile(height, width, taps)
@@ -147,7 +149,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, outputs: int | None
 def winograd_conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, outputs: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, in its dtype, and of weight and bias, in theirs, from that of the result."""
+    """The gradients of x, weight and bias, each in its dtype, from that of the result."""
     (height, width), taps = x.shape[2:], weight.shape[2]
     outputs = outputs or outputs_per_tile(height, width, taps)
     grad = grad.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Arguments of `augment`, and what it must make of them in float64."""
+"""Arguments of `augment`, and its expected results in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = [0.485, 0.456, 0.406], [0.9, 1.0, 0.25]
 TORCH_ERROR = 2e-5  # of a resize in fp32, divided by the smallest STD: 0.001 grey levels
 # height, width, resize, crop: enlarging, shrinking, both at once, neither; odd sizes, one pixel, rows that
-# are no whole number of vectors.
+# are not a whole number of vectors.
 SHAPES = [
     (32, 32, 256, 224),
     (32, 32, 64, 56),
@@ -55,6 +55,7 @@ def in_float64(
     mean: list[float],
     std: list[float],
 ) -> Tensor:
+    """The expected result of `augment`."""
     planes = images.permute(0, 3, 1, 2).double()
     resized = interpolate(planes, (resize, resize), mode="bilinear", antialias=True)
     shift, scale = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))

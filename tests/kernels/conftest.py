@@ -1,8 +1,8 @@
-"""Running Triton kernels on the CPU from the tests.
+"""Run Triton kernels on the CPU from the tests.
 
-Triton reads TRITON_INTERPRET when it is imported, and a process that interprets kernels cannot compile any:
-not those of `inspect`, not those of torch.compile. So the interpreter has a process of its own, a module's
-tests share it, and the tests hand it functions of their module by name.
+Triton reads TRITON_INTERPRET when it is imported, and a process that interprets kernels cannot compile any,
+neither for `inspect` nor for torch.compile. So the interpreter runs in a separate process, shared by the
+tests of a module, and the tests send it functions of their module by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Interpreter:
         )
 
     def __call__(self, check: Callable[..., Any], *arguments: Any) -> Any:
-        """`check(*arguments)`, a function of the test module, over there; its failure is the test's."""
+        """Run `check`, a function of the test module, in that process; the test fails if it fails."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         pickle.dump((check.__name__, arguments), self.process.stdin)
@@ -54,16 +54,16 @@ class Interpreter:
 
 @pytest.fixture(scope="module")
 def interpreted(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
-    """Calls a function of the test module in a process where Triton kernels run interpreted."""
+    """Call it to run a function of the test module in a process where Triton kernels are interpreted."""
     interpreter = Interpreter(request.path)
     yield interpreter
     interpreter.close()
 
 
 def _patch_language_once() -> None:
-    """Leave Triton's language patched: for each call of a device function, `tl.sum` too, it is patched anew.
+    """Patch Triton's language once, not at each call of a device function (`tl.sum` is one too).
 
-    That looks through all that the language has, and was half of the time of the tests of LRN.
+    Patching inspects every attribute of the language; it took half of the time of the LRN tests.
     """
     from triton.runtime import interpreter
 
@@ -73,7 +73,7 @@ def _patch_language_once() -> None:
 
 def _serve(path: str) -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a check prints goes to the terminal, not among the replies
+    os.dup2(2, 1)  # what a check prints goes to the terminal, not into the replies
     import torch
 
     torch.set_num_threads(1)

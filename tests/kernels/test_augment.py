@@ -25,7 +25,7 @@ def reference(images: Tensor, offsets: Tensor, flips: Tensor, *, indices: Tensor
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("implementation", "error"),
-    # fp32 arithmetic; PyTorch computes coordinates in fp32 too, which costs it a little.
+    # Both compute in fp32; PyTorch computes coordinates in fp32 too, which costs it some accuracy.
     [pytest.param(augment, 4e-6, id="numba"), pytest.param(reference, TORCH_ERROR, id="reference")],
 )
 def test_agrees_with_float64(
@@ -68,7 +68,7 @@ def test_agrees_with_torchvision(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_crop_is_a_piece_of_the_whole_and_a_flip_its_mirror_image(shape: tuple[int, int, int, int]) -> None:
+def test_crops_are_slices_of_the_whole_image_and_flips_mirror_them(shape: tuple[int, int, int, int]) -> None:
     arguments = sample(*shape)
     crop = arguments["crop"]
     whole = augment(**whole_images(arguments), dtype=torch.float32)
@@ -105,7 +105,7 @@ def test_empty_batch(images: int) -> None:
     assert ten_crop(arguments["images"], **options, dtype=torch.bfloat16).shape == (0, 3, 12, 12)
 
 
-def test_rows_of_a_plan_need_not_be_contiguous() -> None:
+def test_offsets_flips_and_indices_need_not_be_contiguous() -> None:
     arguments = sample(8, 8, 16, 12, count=6)
     every_other = {
         name: value[::2] if name in ("offsets", "flips", "indices") else value
@@ -166,8 +166,8 @@ def test_ten_crop_has_the_views_and_order_of_torchvision(
     torch.testing.assert_close(found, expected, rtol=0, atol=TORCH_ERROR)
 
 
-def test_flipping_all_ten_crops_again_changes_no_prediction() -> None:
-    """The seed classifies twenty views: the ten crops and the mirror image of each. They are ten, twice."""
+def test_flipping_all_ten_crops_again_does_not_change_predictions() -> None:
+    """The original code classifies twenty views, the ten crops and their mirror images: ten views, twice."""
     images = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     options = {"resize": 64, "crop": 56, "mean": MEAN, "std": STD, "dtype": torch.float32}
     ten = ten_crop(images, **options).unflatten(0, (3, 10))  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_opcheck(views: int, count: int) -> None:
     torch.library.opcheck(torch.ops.fastalex.augment.default, operands(views, count))
 
 
-def test_compiles_whole_and_lets_gradients_through() -> None:
+def test_compiles_without_graph_breaks() -> None:
     arguments = sample(8, 9, 16, 12)
     network = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
 
@@ -217,18 +217,18 @@ def test_compiles_whole_and_lets_gradients_through() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_compiles_whole_for_any_mean() -> None:
+def test_compiles_without_graph_breaks_for_any_mean() -> None:
     arguments = {name: each for name, each in sample(8, 9, 16, 12).items() if name != "mean"}
 
     def crops(mean: float) -> Tensor:
         return augment(**arguments, mean=[mean, mean, mean], dtype=torch.float32)
 
     compiled = torch.compile(crops, fullgraph=True, backend="aot_eager")
-    for mean in (0.5, 0.25, 0.125):  # from the second on, the compiler takes it for a variable
+    for mean in (0.5, 0.25, 0.125):  # from the second value on, the compiler makes it a variable
         assert torch.equal(compiled(mean), crops(mean))
 
 
-def test_a_trace_leaves_nothing_behind() -> None:
+def test_tracing_leaves_no_fake_tensor_in_the_cache() -> None:
     images = sample(8, 8, 16, 12)["images"]
 
     def views(images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The Triton kernels behind `augment`, in Triton's interpreter, against float64 PyTorch.
 
-The functions `run_*` run in the interpreter's process (see conftest). Registers, widths of accesses and
-bytes moved are checked for these kernels with all others, in test_inspect.py.
+The functions `run*` run in the interpreter's process (see conftest). test_inspect.py checks registers, widths
+of accesses and bytes moved for all Triton kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastalex.kernels import augment, ten_crop
 from tests.kernels.augment_cases import DTYPES, MEAN, SHAPES, STD, in_float64, sample
 
 ERROR = 4e-6  # of fp32 arithmetic
-# Those of the other implementations, but not so large: the interpreter takes milliseconds a program.
+# The shapes of the other implementations without the large ones: a program takes milliseconds to interpret.
 TRITON_SHAPES = [(32, 32, 64, 56), *(shape for shape in SHAPES if shape[3] < 50)]
 HALVES = [(shape, torch.bfloat16) for shape in TRITON_SHAPES] + [((9, 7, 20, 12), torch.float16)]
 
@@ -53,7 +53,7 @@ def test_rounds_to_nearest_even(
 
 
 def test_several_views_of_each_image(interpreted: Any) -> None:
-    """Offsets and flips are then those of the views, the same for every image."""
+    """Offsets and flips then have a row per view, the same for every image."""
     arguments = {**sample(9, 7, 20, 12), "indices": torch.tensor([6, 2])}
     found = interpreted(run, arguments, torch.float32, 5)
     offsets, flips = arguments["offsets"].repeat(2, 1), arguments["flips"].repeat(2)
@@ -63,7 +63,7 @@ def test_several_views_of_each_image(interpreted: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 20], ids=["enlarging", "shrinking"])
-def test_what_is_out_of_range_is_nan_and_the_rest_is_right(interpreted: Any, size: int) -> None:
+def test_crops_out_of_range_are_nan_and_the_others_are_right(interpreted: Any, size: int) -> None:
     arguments = sample(size, size, 16, 12, count=6)
     indices, offsets = arguments["indices"], arguments["offsets"]
     indices[1], offsets[2, 0], offsets[3, 1], indices[4] = 7, 5, -1, -1
@@ -74,7 +74,7 @@ def test_what_is_out_of_range_is_nan_and_the_rest_is_right(interpreted: Any, siz
     torch.testing.assert_close(found[good].double(), in_float64(**{**arguments, **rows}), rtol=0, atol=ERROR)
 
 
-def test_rows_of_a_plan_need_not_be_contiguous(interpreted: Any) -> None:
+def test_offsets_flips_and_indices_need_not_be_contiguous(interpreted: Any) -> None:
     arguments = sample(8, 8, 16, 12, count=4)
     for name in ("indices", "offsets", "flips"):
         arguments[name] = arguments[name].repeat_interleave(2, 0)
@@ -101,7 +101,7 @@ def test_agrees_with_float64_on_a_gpu(shape: tuple[int, int, int, int], dtype: t
 
 
 @pytest.mark.gpu
-def test_ten_crop_on_a_gpu_is_that_of_the_cpu() -> None:
+def test_ten_crop_agrees_on_gpu_and_cpu() -> None:
     images = sample(32, 32, 64, 56)["images"]
     options = {"resize": 64, "crop": 56, "mean": MEAN, "std": STD, "dtype": torch.float32}
     on_gpu, on_cpu = ten_crop(images.cuda(), **options), ten_crop(images, **options)

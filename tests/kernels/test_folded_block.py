@@ -1,4 +1,4 @@
-"""The first block as one operator against the operators it is made of, and PyTorch's in float64."""
+"""The fused first block against the operators that it combines, and against PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVOLUTION = {"stride": 4, "padding": 2}
 
 
 def case(count: int) -> dict[str, Any]:
-    """Images of 8 enlarged to 64, crops of 56: 13x13 outputs of the convolution, 6x6 pooled ones."""
+    """Images of 8x8 enlarged to 64x64, crops of 56x56: 13x13 outputs of the convolution, 6x6 pooled."""
     generator = torch.Generator().manual_seed(count)
     return {
         **sample(8, 8, 64, 56, count),
@@ -35,7 +35,7 @@ def gradients(result: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [1, IMAGES, 2 * IMAGES + 3])
-def test_is_what_it_is_made_of(count: int, dtype: torch.dtype) -> None:
+def test_agrees_with_the_operators_that_it_combines(count: int, dtype: torch.dtype) -> None:
     arguments = case(count)
     found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=dtype)
     expected = relu_lrn_max_pool(folded_conv2d(**arguments, **CONVOLUTION, dtype=dtype), **LRN)
@@ -55,7 +55,7 @@ def test_agrees_with_float64() -> None:
     expected = F.max_pool2d(F.local_response_norm(F.relu(convolved), **LRN), 3, stride=2)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients(found, arguments), gradients(expected, exact), strict=True):
-        # Between two nearly equal numbers of a window, rounding may send the gradient to the other.
+        # Where two numbers of a window are nearly equal, rounding may swap which of them gets the gradient.
         assert (ours.double() - theirs).norm() < 1e-3 * theirs.norm()
 
 
@@ -73,8 +73,8 @@ def test_default_dtype_does_not_matter(default: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
-def test_compiles_whole_under_autocast() -> None:
-    """And autocast rounds nothing in it: the arithmetic stays fp32."""
+def test_compiles_without_graph_breaks_under_autocast() -> None:
+    """Autocast rounds nothing inside: the arithmetic stays fp32."""
     arguments = case(2)
 
     def forward(weight: Tensor, bias: Tensor) -> Tensor:
@@ -91,18 +91,18 @@ def test_compiles_whole_under_autocast() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_keeps_no_more_than_a_quarter_of_its_result() -> None:
+def test_saves_at_most_a_quarter_of_its_result() -> None:
     arguments = case(2 * IMAGES)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
     given = {each.data_ptr() for each in arguments.values() if isinstance(each, Tensor)}
-    added = [each for each in kept if each.data_ptr() not in given]
-    assert added  # the hook has seen what is kept
+    added = [each for each in saved if each.data_ptr() not in given]
+    assert added  # the hook has been called
     assert sum(each.nbytes for each in added) * 4 <= found.nbytes
 
 
-def test_several_threads_and_one_agree() -> None:
+def test_number_of_threads() -> None:
     arguments = case(IMAGES + 1)
     results = []
     before = torch.get_num_threads()
@@ -140,7 +140,7 @@ def test_operator() -> None:
         ({"size": 0}, "size must be a whole number of channels, at least 1, got 0"),
     ],
 )
-def test_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_errors(change: dict[str, Any], message: str) -> None:
     arguments = {**case(4), **CONVOLUTION, **LRN, "dtype": torch.float32, **change}
     with pytest.raises(ValueError, match=f"folded_conv2d_relu_lrn_max_pool: {message}"):
         folded_conv2d_relu_lrn_max_pool(**arguments)

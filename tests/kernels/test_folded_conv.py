@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from fastalex.kernels import augment, folded_conv2d
 from fastalex.kernels import folded_conv_reference as reference
 from fastalex.kernels.folded_conv import _folded_conv
+from fastalex.kernels.folded_conv_reference import FoldedConv
 from tests.kernels.augment_cases import MEAN, STD, in_float64, sample
 
-# height, width, resize, crop, kernel, stride, padding: AlexNet's on CIFAR-10; then a width unlike the height;
-# nothing enlarged, every offset with border and interior; an odd factor; one pixel; a crop that is all edge,
-# and outputs that see nothing but padding.
+# height, width, resize, crop, kernel, stride, padding: AlexNet's on CIFAR-10; a width unlike the height;
+# nothing enlarged, where every offset has border and interior; an odd factor; one pixel; a crop without
+# interior, and outputs that depend on padding only.
 SHAPES = [
     (32, 32, 256, 224, 11, 4, 2),
     (8, 4, 16, 13, 5, 3, 4),
@@ -29,7 +30,7 @@ SHAPES = [
 
 
 def case(height: int, width: int, resize: int, crop: int, kernel: int, count: int = 4) -> dict[str, Any]:
-    """Arguments of `folded_conv2d` for 96 channels, but for stride and padding."""
+    """Arguments of `folded_conv2d` for 96 channels, without stride, padding and dtype."""
     generator = torch.Generator().manual_seed(kernel)
     weight = torch.randn(96, 3, kernel, kernel, generator=generator) / kernel
     bias = torch.randn(96, generator=generator)
@@ -37,9 +38,9 @@ def case(height: int, width: int, resize: int, crop: int, kernel: int, count: in
 
 
 def every_offset(resize: int, crop: int) -> tuple[Tensor, Tensor]:
-    """Offsets and flips that between them have each top and each left with both flips, and all corners.
+    """Offsets and flips with every top and every left, flipped and not, and all corners.
 
-    Not each top with each left: the axes do not know of each other.
+    Not every top with every left: the axes are independent.
     """
     limit = resize - crop
     top = torch.arange(limit + 1)
@@ -60,7 +61,7 @@ def plain(
     padding: int,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In float64: the convolution of the enlarged crops, a gradient of it, and those of weight and bias."""
+    """In float64: the convolution of the enlarged crops, its gradient, and those of weight and bias."""
     weight, bias = (each.detach().double().requires_grad_() for each in (weight, bias))
     crops = in_float64(**{k: v for k, v in arguments.items() if k not in ("weight", "bias")})
     out = F.conv2d(crops, weight, bias, stride, padding)
@@ -69,10 +70,19 @@ def plain(
     return out.detach(), grad, *torch.autograd.grad(out, (weight, bias), grad)
 
 
-def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
-    """The largest error is at most that share of the largest value."""
+def source_crops(
+    arguments: dict[str, Any], weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> reference.SourceCrops:
+    """The crops of a folded convolution, in float64."""
+    tensors = {**arguments, "weight": weight, "bias": bias}
+    convolution = FoldedConv(**tensors, stride=stride, padding=padding, dtype=torch.float64)
+    return reference.source_crops(convolution, torch.float64)
+
+
+def assert_near(found: Tensor, expected: Tensor, fraction: float) -> None:
+    """Assert that the largest error is at most `fraction` of the largest value."""
     assert found.shape == expected.shape
-    assert (found.double() - expected).abs().max() <= share * expected.abs().max()
+    assert (found.double() - expected).abs().max() <= fraction * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -86,9 +96,7 @@ def test_reference_is_exact_for_every_offset_and_flip(shape: tuple[int, ...]) ->
     bias = torch.randn(2, generator=generator, dtype=torch.float64)
     expected, grad, d_weight, d_bias = plain(arguments, weight, bias, stride, padding)
 
-    batch = reference.crops(
-        **arguments, kernel_size=(kernel, kernel), stride=stride, padding=padding, dtype=torch.float64
-    )
+    batch = source_crops(arguments, weight, bias, stride, padding)
     kernels = reference.fold(weight, batch.rows, batch.columns)
     assert_near(reference.folded_conv2d(batch, kernels, bias, torch.float64), expected, 1e-13)
     d_kernels, found = reference.folded_conv2d_backward(grad, batch)
@@ -97,9 +105,9 @@ def test_reference_is_exact_for_every_offset_and_flip(shape: tuple[int, ...]) ->
 
 
 def test_fp32_for_every_phase_and_flip() -> None:
-    """The kernel that runs, against the float64 reference, which the test above compares with PyTorch.
+    """The kernel against the float64 reference, which the test above compares with PyTorch.
 
-    The offsets, on both axes, are all that differ by more than a multiple of 8, and the first and the last.
+    The offsets include every remainder by 8 on both axes, the first and the last.
     """
     offsets, flips = every_offset(256, 224)
     chosen = (offsets[:, 0] < 8) | (offsets[:, 0] > 28)
@@ -113,7 +121,7 @@ def test_fp32_for_every_phase_and_flip() -> None:
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     d_weight, d_bias = torch.autograd.grad(found, (weight, bias), grad)
 
-    batch = reference.crops(**arguments, kernel_size=(11, 11), stride=4, padding=2, dtype=torch.float64)
+    batch = source_crops(arguments, weight, bias, 4, 2)
     with torch.no_grad():
         kernels = reference.fold(weight.double(), batch.rows, batch.columns)
         expected = reference.folded_conv2d(batch, kernels, bias.double(), torch.float64)
@@ -139,7 +147,7 @@ def test_agrees_with_float64(shape: tuple[int, ...], channels: int, dtype: torch
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = torch.autograd.grad(found, (weight, bias), grad)
     expected, _, *expected_grads = plain(arguments, weight, bias, stride, padding, grad.double())
-    # Rounding to the dtype, once, is off by half a unit in the last place.
+    # One rounding to the dtype is off by at most half a unit in the last place.
     scale = expected.abs().max().item()
     rounding = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(found.detach().double(), expected, rtol=rounding, atol=2e-6 * scale)
@@ -148,8 +156,8 @@ def test_agrees_with_float64(shape: tuple[int, ...], channels: int, dtype: torch
         assert_near(gradient, expected_gradient, 1e-5)
 
 
-def test_bf16_is_nearer_to_float64_than_the_plain_path() -> None:
-    """What autocast rounds, crops and weight, is not rounded here."""
+def test_bf16_is_more_accurate_than_a_convolution_under_autocast() -> None:
+    """Autocast rounds crops and weight; the folded convolution does not."""
     arguments = case(32, 32, 256, 224, 11)
     expected = plain(arguments, arguments["weight"], arguments["bias"], 4, 2)[0]
     options = {name: arguments[name] for name in ("images", "offsets", "flips", "indices", "resize", "crop")}
@@ -162,7 +170,7 @@ def test_bf16_is_nearer_to_float64_than_the_plain_path() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_graph_breaks() -> None:
     arguments = case(8, 8, 64, 56, 11, count=2)
     weight, bias = (arguments.pop(name).requires_grad_() for name in ("weight", "bias"))
 
@@ -198,15 +206,17 @@ def test_number_of_threads(threads: int) -> None:
         assert_near(gradient, expected_gradient, 1e-5)
 
 
-def test_a_gradient_of_another_layout() -> None:
+def test_gradient_in_another_layout() -> None:
     arguments = case(8, 8, 64, 56, 11, count=2)
     weight, bias = (arguments.pop(name).requires_grad_() for name in ("weight", "bias"))
     found = folded_conv2d(**arguments, weight=weight, bias=bias, stride=4, padding=2, dtype=torch.float32)
     grad = torch.randn(found.shape).contiguous()
     assert grad.stride() != found.stride()
-    strange = torch.autograd.grad(found, (weight, bias), grad, retain_graph=True)
-    usual = torch.autograd.grad(found, (weight, bias), grad.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(strange, usual, rtol=0, atol=0)
+    contiguous = torch.autograd.grad(found, (weight, bias), grad, retain_graph=True)
+    channels_last = torch.autograd.grad(
+        found, (weight, bias), grad.contiguous(memory_format=torch.channels_last)
+    )
+    torch.testing.assert_close(contiguous, channels_last, rtol=0, atol=0)
 
 
 def test_empty_batch() -> None:
@@ -247,7 +257,7 @@ def test_operator() -> None:
         ({"crop": 257}, "crop must be in 1 .. resize"),
     ],
 )
-def test_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_errors(change: dict[str, Any], message: str) -> None:
     arguments = {**case(32, 32, 256, 224, 11), "stride": 4, "padding": 2, "dtype": torch.float32, **change}
     with pytest.raises(ValueError, match=f"folded_conv2d: {message}"):
         folded_conv2d(**arguments)

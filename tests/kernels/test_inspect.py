@@ -1,4 +1,4 @@
-"""What `inspect` says of the kernels, and that each of its checks can fail."""
+"""The kernels pass the checks of `inspect`, and each of these checks can fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARCHS = list(_aot.ARCHITECTURES)
 
 @triton.jit
 def narrow_kernel(x_pointer, y_pointer, n, BLOCK: tl.constexpr):
-    """Copies, a value at a time: every access is as wide as one element, and every second lane idles."""
+    """Copy every second element: each access is one element wide."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_pointer + 2 * i, tl.load(x_pointer + 2 * i, mask=i < n), mask=i < n)
 
@@ -53,7 +53,7 @@ def lrn_case(name: str) -> KernelCase:
 
 @pytest.fixture(scope="module")
 def machine_code() -> list[dict[str, Any]]:
-    """Every kernel in bf16 for every architecture, in fp32 for one; the command does all there are."""
+    """Every kernel in bf16 for every architecture, and in fp32 for one; the command compiles all."""
     jobs = inspect._jobs(ARCHS, ["bfloat16"], "") + inspect._jobs([89], ["float32"], "")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(inspect._compile, jobs))
@@ -71,8 +71,8 @@ def test_lrn_kernels_use_no_shared_memory(machine_code: list[dict[str, Any]]) ->
     assert not [row for row in machine_code if "lrn" in row["kernel"] and row["shared"]]
 
 
-def test_lrn_kernels_fill_the_gpu_in_bf16(machine_code: list[dict[str, Any]]) -> None:
-    """At least three eighths of the warps, anywhere."""
+def test_occupancy_of_the_lrn_kernels_in_bf16(machine_code: list[dict[str, Any]]) -> None:
+    """At least three eighths of the warps, on every architecture."""
     rows = [row for row in machine_code if "lrn" in row["kernel"] and row["dtype"] == "bfloat16"]
     assert min(row["occupancy"] for row in rows) >= 3 / 8
 
@@ -87,7 +87,7 @@ def test_too_few_registers_spill() -> None:
     assert "spills" in _aot.problems(case, torch.bfloat16, code)[0]
 
 
-def test_narrow_accesses_are_seen() -> None:
+def test_narrow_accesses_are_detected() -> None:
     """Negative control: a kernel that loads and stores one bf16 at a time."""
     launch = narrow_launch(torch.bfloat16, 128, torch.device("meta"))
     code = _aot.compile_launch(launch, 89)
@@ -109,7 +109,7 @@ def test_a_missing_argument_is_named() -> None:
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "warps", "expected"),
     [
-        (80, 32, 0, 8, 1.0),  # 2048 threads of 32 registers are all there are
+        (80, 32, 0, 8, 1.0),  # 2048 threads of 32 registers fill the SM
         (90, 64, 0, 8, 0.5),
         (90, 127, 0, 4, 0.25),  # 128 x 32 x 4 = 16384: one block a quarter, four in all
         (89, 64, 0, 8, 32 / 48),
@@ -119,7 +119,7 @@ def test_a_missing_argument_is_named() -> None:
     ],
 )
 def test_occupancy(arch: int, registers: int, shared: int, warps: int, expected: float) -> None:
-    """By hand from NVIDIA's table."""
+    """Expected values computed by hand from NVIDIA's table."""
     assert _aot.occupancy(arch, registers, shared, warps) == pytest.approx(expected)
 
 
@@ -138,7 +138,7 @@ def check_traffic(module: str) -> list[tuple[str, _traffic.Traffic, list[str]]]:
 
 @pytest.mark.parametrize("module", inspect.KERNEL_MODULES)
 def test_traffic(interpreted: Any, module: str) -> None:
-    """Near the floor, in bounds, every output element once; the floor is every tensor once."""
+    """Near the floor, in bounds, every output element once; the floor is the size of all tensors."""
     rows = interpreted(check_traffic, module)
     assert [(name, problems) for name, _, problems in rows if problems] == []
     by_name = {name: traffic for name, traffic, _ in rows}
@@ -149,7 +149,7 @@ def test_traffic(interpreted: Any, module: str) -> None:
 
 
 def problems_of(name: str, **changes: Any) -> list[str]:
-    """An LRN kernel in the interpreter at a small shape, with some arguments wrong."""
+    """The problems of an LRN kernel at a small shape, with some arguments replaced."""
     case = replace(lrn_case(name), traffic_limit=1e9)
     x = torch.randn(2, 4, 4, 16)
     y = torch.zeros(2 * x.numel())[: x.numel()].view_as(x)
@@ -167,7 +167,7 @@ class Twice(Launch):
 
 
 def check_controls() -> dict[str, list[str]]:
-    """What the checks find in launches that are wrong on purpose."""
+    """The problems that the checks find in deliberately wrong launches."""
     case = replace(NARROW, traffic_limit=1e9)
     device = torch.device("cpu")
     right = narrow_launch(torch.float32, 1, device)
@@ -189,7 +189,7 @@ def check_controls() -> dict[str, list[str]]:
     return found
 
 
-def test_wrong_launches_are_seen(interpreted: Any) -> None:
+def test_wrong_launches_are_detected(interpreted: Any) -> None:
     """Negative controls: out of bounds, unwritten, written twice, wasteful."""
     found = interpreted(check_controls)
     assert "6 accesses out of bounds" in found["too many"]
@@ -249,9 +249,7 @@ def test_command_writes_its_tables(tmp_path: Path) -> None:
         (("--no-write",), {"TRITON_INTERPRET": "1"}, "error: unset TRITON_INTERPRET"),
     ],
 )
-def test_command_says_what_is_wrong(
-    arguments: tuple[str, ...], environment: dict[str, str], message: str
-) -> None:
+def test_command_errors(arguments: tuple[str, ...], environment: dict[str, str], message: str) -> None:
     result = command("--arch", "80", *arguments, **environment)
     assert result.returncode == 2
     assert result.stderr.startswith(message)
@@ -259,7 +257,7 @@ def test_command_says_what_is_wrong(
 
 
 def test_the_page_quotes_the_results() -> None:
-    """docs/gpu.md shows some rows of the tables: they are rows of the tables, as the command wrote them."""
+    """Every row that docs/gpu.md quotes is a row of the tables that the command wrote."""
     root = Path(__file__).parents[2]
     results = (root / "benchmarks/results/kernels_inspect.md").read_text().splitlines()
     page = (root / "docs/gpu.md").read_text().splitlines()

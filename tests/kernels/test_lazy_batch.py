@@ -1,4 +1,4 @@
-"""Batches that are not made: the network must not notice, and only networks that can take them get them."""
+"""Lazy batches give the same results as materialized ones, and only networks that consume them get them."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def data(**changes: object) -> DataConfig:
 
 @pytest.mark.parametrize("flip", [Flip.random, Flip.none])
 @pytest.mark.parametrize("views", list(Views))
-def test_made_they_are_what_the_loader_yields(views: Views, flip: Flip) -> None:
+def test_materialized_equals_the_batch_of_the_loader(views: Views, flip: Flip) -> None:
     options = {"views": views, "batch_size": 5 if views is not Views.random else 4, "seed": 3}
-    made = loader_on(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
-    unmade = loader_on(images(), data(flip=flip), RESIDENT, network=Folding(), **options)  # type: ignore[arg-type]
+    materialized = loader_on(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
+    lazy = loader_on(images(), data(flip=flip), RESIDENT, network=Folding(), **options)  # type: ignore[arg-type]
     count = 0
-    for (batch, labels), (crops_, labels_of_crops) in zip(made, unmade, strict=True):
+    for (batch, labels), (lazy_batch, lazy_labels) in zip(materialized, lazy, strict=True):
         assert isinstance(batch, torch.Tensor)
-        assert isinstance(crops_, LazyBatch)
-        assert crops_.shape == batch.shape
-        assert torch.equal(crops_.materialize(), batch)
-        assert torch.equal(labels, labels_of_crops)
+        assert isinstance(lazy_batch, LazyBatch)
+        assert lazy_batch.shape == batch.shape
+        assert torch.equal(lazy_batch.materialize(), batch)
+        assert torch.equal(labels, lazy_labels)
         count += len(labels)
     assert count == 12
 
 
-def test_the_network_computes_the_same_from_them() -> None:
+def test_gradients_of_lazy_and_materialized_batches_agree() -> None:
     torch.manual_seed(0)
     network = create_model("alexnet", init="he", dropout=0.0)
     loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=6, network=network)
@@ -63,7 +63,7 @@ def test_the_network_computes_the_same_from_them() -> None:
         assert distance < 1e-5, f"{name}: {distance:.2g}"
 
 
-def test_chunks_are_parts_of_the_batch() -> None:
+def test_chunks_of_a_lazy_batch_are_chunks_of_the_materialized() -> None:
     loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=12, network=Folding())
     batch, _ = next(iter(loader))
     assert isinstance(batch, LazyBatch)
@@ -84,7 +84,7 @@ def test_only_whole_multiples_of_the_stride_are_folded(changes: dict[str, int], 
     assert can_fold(network, images(), data(**changes), RESIDENT, CPU) is expected
 
 
-def test_nothing_is_folded_that_cannot_be() -> None:
+def test_what_cannot_be_folded() -> None:
     alexnet, files = create_model("alexnet"), ImageSet(np.zeros(0, np.int64), paths=())
     assert not can_fold(create_model("resnet18"), images(), data(), RESIDENT, CPU)
     assert not can_fold(alexnet, files, data(), RESIDENT, CPU)

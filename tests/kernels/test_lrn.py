@@ -1,7 +1,6 @@
-"""The LRN functions against PyTorch's own in float64, on every layout, dtype and window, and inside PyTorch.
+"""The LRN functions against PyTorch's own in float64, for every layout, dtype and window, and within PyTorch.
 
-CUDA tensors take the same tests where there is a GPU; the Triton kernels are also tested without one, in
-`test_lrn_triton.py`.
+The same tests run on CUDA where there is a GPU; `test_lrn_triton.py` tests the Triton kernels without one.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed
 
 
 def has_rival(x: Tensor, options: Options, distance: float) -> Tensor:
-    """Where a pooling window's two largest values are nearly equal, not equal: rounding may swap them."""
+    """Where a pooling window's two largest values are unequal but so close that rounding may swap them."""
     normalised = torch_relu_lrn(x, options)
     windows = normalised.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
     first, second = windows.topk(2).values.unbind(-1)
@@ -73,7 +72,7 @@ def has_rival(x: Tensor, options: Options, distance: float) -> Tensor:
 def check(
     ours: Callable[..., Tensor], theirs: Callable[[Tensor, Options], Tensor], x: Tensor, options: Options
 ) -> Tensor:
-    """Result and gradient against float64, dtype and strides against the input's; returns the result."""
+    """Check result and gradient against float64, dtype and strides against the input's; return the result."""
     x = x.detach().requires_grad_()
     exact_x = x.detach().double().contiguous().requires_grad_()
     result, exact = ours(x, *options), theirs(exact_x, options)
@@ -83,8 +82,9 @@ def check(
     (dx,) = torch.autograd.grad(result, x, grad)
     (exact_dx,) = torch.autograd.grad(exact, exact_x, grad.double())
     assert result.dtype == dx.dtype == x.dtype
-    # A 16-bit result is rounded once, by up to eps / 2; beneath it lie fp32 arithmetic and, for bf16, a power
-    # that is only as exact as bf16 needs. In the gradient two terms may cancel: an error of the larger one.
+    # A 16-bit result is rounded once, by up to eps / 2. Before that come the errors of fp32 arithmetic and,
+    # for bf16, of a power that is only as exact as bf16 needs. In the gradient two terms may cancel, so its
+    # error is relative to the larger one.
     arithmetic = 1.6e-4 if x.dtype == torch.bfloat16 else 4e-6
     relative = arithmetic + (0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2)
     scale = max(1.0, exact_dx.abs().max().item() if exact_dx.numel() else 1.0)
@@ -112,7 +112,7 @@ def test_against_float64(
         assert result.is_contiguous(memory_format=layout)
 
 
-# Even windows, a window of one, one wider than the channels, one wider than what the kernels hold at once.
+# Even windows, a window of one, windows wider than the channels and wider than two blocks of channels.
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 12, 33, 34, 70])
 @pytest.mark.parametrize("channels", [3, 32, 41])
 @pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
@@ -140,14 +140,14 @@ def test_any_exponent(beta: float, k: float, device: str) -> None:
 def test_negative_denominators(
     options: Options, ours: Callable[..., Tensor], theirs: Callable[[Tensor, Options], Tensor], device: str
 ) -> None:
-    """Which whole powers keep negative, and with them the results."""
+    """Odd whole powers of a negative denominator are negative."""
     x = random((2, 16, 7, 7), torch.float32, device).abs() + 0.5
     assert (check(ours, theirs, x, options) < 0).any()
 
 
 @pytest.mark.parametrize("channels", [16, 17])
 def test_no_division_by_zero_beyond_the_last_channel(channels: int, device: str) -> None:
-    """With k = 0 a window of zeros divides by zero: those of channels that do not exist must not count."""
+    """With k = 0 a window of zeros divides by zero; windows of channels that do not exist must not count."""
     x = random((2, channels, 3, 3), torch.float32, device)
     x[:, -1] = 0
     check(local_response_norm, torch_local_response_norm, x, (5, 0.5, 0.75, 0.0))
@@ -234,9 +234,9 @@ def test_gradcheck(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("ours", "theirs"), FUNCTIONS)
-@pytest.mark.parametrize("channels", [32, 33])  # the fast kernel and the general one
+@pytest.mark.parametrize("channels", [32, 33])  # whole blocks of channels, and others
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_nan_and_infinity_pass_as_in_torch(
+def test_nan_and_infinity_propagate_as_in_torch(
     value: float,
     channels: int,
     ours: Callable[..., Tensor],
@@ -274,8 +274,8 @@ def test_bf16_rounds_to_nearest_even() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ties_go_where_max_pool_sends_them(dtype: torch.dtype, device: str) -> None:
-    """Equal pixels, zeros among them, have equal results: the argmax must be torch's everywhere."""
+def test_ties_have_the_argmax_of_max_pool(dtype: torch.dtype, device: str) -> None:
+    """Equal pixels, zeros among them, have equal results; the argmax must be torch's everywhere."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(-1, 2, (4, 32), generator=generator).to(dtype)  # four kinds of pixel
     kinds = torch.randint(0, 4, (2, 11, 9), generator=generator)
@@ -285,14 +285,14 @@ def test_ties_go_where_max_pool_sends_them(dtype: torch.dtype, device: str) -> N
     row = torch.arange(5, device=device)[:, None] * 2 + argmax // 3
     column = torch.arange(4, device=device) * 2 + argmax % 3
     assert torch.equal(row * 9 + column, index)
-    assert (argmax != 0).any()  # ties were not all there was
+    assert (argmax != 0).any()  # not only ties
     check(relu_lrn_max_pool, torch_relu_lrn_max_pool, x, STRONG)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 32, 3, 3), (2, 17, 4, 3), (1, 16, 8, 9), (3, 16, 9, 8)])
 def test_pooling_at_the_borders(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """Rows and columns that no window reaches, as max_pool2d leaves them out, have zero gradient."""
+    """Rows and columns that no window reaches have zero gradient, as in max_pool2d."""
     x = random(shape, dtype, device).contiguous(memory_format=torch.channels_last)
     check(relu_lrn_max_pool, torch_relu_lrn_max_pool, x, STRONG)
 
@@ -310,10 +310,10 @@ def test_agrees_with_the_reference(size: int, dtype: torch.dtype, device: str) -
     relative = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(pooled, expected, rtol=relative, atol=1e-6)
     torch.testing.assert_close(dx, expected_dx, rtol=relative, atol=1e-5)
-    assert (argmax == expected_argmax).float().mean() > 0.999  # fp32 rounding may order near-equals otherwise
+    assert (argmax == expected_argmax).float().mean() > 0.999  # fp32 rounding may swap nearly equal values
 
 
-# --- inside PyTorch ---------------------------------------------------------------------------------------
+# --- within PyTorch ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
@@ -329,7 +329,7 @@ def test_opcheck(dtype: torch.dtype, layout: torch.memory_format, device: str) -
 
 
 class Block(nn.Module):
-    """A convolution and both kernels: AlexNet's first block and a half."""
+    """Two convolutions, each with one of the kernels: AlexNet's first block and part of the second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -404,7 +404,7 @@ def test_distributed_data_parallel(block: Block, images: Tensor, tmp_path: Path)
         torch.distributed.destroy_process_group()
 
 
-def test_deterministic_whatever_the_threads(block: Block, images: Tensor) -> None:
+def test_deterministic_for_any_number_of_threads(block: Block, images: Tensor) -> None:
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     try:
@@ -467,7 +467,7 @@ def run_python(program: str, **environment: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_after_fork_and_on_every_threading_layer(layer: str) -> None:
-    """A forked worker with one thread, as PyTorch's DataLoader makes them, must not touch a thread pool."""
+    """A forked worker with one thread, such as a DataLoader's, must not use a thread pool."""
     program = """
         import os, threading, torch
         from fastalex.kernels import relu_lrn
@@ -549,6 +549,6 @@ def test_importing_loads_no_compiler() -> None:
         ),
     ],
 )
-def test_errors_say_what_was_given(call: Callable[[], Tensor], message: str) -> None:
+def test_errors(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Machine code on disk is used again as long as no file that it was made from has changed."""
+"""Compiled code on disk is reused until a file that it was compiled from changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(sum(twice.stats.cache_hits.values()))
 """
 
 
-def test_code_of_other_sources_is_compiled_again(tmp_path: Path) -> None:
+def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     hits = []
@@ -37,7 +37,7 @@ def test_code_of_other_sources_is_compiled_again(tmp_path: Path) -> None:
     assert hits == [0, 1, 0, 1]
 
 
-def test_the_sources_are_every_kernel_file(tmp_path: Path) -> None:
+def test_the_digest_covers_every_kernel_file(tmp_path: Path) -> None:
     copy = tmp_path / "kernels"
     shutil.copytree(
         Path(fastalex.kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__")

@@ -23,9 +23,9 @@ Convolution = Callable[..., Tensor]
 def case(
     images: int, channels: int, out_channels: int, height: int, width: int, taps: int = 3
 ) -> tuple[Tensor, ...]:
-    """x, weight, bias and a gradient of the result, all exact in bf16 but the weight, which is fp32.
+    """x, weight, bias and a gradient of the result. x and the gradient are exact in bf16.
 
-    x is what ReLU leaves of noise, the weight as He initialises it: what AlexNet's layers see at first.
+    x is noise after ReLU and the weight has He initialisation, as in AlexNet's layers before training.
     """
     generator = torch.Generator().manual_seed(height)
     shapes = (
@@ -44,7 +44,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def results(convolution: Convolution, *arguments: Tensor) -> list[Tensor]:
-    """The convolution of all arguments but the last, which is its gradient, and the gradients of those."""
+    """The convolution's result and its inputs' gradients; the last argument is the result's gradient."""
     *given, grad = arguments
     inputs = [each.detach().clone().requires_grad_() for each in given]
     out = convolution(*inputs)
@@ -59,11 +59,11 @@ def exact(*arguments: Tensor) -> list[Tensor]:
     return results(plain, *(each.double() for each in arguments))
 
 
-def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
-    """The largest error is at most that share of the largest value."""
+def assert_near(found: Tensor, expected: Tensor, fraction: float) -> None:
+    """Assert that the largest error is at most `fraction` of the largest value."""
     assert found.shape == expected.shape
     if found.numel():
-        assert (found.double() - expected).abs().max() <= share * expected.abs().max()
+        assert (found.double() - expected).abs().max() <= fraction * expected.abs().max()
 
 
 @pytest.mark.parametrize(("outputs", "taps"), TILES)
@@ -79,8 +79,8 @@ def test_reference_is_exact(size: tuple[int, int], images: int, outputs: int, ta
         assert_near(result, expected, 1e-12)
 
 
-def test_matrices_of_the_smallest_tile_are_lavin_and_grays() -> None:
-    """Section 4.1 of arXiv:1509.09308, but for the sign of the last row of B^T and the last column of A^T."""
+def test_matrices_of_the_smallest_tile_agree_with_lavin_and_gray() -> None:
+    """arXiv:1509.09308, section 4.1, except the sign of the last row of B^T and the last column of A^T."""
     input, weight, output = reference.matrices(2, 3)
     assert input.tolist() == [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]
     assert weight.tolist() == [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
@@ -89,7 +89,7 @@ def test_matrices_of_the_smallest_tile_are_lavin_and_grays() -> None:
 
 @pytest.mark.parametrize(
     ("size", "taps", "products"),
-    [  # AlexNet's convolutions at 224 and 112 pixels, and what the tiles that fit them best take
+    [  # AlexNet's convolutions at 224 and 112 pixels
         ((27, 27), 5, 7 * 7 * 8 * 8),
         ((13, 13), 5, 4 * 4 * 8 * 8),
         ((13, 13), 3, 3 * 3 * 7 * 7),
@@ -132,7 +132,7 @@ def test_5x5_in_bf16_rounds_only_the_results(channels: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("channels", [(256, 384), (384, 256), (10, 3)], ids=str)
 def test_bf16_is_within_three_times_the_error_of_a_plain_convolution(channels: tuple[int, int]) -> None:
-    """Root mean square errors, under autocast; the weight's and the bias's gradients too."""
+    """Root mean square errors of the result and all gradients, under autocast."""
     x, weight, bias, grad = case(3, *channels, 13, 13)
     expected = exact(x, weight, bias, grad)
     arguments = channels_last(x.bfloat16()), channels_last(weight), bias, grad.bfloat16()
@@ -145,13 +145,13 @@ def test_bf16_is_within_three_times_the_error_of_a_plain_convolution(channels: t
 
 
 def in_dtype(dtype: torch.dtype, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """With activations and their gradient in that type, which holds them exactly."""
+    """The arguments with x and the gradient in `dtype`, which represents them exactly."""
     x, *rest, grad = arguments
     return x.to(dtype), *rest, grad.to(dtype)
 
 
 def assert_all_near(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
-    """bf16 rounds tiles and weight once each, by up to 2^-9; a result is a sum of products of both."""
+    """In bf16, tiles and weight are rounded once each, by up to 2^-9; results are sums of their products."""
     for result, truth in zip(found, expected, strict=True):
         assert_near(result, truth, 1e-5 if dtype == torch.float32 else 2**-6)
 
@@ -172,7 +172,7 @@ def test_bf16(size: tuple[int, int], channels: tuple[int, int]) -> None:
 @pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("images", [0, 1, 150])
 def test_number_of_images(images: int, taps: int, dtype: torch.dtype) -> None:
-    """More than go through at a time, too: of 3x3 64 in bf16; of 5x5 in fp32, 44."""
+    """Also more images than are processed at a time: 64 for 3x3 in bf16, 44 for 5x5 in fp32."""
     arguments = case(images, 16, 32, 9, 9, taps)
     found = results(winograd_conv2d, *in_dtype(dtype, arguments))
     assert found[0].is_contiguous(memory_format=torch.channels_last)
@@ -195,11 +195,11 @@ def test_number_of_threads(threads: int, dtype: torch.dtype) -> None:
 @both
 def test_memory_format_does_not_matter(dtype: torch.dtype) -> None:
     x, weight, bias, grad = in_dtype(dtype, case(2, 16, 32, 5, 6))
-    strange = results(winograd_conv2d, x, weight, bias, grad)
-    usual = results(
+    contiguous = results(winograd_conv2d, x, weight, bias, grad)
+    expected = results(
         winograd_conv2d, *(channels_last(each) for each in (x, weight)), bias, channels_last(grad)
     )
-    torch.testing.assert_close(strange, usual, rtol=0, atol=0)
+    torch.testing.assert_close(contiguous, expected, rtol=0, atol=0)
 
 
 @both
@@ -226,7 +226,7 @@ def test_default_dtype_does_not_matter(taps: int, default: torch.dtype, dtype: t
 
 @both
 @pytest.mark.parametrize("taps", TAPS)
-def test_compiles_whole_under_autocast(taps: int, dtype: torch.dtype) -> None:
+def test_compiles_without_graph_breaks_under_autocast(taps: int, dtype: torch.dtype) -> None:
     x, weight, bias, grad = in_dtype(dtype, case(2, 16, 32, 5, 6, taps))
     compiled = torch.compile(winograd_conv2d, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
@@ -276,7 +276,7 @@ def test_operator(channels: tuple[int, int], dtype: torch.dtype, taps: int) -> N
         ({"bias": torch.zeros(3)}, r"bias must be \(4,\), got \(3,\)"),
     ],
 )
-def test_says_what_is_wrong(change: dict[str, Tensor], message: str) -> None:
+def test_errors(change: dict[str, Tensor], message: str) -> None:
     arguments = {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), "bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=f"winograd_conv2d: {message}"):
         winograd_conv2d(**{**arguments, **change})
