@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from benchmarks import memory, reference
-from benchmarks.hardware import DEVICE, KIND, KINDS, Hardware, seconds
+from benchmarks.hardware import DEVICE, KIND, KINDS, seconds
 from benchmarks.kernel_table import kernel_times
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
@@ -233,12 +233,6 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
     "fastalex eager": partial(Fastalex, overrides=["runtime.compile=false"]),
 }
 
-# Programs that measure the machine; the toy one, for rehearsals, does so at sizes that mean nothing.
-HARDWARE: dict[str, Callable[[], Hardware]] = {
-    "hardware": Hardware,
-    "toy hardware": partial(Hardware, (256,), 1 << 20),
-}
-
 
 def kernels(train: Callable[[int], None], steps: int) -> list[tuple[str, float, float, float]]:
     """What `kernel_times` finds in these training steps, per step."""
@@ -252,9 +246,6 @@ def kernels(train: Callable[[int], None], steps: int) -> list[tuple[str, float, 
 def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]]:
     """The functions that a program's process offers."""
     torch.manual_seed(0)
-    if name in HARDWARE:
-        hardware = HARDWARE[name]()
-        return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
     contender: Any = CONTENDERS[name](Path(root), int(batch_size))
     return {
         "train": lambda steps: seconds(lambda: contender.train(steps)),

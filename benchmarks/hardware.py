@@ -1,7 +1,11 @@
-"""Timing of calls, and the machine's limits: matrix products and copies."""
+"""Timing of calls, and the machine's limits: matrix products and copies.
+
+python -m benchmarks.hardware [--toy]       answers requests on standard input
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.turns import serve
 from fastalex.config import RuntimeConfig
 from fastalex.runtime import choose, cpu_computes_bf16
 
@@ -139,3 +144,13 @@ class Hardware:
         """Bytes read and bytes written together; the best of three copies."""
         copy = min(seconds_of(partial(self.target.copy_, self.source))[0] for _ in range(3))
         return 2 * self.source.nbytes / copy
+
+
+def start(toy: bool) -> dict[str, Callable[[], float]]:
+    """The functions that the process offers; with `toy` at sizes whose figures mean nothing."""
+    hardware = Hardware((256,), 1 << 20) if toy else Hardware()
+    return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
+
+
+if __name__ == "__main__":
+    serve(lambda: start("--toy" in sys.argv))

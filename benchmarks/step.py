@@ -43,9 +43,9 @@ class StepBench(Programs):
     def __init__(
         self, root: Path, rounds: int, batch_size: int, programs: tuple[str, ...], toy: bool = False
     ) -> None:
-        names = {name: name for name in programs} | {"hardware": "toy hardware" if toy else "hardware"}
-        arguments = [str(root), str(batch_size)]
-        commands = {key: ["-m", "benchmarks.contenders", name, *arguments] for key, name in names.items()}
+        contender = ["-m", "benchmarks.contenders"]
+        commands = {name: [*contender, name, str(root), str(batch_size)] for name in programs}
+        commands["hardware"] = ["-m", "benchmarks.hardware", *(["--toy"] if toy else [])]
         super().__init__(commands, rounds)
         self.batch_size = batch_size
         self.toy = toy

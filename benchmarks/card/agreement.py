@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,6 +105,17 @@ def batches(size: Size, dtype: torch.dtype) -> BatchList:
     return BatchList(made)
 
 
+@cache
+def initial_model(units: int) -> Any:
+    """AlexNet with the weights that all trainers start from; to initialise them takes seconds."""
+    torch.manual_seed(1)
+    model: Any = create_model("alexnet", CLASSES, init="he")
+    if units != model.fc7.out_features:
+        model.fc6 = PooledLinear(256, 6, units)
+        model.fc7, model.fc8 = FactoredLinear(units, units), nn.Linear(units, CLASSES)
+    return model
+
+
 def trainer(
     size: Size,
     precision: Precision,
@@ -113,12 +125,10 @@ def trainer(
     **settings: Any,
 ) -> tuple[Trainer, list[float]]:
     """A trainer that starts from the same weights as all others, and the list that it appends losses to."""
-    torch.manual_seed(1)
     runtime = choose(RuntimeConfig(precision=precision, compile=compiled))
-    model: Any = create_model("alexnet", CLASSES, dropout=dropout, init="he")
-    if size.units != model.fc7.out_features:
-        model.fc6 = PooledLinear(256, 6, size.units)
-        model.fc7, model.fc8 = FactoredLinear(size.units, size.units), nn.Linear(size.units, CLASSES)
+    model = copy.deepcopy(initial_model(size.units))
+    model.dropout.p = dropout
+    torch.manual_seed(1)
     runtime.place(model)
     config = TrainConfig(**{"epochs": 2, "lr": 0.002, "clip_norm": 5.0, **settings})
     losses: list[float] = []
