@@ -68,7 +68,7 @@ def part_of(names: Sequence[str]) -> str:
 
 
 def profile_step(step: Callable[[], object], steps: int = 1) -> dict[str, float]:
-    """Run training steps under torch.profiler; seconds a step by part.
+    """Run training steps under torch.profiler; return seconds per step by part.
 
     On the CPU these are the operators' own times, on a GPU those of the kernels. The rest of the wall time is
     "other": Python, on a GPU also waiting.

@@ -55,7 +55,7 @@ def measurement(
 
 
 def step_measurements() -> list[Measurement]:
-    """A run in which the reference takes ten seconds a step and fastalex two."""
+    """A run in which the reference takes ten seconds per step and fastalex two."""
     found = [
         measurement("hardware", "matrix product", "GFLOP/s", 400, 10),
         measurement("hardware", "copy", "GB/s", 20, 1),
