@@ -1,7 +1,7 @@
-"""What has moved since results were last committed: `python -m benchmarks.compare [REV]`.
+"""How results differ from committed ones: `python -m benchmarks.compare [REV]`.
 
-Sets each measurement in `benchmarks/results/*.csv` against that of REV. It has moved if the medians differ by
-more than 5% and the intervals from the 20th to the 80th percentile have no point in common.
+Compares each measurement in `benchmarks/results/*.csv` with that of REV. It has moved if the medians differ
+by more than 5% and the intervals from the 20th to the 80th percentile do not overlap.
 """
 
 from __future__ import annotations
@@ -17,38 +17,39 @@ LEAST_CHANGE = 0.05
 
 
 class CompareError(Exception):
-    """There is nothing to compare, or nothing to compare it with."""
+    """There are no results, or no committed ones to compare them with."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A measurement then and now."""
+    """A measurement before and now."""
 
     before: Measurement
     now: Measurement
 
     @property
     def change(self) -> float:
-        """Of the median, as a share of what it was."""
+        """The change of the median, as a fraction of the median before."""
         return self.now.median / self.before.median - 1
 
     @property
     def mark(self) -> str:
-        """ "better" or "worse" beyond noise, or nothing."""
+        """ "better" or "worse" if it is beyond noise, or empty."""
         apart = self.now.p20 > self.before.p80 or self.now.p80 < self.before.p20
         if not apart or abs(self.change) <= LEAST_CHANGE:
             return ""
         return "better" if (self.change < 0) == self.now.less_is_better else "worse"
 
     def __str__(self) -> str:
-        what = ", ".join(filter(None, self.now.of))
+        what = ", ".join(filter(None, self.now.subject.values()))
         figures = f"{self.before.median:10,.4g} -> {self.now.median:10,.4g} {self.now.unit:9}"
         return f"  {figures} {self.change:+7.1%}  {self.mark:6}  {what}".rstrip()
 
 
 def measurements(path: Path, text: str) -> dict[tuple[str, ...], Measurement]:
+    """The measurements of a file, by subject and unit."""
     try:
-        return {(*m.of, m.unit): m for m in read_measurements(text)}
+        return {(*m.subject.values(), m.unit): m for m in read_measurements(text)}
     except ValueError as error:
         raise CompareError(f"{path} is not a file of results: {error}") from error
 
@@ -83,33 +84,33 @@ def compare(results: Path, revision: str) -> str:
         elif shown.stdout == path.read_text():
             lines.append(f"{path.name}: as in {revision}")
         else:
-            lines += report(path, measurements(path, shown.stdout), measurements(path, path.read_text()))
+            lines += changes(path, measurements(path, shown.stdout), measurements(path, path.read_text()))
     return "\n".join(lines)
 
 
-def report(
+def changes(
     path: Path, before: dict[tuple[str, ...], Measurement], now: dict[tuple[str, ...], Measurement]
 ) -> list[str]:
     """The lines about one file."""
-    changes = [Change(before[key], now[key]) for key in now if key in before]
-    moved = [change.mark for change in changes if change.mark]
+    both = [Change(before[key], now[key]) for key in now if key in before]
+    moved = [change.mark for change in both if change.mark]
     lines = [
-        f"{path.name}: of {len(changes)} measurements {moved.count('better')} better and "
-        f"{moved.count('worse')} worse beyond noise; {len(now) - len(changes)} new, "
-        f"{len(before) - len(changes)} gone"
+        f"{path.name}: of {len(both)} measurements {moved.count('better')} better and "
+        f"{moved.count('worse')} worse beyond noise; {len(now) - len(both)} new, "
+        f"{len(before) - len(both)} gone"
     ]
-    machines = [{m.record["hardware"] for m in side.values()} for side in (before, now)]
+    machines = [{m["hardware"] for m in side.values()} for side in (before, now)]
     if machines[0] != machines[1]:
         names = [" and ".join(sorted(machine)) for machine in machines]
         lines.append(f"  not the same machine: {names[0]}, now {names[1]}")
-    return lines + [str(change) for change in changes]
+    return lines + [str(change) for change in both]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Set benchmarks/results/*.csv against those of a commit, and mark what has moved beyond noise."""
+    """Compare benchmarks/results/*.csv with those of a commit, and mark what has moved beyond noise."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=main.__doc__)
     parser.add_argument("revision", nargs="?", default="HEAD", metavar="REV", help="a commit (HEAD)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
     args = parser.parse_args(arguments)
     try:
         print(compare(args.results, args.revision))

@@ -1,10 +1,10 @@
-"""How long Triton takes for all kernels that AlexNet trains and is evaluated with, in bf16, without a GPU.
+"""Triton's compile time for all kernels of AlexNet's training and evaluation, in bf16, without a GPU.
 
     python -m benchmarks.compile_time [--arch 90] [--rounds 3]
 
-Cold: in an empty cache, one kernel after another, as the first steps of a run come to them. Warm: in a new
-process, from the cache that the cold one left. Writes ``results/compile_time.csv``; its hardware is what
-compiled, not what the kernels are for.
+Cold: with an empty cache, one kernel after another, as in the first steps of a run. Warm: in a new process,
+from the cache that the cold one left. Writes ``results/compile_time.csv``; its hardware is the machine that
+compiled, not the target.
 """
 
 from __future__ import annotations
@@ -17,35 +17,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.report import RESULTS, spread, write_csv
+from benchmarks.report import RESULTS, Measurement, write_csv
 
 PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
-BLOCKS = ((55, 96), (27, 256))  # pixels a side and channels of the two that are normalised
+BLOCKS = ((55, 96), (27, 256))  # pixels per side and channels of the two activations that are normalised
 INPUT = ("augment", "ten_crop")
 BATCH = 128
 
 
-@dataclass(frozen=True)
-class Row:
-    """Seconds for all of the kernels."""
-
-    measurement: str
-    cache: str
-    arch: str
-    unit: str
-    median: float
-    p20: float
-    p80: float
-    rounds: int
-
-
 def launches() -> Iterator[Any]:
-    """One launch of each kernel, on tensors that are not there."""
+    """One launch of each kernel, on meta tensors."""
     from fastalex.kernels import augment_triton, lrn_triton
 
     for case in augment_triton.inspect_cases():
@@ -62,7 +47,7 @@ def launches() -> Iterator[Any]:
 
 
 def compile_all(arch: int) -> float:
-    """Compile them in this process; seconds, without importing Triton."""
+    """Compile all kernels in this process; return the seconds, without Triton's import."""
     from fastalex.kernels import _aot
 
     wanted = list(launches())
@@ -76,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
     parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # what the processes run
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # what each process runs
     given = parser.parse_args()
     if given.once:
         print(json.dumps(compile_all(given.arch)))
@@ -89,13 +74,14 @@ def main() -> None:
                 environment = {**os.environ, "TRITON_CACHE_DIR": cache}
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 values.append(json.loads(done.stdout))
-    rows = [
-        Row("AlexNet's Triton kernels, bf16", cache, f"sm_{given.arch}", "s", *spread(values), len(values))
+    subject = {"measurement": "AlexNet's Triton kernels, bf16"}
+    measurements = [
+        Measurement.of({**subject, "cache": cache, "arch": f"sm_{given.arch}"}, "s", values)
         for cache, values in found.items()
     ]
-    write_csv(rows, RESULTS / "compile_time.csv", "cpu")
-    for row in rows:
-        print(f"{row.measurement}, {row.arch}, {row.cache}: {row.median:.1f} s")
+    write_csv(measurements, RESULTS / "compile_time.csv", "cpu")
+    for m in measurements:
+        print(f"{m['measurement']}, {m['arch']}, {m['cache']}: {m.median:.1f} s")
 
 
 if __name__ == "__main__":

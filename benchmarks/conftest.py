@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the images they read."""
+"""Options and fixtures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -33,20 +33,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=CIFAR10 if CIFAR10.is_dir() else None,
         help="CIFAR-10, as pickles or {train,test}/CLASS/*.jpg; generated images if not given",
     )
-    group.addoption("--rounds", type=count, default=5, help="turns of each program")
+    group.addoption("--rounds", type=count, default=5, help="number of turns of each program")
 
 
 @pytest.fixture(scope="module")
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the images."""
+def enabled(request: pytest.FixtureRequest) -> None:
+    """Skip measurements where nothing is to be measured."""
     if not request.config.getoption("benchmark_enable"):
         pytest.skip("a measurement, not a test: needs --benchmark-enable")
+
+
+@pytest.fixture(scope="module")
+def root(enabled: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the images."""
     given: Path | None = request.config.getoption("data_root")
     return (given or generate(tmp_path_factory.mktemp("images"))).absolute()
 
 
 @pytest.fixture
 def cpu_only() -> None:
-    """For what works on CPU tensors: under a card's name its results would hold times of the host."""
+    """Skip benchmarks of CPU tensors on a machine with a GPU: its results would hold times of the host."""
     if DEVICE != "cpu":
         pytest.skip("times CPU tensors; CUDA_VISIBLE_DEVICES= hides the GPU and measures it")

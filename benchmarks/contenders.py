@@ -1,4 +1,4 @@
-"""The programs that `test_step.py` lets train by turns; each runs in a process of its own.
+"""The programs that `test_step.py` lets train by turns, each in a process of its own.
 
 python -m benchmarks.contenders NAME ROOT BATCH_SIZE       answers requests on standard input
 """
@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from benchmarks import memory, reference
-from benchmarks.hardware import DEVICE, KIND, KINDS, Hardware, seconds
+from benchmarks.hardware import DEVICE, KIND, KINDS, seconds
 from benchmarks.kernel_table import kernel_times
 from benchmarks.parts import profile_step
 from benchmarks.turns import serve
@@ -45,6 +45,8 @@ from fastalex.training.trainer import Trainer
 
 
 class Contender(Protocol):
+    """A program that trains and evaluates."""
+
     def train(self, steps: int) -> None: ...
     def evaluate(self, batches: int) -> None: ...
 
@@ -55,7 +57,7 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def evaluation_batch(batch_size: int) -> int:
-    """Images of which ten crops make about a training batch: 12 of 128, in `reference` too."""
+    """Images whose ten crops make about a training batch: 12 for 128, as in `reference`."""
     return max(1, batch_size // TEN_CROP)
 
 
@@ -67,11 +69,11 @@ class Reference:
         test = reference.open_split(root, "test", reference.ten_crop_transform())
         self.model: nn.Module = reference.AlexNet(len(data.classes)).to(DEVICE)
         self.optimizer = SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
-        # Iterators that outlast a turn: workers start once, as in an epoch.
+        # Iterators live longer than a turn, so that workers start once, as in an epoch.
         self.batches = endless(reference.train_loader(data, batch_size))
         ten_crops: DataLoader = DataLoader(
             test, evaluation_batch(batch_size), num_workers=reference.WORKERS
-        )  # as ten_crop_evaluate makes it
+        )  # as in ten_crop_evaluate
         self.ten_crops = endless(ten_crops)
 
     def train(self, steps: int) -> None:
@@ -109,21 +111,21 @@ class Stock(Reference):
 
 
 class WithoutGraphs(Runtime):
-    """Compiles, but launches each kernel by itself."""
+    """A runtime that compiles without recording CUDA graphs."""
 
     def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
         return super().compiled(model, variants=variants, graphs=False)
 
 
 class Fastalex:
-    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, in epochs of one turn each.
+    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, with one epoch per turn.
 
     Args:
         root: of CIFAR-10.
         batch_size: of all processes together.
         overrides: KEY=VALUE, as on the command line.
-        world: the processes that train together, each with its own of these.
-        graphs: whether a GPU records passes as CUDA graphs, where the runtime would.
+        world: the processes that train together, each of which has its own instance.
+        graphs: whether the runtime may record CUDA graphs.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class Fastalex:
             config = to_dataclass(compose("config", list(overrides)), Config)
         config.data.root = str(root)
         config.train.batch_size = batch_size
-        config.train.epochs = 1_000_000  # the schedule needs a length, and no turn may be the last
+        config.train.epochs = 1_000_000  # the schedule needs a length; no turn may be the last epoch
         self.runtime = choose_runtime(config.runtime, world)
         if not graphs:
             self.runtime = WithoutGraphs(**vars(self.runtime))
@@ -185,13 +187,13 @@ class Fastalex:
         self.trainer.run_epoch()
 
     def host_seconds(self, steps: int) -> float:
-        """How long Python takes to enqueue a step: the median over steps at which no loss is looked at."""
+        """Seconds that Python takes to enqueue a step: the median over steps that do not read the loss."""
         before, found = time.perf_counter(), []
 
         def on_step(step: int, loss: float | None) -> None:
             nonlocal before
             now = time.perf_counter()
-            if loss is None:  # else the host has waited for the device
+            if loss is None:  # otherwise the host has waited for the device
                 found.append(now - before)
             before = time.perf_counter()
 
@@ -200,7 +202,7 @@ class Fastalex:
         return median(found or [math.nan])
 
     def waits(self, steps: int) -> int:
-        """How often the host waits for the GPU in so many steps, by PyTorch's own count."""
+        """How often the host waits for the GPU during these steps, by PyTorch's own count."""
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -216,9 +218,10 @@ class Fastalex:
 
 
 def forget_peak_memory() -> None:
+    """Reset the peaks that `memory` reads."""
     memory.forget_peak()
     if DEVICE == "cuda":
-        torch.cuda.empty_cache()  # what the choice of kernels took while it warmed up
+        torch.cuda.empty_cache()  # memory that choosing kernels took during the warm-up
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -232,7 +235,7 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
 
 
 def kernels(train: Callable[[int], None], steps: int) -> list[tuple[str, float, float, float]]:
-    """What `kernel_times` finds in so many training steps, for each step."""
+    """What `kernel_times` finds in these training steps, per step."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         train(steps)
@@ -241,11 +244,8 @@ def kernels(train: Callable[[int], None], steps: int) -> list[tuple[str, float, 
 
 
 def start(name: str, root: str, batch_size: str) -> dict[str, Callable[..., Any]]:
-    """The functions that a process offers."""
+    """The functions that a program's process offers."""
     torch.manual_seed(0)
-    if name == "hardware":
-        hardware = Hardware()
-        return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
     contender: Any = CONTENDERS[name](Path(root), int(batch_size))
     return {
         "train": lambda steps: seconds(lambda: contender.train(steps)),

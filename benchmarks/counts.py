@@ -1,8 +1,8 @@
-"""The arithmetic and the memory traffic of a training step, counted by operator; nothing is computed.
+"""FLOPs and memory traffic of a training step, counted by operator on fake tensors.
 
 FLOPs are PyTorch's own count (`torch.utils.flop_counter`): convolutions and matrix products, a multiply-add
-as two. Bytes are each operator's own least: every tensor it is given read once, every tensor it makes or
-changes written once. A compiler that fuses operators moves less, a cache that serves the next operator too.
+as two. Bytes are each operator's minimum: every input tensor read once, every output or changed tensor
+written once. A compiler that fuses operators moves less, and so does a cache that serves the next operator.
 """
 
 from __future__ import annotations
@@ -42,17 +42,20 @@ def count_step(
 ) -> list[Operation]:
     """The operators of a step: forward, backward, clipping, fused SGD with momentum.
 
-    The input is counted as the writing of the batch: the images it is made from are 1% of it.
+    The input counts as the writing of the batch; reading the source images adds 1% to that.
 
     Args:
-        network: makes the model.
-        dtype: of the batch, and of the arithmetic under autocast.
+        network: returns a new model.
+        dtype: of the batch and, under autocast, of the arithmetic.
+        batch_size: images in the batch.
+        crop: pixels per side.
+        clip_norm: clips gradients if it is not 0.
     """
     with FakeTensorMode():
         model = network()
         images, labels = torch.empty(batch_size, 3, crop, crop, dtype=dtype), torch.zeros(batch_size).long()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-        for _ in range(2):  # the first step also makes the momentum
+        for _ in range(2):  # the first step also creates the momentum
             counter = _Counter()
             with counter:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -85,23 +88,23 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         name = func.name()
         if func.is_view or "empty" in name or name.startswith(("prim", "profiler")):
-            return made  # touches no element
+            return result  # accesses no element
         counted = flop_registry.get(func._overloadpacket)
         changed = [
             given
             for given, argument in zip(args, func._schema.arguments, strict=False)
-            # _fused_sgd_ declares that it changes the gradients, which it does only under a loss scaler.
+            # _fused_sgd_ declares that it changes the gradients, but does so only with a loss scaler.
             if argument.alias_info and argument.alias_info.is_write and argument.name != "grads"
         ]
-        written = {id(t): t for t in tree_leaves([made, changed]) if isinstance(t, Tensor)}
+        written = {id(t): t for t in tree_leaves([result, changed]) if isinstance(t, Tensor)}
         moved = _bytes(*tree_leaves([args, kwargs])) + _bytes(*written.values())
         part = part_of([name.split(".")[0], self.within]) if name != "aten::_fused_sgd_" else OPTIMIZER
-        flops = int(counted(*args, **kwargs, out_val=made)) if counted else 0
+        flops = int(counted(*args, **kwargs, out_val=result)) if counted else 0
         self.operations.append(Operation(name, part, flops, moved))
-        return made
+        return result
 
 
 def _bytes(*values: Any) -> int:

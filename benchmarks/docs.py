@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its pictures, the README's table and what docs/gpu.md says of cards.
+"""Writes docs/benchmarks.md, its pictures, the README's table and the results of GPUs in docs/gpu.md.
 
 python -m benchmarks.docs
 """
@@ -6,7 +6,6 @@ python -m benchmarks.docs
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import charts, sections
@@ -34,7 +33,7 @@ range beside one is from the 20th to the 80th percentile.
 
 
 class ResultsError(Exception):
-    """A file of results is missing, or is none."""
+    """There are no results, or a file has another format."""
 
 
 def read(results: Path, name: str) -> list[Measurement]:
@@ -47,61 +46,53 @@ def read(results: Path, name: str) -> list[Measurement]:
 
 
 def page(results: Path) -> str:
-    """The page as Markdown.
+    """The text of docs/benchmarks.md.
 
     Raises:
-        ResultsError: there is nothing to show.
+        ResultsError: there are no results, or a file has another format.
     """
-    kinds: list[tuple[str, Callable[[list[Measurement], str], list[str]]]] = [
-        ("step", sections.step),
-        ("lrn", sections.lrn),
-        ("augment", sections.augment),
-        ("loaders", sections.loaders),
-        ("folded_conv", sections.folded),
-        ("folded_block", sections.block),
-        ("winograd", sections.winograd),
-        ("pooled_linear", sections.pooled),
-        ("factored_sgd", sections.factored),
-    ]
     written = []
-    for device in KINDS:
-        for name, section in kinds:
-            measurements = read(results, f"{name}_{device}.csv")
+    for kind in KINDS:
+        step = read(results, f"step_{kind}.csv")
+        if step:
+            written += [*sections.step(step, kind), sections.machine_line(step), ""]
+        profile = results / f"profile_{kind}.txt"
+        if profile.exists():
+            written += sections.profile(profile.read_text())
+        for section in sections.SECTIONS:
+            measurements = read(results, f"{section.file}_{kind}.csv")
             if measurements:
-                written += [*section(measurements, device), sections.machine(measurements), ""]
-            profile = results / f"profile_{device}.txt"
-            if name == "step" and profile.exists():
-                written += sections.profile(profile.read_text())
+                written += [*section.lines(measurements, kind), sections.machine_line(measurements), ""]
     if not written:
         raise ResultsError(f"no {results}/*_cpu.csv, *_cpu_fp32.csv or *_cuda.csv; make bench writes them")
     return "\n".join([INTRODUCTION, *written]).rstrip() + "\n"
 
 
 def draw(results: Path) -> None:
-    """The pictures, beside the files."""
-    for device, dtype in KINDS.items():
-        step, kernels = read(results, f"step_{device}.csv"), read(results, f"lrn_{device}.csv")
+    """Draw the pictures of docs/benchmarks.md into the folder of the results."""
+    for kind, dtype in KINDS.items():
+        step, kernels = read(results, f"step_{kind}.csv"), read(results, f"lrn_{kind}.csv")
         if step:
-            charts.step_parts(step, results / f"step_parts_{device}.png")
-            charts.roofline(step, kernels, dtype, results / f"roofline_{device}.png")
+            charts.step_parts(step, results / f"step_parts_{kind}.png")
+            charts.roofline(step, kernels, dtype, results / f"roofline_{kind}.png")
 
 
 def readme(text: str, results: Path) -> str:
-    """The README with the table of what was measured between its marks.
+    """The text of README.md with the table of training speeds between its marks.
 
     Raises:
-        ValueError: it lacks them.
+        ValueError: the text lacks the marks.
     """
-    steps = {device: read(results, f"step_{device}.csv") for device in KINDS}
-    measured = {device: step for device, step in steps.items() if step}
-    return replace_between(text, BEGIN, END, "\n".join(sections.summary(measured))) if measured else text
+    steps = {kind: read(results, f"step_{kind}.csv") for kind in KINDS}
+    measured = {kind: step for kind, step in steps.items() if step}
+    return replace_between(text, BEGIN, END, sections.summary(measured)) if measured else text
 
 
 def gpu(text: str, results: Path) -> str:
-    """docs/gpu.md with what was measured on cards between its marks.
+    """The text of docs/gpu.md with the results of all GPUs between its marks.
 
     Raises:
-        ValueError: it lacks them.
+        ValueError: the text lacks the marks.
     """
     measured = cards.section(results)
     return replace_between(text, BEGIN, END, f"\n{measured}\n") if measured else text
@@ -111,10 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Write docs/benchmarks.md, its pictures, the README's table and a part of docs/gpu.md from the files in
     benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=main.__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of results")
     parser.add_argument("--page", type=Path, default=PAGE, help="the file to write")
     parser.add_argument("--readme", type=Path, default=README, help="the file to write a table into")
-    parser.add_argument("--gpu", type=Path, default=GPU, help="the file to write what cards did into")
+    parser.add_argument("--gpu", type=Path, default=GPU, help="the file to write the results of GPUs into")
     args = parser.parse_args(arguments)
     changed = args.readme
     try:

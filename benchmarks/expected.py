@@ -1,6 +1,6 @@
-"""How fast a GPU could train at its full rates, by counted FLOPs and bytes: `python -m benchmarks.expected`.
+"""How fast a GPU could train at its peak rates, from counted FLOPs and bytes.
 
-Rewrites that section of docs/gpu.md. Nothing is measured.
+`python -m benchmarks.expected` rewrites that section of docs/gpu.md. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
 from benchmarks.parts import PARTS
 from fastalex.files import write_text
-from fastalex.markdown import replace_between
+from fastalex.markdown import replace_between, table
 from fastalex.models import create_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
@@ -27,7 +27,7 @@ CLIP_NORM = 5.0  # recipe=fast
 
 @dataclass(frozen=True)
 class Card:
-    """The maker's figures: dense bf16 products accumulated in fp32, in FLOP/s, and memory, in bytes/s."""
+    """A GPU and its maker's figures: dense bf16 products accumulated in fp32, and memory bandwidth."""
 
     name: str
     flops_per_second: float
@@ -48,12 +48,12 @@ def fast_step(dtype: torch.dtype = torch.bfloat16) -> list[Operation]:
 
 
 def reference_step() -> list[Operation]:
-    """Those of benchmarks/reference.py, which computes in fp32."""
+    """The operators of benchmarks/reference.py's step, in fp32."""
     return count_step(reference.AlexNet, dtype=torch.float32, batch_size=BATCH)
 
 
 def least_seconds(operations: Sequence[Operation], card: Card) -> float:
-    """Every operator at the card's full rate of arithmetic or of memory, whichever takes it longer."""
+    """Seconds if every operator ran at the card's peak arithmetic or bandwidth, whichever takes it longer."""
     return sum(
         max(operation.flops / card.flops_per_second, operation.bytes / card.bytes_per_second)
         for operation in operations
@@ -64,15 +64,14 @@ def section() -> str:
     """The section as Markdown."""
     fast, plain = fast_step(), totals(reference_step())
     heads = ["", "GFLOP", "GB", *(f"{card.name}, ms" for card in CARDS), "GB in the reference, fp32"]
-    lines = [heads, ["---"] * len(heads)]
+    rows = []
     for part in (*PARTS, "step"):
         chosen = [operation for operation in fast if part in (operation.part, "step")]
         moved = sum(operation.bytes for operation in chosen)
         least = [f"{1e3 * least_seconds(chosen, card):.2f}" for card in CARDS]
         other = plain.get(part, (0, 0))[1] if part != "step" else sum(b for _, b in plain.values())
         flops = sum(operation.flops for operation in chosen)
-        lines.append([part, f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", *least, f"{other / 1e9:.2f}"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([part, f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", *least, f"{other / 1e9:.2f}"])
     rates = "\n".join(
         f"- {card.name}: {BATCH / least_seconds(fast, card):,.0f} images/s "
         f"({card.flops_per_second / 1e12:.0f} TFLOP/s, {card.bytes_per_second / 1e9:,.0f} GB/s)"
@@ -82,7 +81,7 @@ def section() -> str:
 **Computed, not measured.** A step of {BATCH} images at 224x224 in bf16, each operator at the card's full rate
 of arithmetic or of memory, whichever takes it longer, one after another:
 
-{table}
+{table(heads, rows)}
 
 At those rates:
 

@@ -1,14 +1,13 @@
-"""How often a run survives what is done to it: `python -m benchmarks.faults [FAULT ...]`.
+"""How often a run survives injected faults: `python -m benchmarks.faults [FAULT ...]`.
 
-Runs the tests of each fault with as many tries as are reported, takes tries and losses from pytest's JUnit
-XML, and writes them to results/faults.csv and the table in docs/reliability.md. A test that makes several
-tries says so by `record_property`; of the others each case is one.
+Runs the tests of each fault with the number of tries in `TRIES`, reads tries and losses from pytest's JUnit
+XML, and writes them to results/faults.csv and to the table in docs/reliability.md. A test that makes several
+tries reports their number by `record_property`; otherwise each test case counts as one try.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.report import FAULTS_FILE, RESULTS, machine
-from benchmarks.sections import table
+from benchmarks.report import FAULTS_FILE, RESULTS, machine, read_records, write_records
 from fastalex.errors import OutputError
-from fastalex.files import replacing, write_text
-from fastalex.markdown import replace_between
+from fastalex.files import write_text
+from fastalex.markdown import replace_between, table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -33,12 +31,12 @@ TRIES = {"FASTALEX_FAULT_KILLS": "20", "FASTALEX_FAULT_REPEATS": "4", "FASTALEX_
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table.
+    """A fault and what a run makes of it: one line of the table.
 
     Attributes:
-        what: is done to a run.
-        then: what happens.
-        test: its function.
+        what: the fault.
+        then: what happens to the run.
+        test: the test function, as pytest names it.
     """
 
     what: str
@@ -142,23 +140,23 @@ FAULTS = {
 
 
 def tally(report: str) -> dict[str, tuple[int, int, str]]:
-    """The tries, the losses and a note for each test function in a report of pytest."""
+    """Tries, losses and a note for each test function in pytest's JUnit XML."""
     found: dict[str, tuple[int, int, str]] = {}
     for case in ElementTree.fromstring(report).iter("testcase"):
         if case.find("skipped") is not None:
             continue
-        said = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+        properties = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
         failed = case.find("failure") is not None or case.find("error") is not None
-        # A failure that no try accounts for, in what came after the last one, is a loss all the same.
-        losses = max(int(said.get("losses", 0)), int(failed))
+        # A test that fails after its last try has lost one too.
+        losses = max(int(properties.get("losses", 0)), int(failed))
         test = f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}"
         tries, lost, note = found.get(test, (0, 0, ""))
-        found[test] = (tries + int(said.get("tries", 1)), lost + losses, said.get("note", note))
+        found[test] = (tries + int(properties.get("tries", 1)), lost + losses, properties.get("note", note))
     return found
 
 
 def run(names: Collection[str]) -> list[dict[str, str]]:
-    """Do the faults; a record of each that was tried."""
+    """Run the tests of these faults; return a record of each fault that was tried."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         tests = [FAULTS[name].test for name in names]
@@ -177,24 +175,17 @@ def run(names: Collection[str]) -> list[dict[str, str]]:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """The records in a file by their faults; none if there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {record["fault"]: record for record in csv.DictReader(file)}
+    """The records in a file, by fault; empty if there is no such file."""
+    return {record["fault"]: record for record in read_records(path)}
 
 
 def write(records: Iterable[dict[str, str]], path: Path) -> None:
     """Write the records in the order of the table."""
-    ordered = sorted(records, key=lambda record: list(FAULTS).index(record["fault"]))
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(ordered[0]))
-        writer.writeheader()
-        writer.writerows(ordered)
+    write_records(sorted(records, key=lambda record: list(FAULTS).index(record["fault"])), path)
 
 
 def page(text: str, records: dict[str, dict[str, str]]) -> str:
-    """The page with the table of the records between its markers."""
+    """The text of a page with the table of the records between its marks."""
     rows = []
     for name, fault in FAULTS.items():
         if name not in records:
@@ -207,14 +198,15 @@ def page(text: str, records: dict[str, dict[str, str]]) -> str:
     columns = [dict.fromkeys(record[fact] for record in records.values()) for fact in facts]
     hardware, system, python, torch, date = (" and ".join(sorted(column)) for column in columns)
     lines = [
-        *table(["what is done", "what happens", "tries", "lost", "again"], rows),
+        table(["what is done", "what happens", "tries", "lost", "again"], rows, numbers_right=True),
+        "",
         f"*{hardware}, {system}, Python {python}, PyTorch {torch}, {date}.*",
     ]
     return replace_between(text, BEGIN, END, "\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Do the faults, all or those named, and write benchmarks/results/faults.csv and docs/reliability.md."""
+    """Inject the faults, all or those named; write benchmarks/results/faults.csv and docs/reliability.md."""
     known = list(FAULTS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=main.__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(known)}; all if none")

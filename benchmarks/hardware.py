@@ -1,7 +1,11 @@
-"""The clock, and what the machine can do at best."""
+"""Timing of calls, and the machine's limits: matrix products and copies.
+
+python -m benchmarks.hardware [--toy]       answers requests on standard input
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,28 +14,29 @@ from typing import Any
 
 import torch
 
+from benchmarks.turns import serve
 from fastalex.config import RuntimeConfig
 from fastalex.runtime import choose_runtime, cpu_computes_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What kind of machine this is, which files of results are named for: a CPU that computes in fp32 at best runs
-# other kernels than one that multiplies bf16, and its figures stand beside the other's, not in their place.
+# The kind of machine, after which results files are named: a CPU without bf16 arithmetic runs other kernels
+# than one with it, and has results of its own.
 KIND = "cpu_fp32" if DEVICE == "cpu" and not cpu_computes_bf16() else DEVICE
-KINDS = {"cpu": torch.bfloat16, "cpu_fp32": torch.float32, "cuda": torch.bfloat16}  # what each computes in
+KINDS = {"cpu": torch.bfloat16, "cpu_fp32": torch.float32, "cuda": torch.bfloat16}  # and their arithmetic
 ARITHMETIC = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
-COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # many times what the caches hold
-# How `seconds_of` measures on a GPU.
+MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # rows and columns
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # many times the size of the caches
+# For `seconds_of` on a GPU.
 CALLS = 10
 FLUSHED_BYTES = 256 << 20  # more than any L2 cache holds
-CYCLES_PER_SECOND = 2e9  # about; more is a longer wait
+CYCLES_PER_SECOND = 2e9  # approximately; a higher value waits longer
 ATTEMPTS = 6
 
-_Event = Any  # torch.cuda.Event, which mypy takes for a class without types
+_Event = Any  # torch.cuda.Event, which has no types for mypy
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long a call takes on the clock, Python's part too, with all that it has started on a GPU."""
+    """Wall time of a call, including Python's part and everything that it launches on a GPU."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -42,17 +47,17 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def seconds_of(first: Callable[[], Any], *following: Callable[[Any], Any]) -> list[float]:
-    """How long each of some calls takes that are made in turn, each with the result of the one before it.
+    """Seconds of each call in a chain, in which a call is given the result of the call before it.
 
-    On the CPU by the clock, and once. On a GPU it is the time of what they run there, the median of `CALLS`
-    rounds. A kernel is done sooner than Python has launched the next, so all rounds are put in the GPU's
-    queue while it is kept busy, with events around the calls; if it began before the last was there, the
-    figures are thrown away and the wait is made longer. Before each call `FLUSHED_BYTES` are written, which
-    leaves nothing of its inputs in the L2 cache, and others' bytes to write back, as in a training step.
-    (`triton.testing.do_bench` has no such wait, `do_bench_cudagraph` leaves the inputs in the cache.)
+    On the CPU the chain runs once, and times are wall times. On a GPU they are the times of the kernels, the
+    median of `CALLS` rounds. A kernel may finish before Python has launched the next, so all rounds are
+    enqueued while the GPU is kept busy, with events around the calls; if it began before the last round was
+    enqueued, the figures are discarded and the wait is lengthened. `FLUSHED_BYTES` are written before each
+    call: they evict its inputs from the L2 cache and leave other bytes to write back, as in a training step.
+    (`triton.testing.do_bench` does not wait, and `do_bench_cudagraph` leaves the inputs in the cache.)
 
     Raises:
-        RuntimeError: the calls wait for the GPU, so that they cannot be in its queue before it begins.
+        RuntimeError: the calls wait for the GPU, so that they cannot be enqueued before it begins.
     """
     calls: tuple[Callable[..., Any], ...] = (first, *following)
     if DEVICE == "cuda":
@@ -68,7 +73,7 @@ def seconds_of(first: Callable[[], Any], *following: Callable[[Any], Any]) -> li
 
 def _seconds_on_gpu(calls: Sequence[Callable[..., Any]]) -> list[float]:
     written = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
-    _enqueue(calls, written)  # compiles, chooses configurations, takes memory
+    _enqueue(calls, written)  # compiles, chooses configurations, allocates memory
     torch.cuda.synchronize()
     began = time.perf_counter()
     _enqueue(calls, written)
@@ -85,13 +90,13 @@ def _seconds_on_gpu(calls: Sequence[Callable[..., Any]]) -> list[float]:
                 median(start.elapsed_time(end) / 1e3 for start, end in one_call)
                 for one_call in zip(*events, strict=True)
             ]
-        # Either Python took longer, or the queue, of about a thousand kernels, was full.
+        # Either Python took longer, or the queue, which holds about a thousand kernels, was full.
         wait, rounds = 2 * wait, max(1, rounds // 2)
-    raise RuntimeError("the calls wait for the GPU: they can be timed by the clock alone")
+    raise RuntimeError("the calls wait for the GPU: only their wall time can be measured")
 
 
 def _enqueue(calls: Sequence[Callable[..., Any]], written: torch.Tensor) -> list[tuple[_Event, _Event]]:
-    """Make the calls; the events before and after each."""
+    """Make the calls; return the events before and after each."""
     events = []
     arguments: tuple[Any, ...] = ()
     for call in calls:
@@ -105,29 +110,47 @@ def _enqueue(calls: Sequence[Callable[..., Any]], written: torch.Tensor) -> list
 
 
 class Hardware:
-    """What the machine can do: matrix products in the arithmetic of fastalex, copies in memory.
+    """The machine's rates: matrix products in fastalex's arithmetic, and copies in memory.
 
-    On random numbers: of zeros and ones a processor makes less heat, and so more speed.
+    The operands are random numbers: with zeros and ones a processor runs cooler, and so faster.
+
+    Args:
+        matmul_sizes: rows and columns of the products that are tried, the largest last.
+        copy_bytes: to be copied.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, matmul_sizes: Sequence[int] = MATMUL_SIZES[DEVICE], copy_bytes: int = COPY_BYTES[DEVICE]
+    ) -> None:
         self.runtime = choose_runtime(RuntimeConfig())
-        largest = MATMUL_SIZES[DEVICE][-1]
-        self.a, self.b = torch.randn(2, largest, largest, dtype=self.runtime.dtype, device=DEVICE)
+        self.sizes = matmul_sizes
+        self.a, self.b = torch.randn(
+            2, self.sizes[-1], self.sizes[-1], dtype=self.runtime.dtype, device=DEVICE
+        )
         self.product = torch.empty_like(self.a)
-        self.source = torch.randint(256, (COPY_BYTES[DEVICE],), dtype=torch.uint8, device=DEVICE)
+        self.source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=DEVICE)
         self.target = torch.empty_like(self.source)
 
     def matmul_flops_per_second(self) -> float:
-        """Of the size that does best; the best of three each."""
+        """The best of three products of each size, and of all sizes."""
         rates = []
-        for n in MATMUL_SIZES[DEVICE]:
+        for n in self.sizes:
             a, b, out = (x.view(-1)[: n * n].view(n, n) for x in (self.a, self.b, self.product))
             multiply = partial(torch.mm, a, b, out=out)
             rates += [2 * n**3 / seconds_of(multiply)[0] for _ in range(3)]
         return max(rates)
 
     def copy_bytes_per_second(self) -> float:
-        """Read and written together; the best of three."""
+        """Bytes read and bytes written together; the best of three copies."""
         copy = min(seconds_of(partial(self.target.copy_, self.source))[0] for _ in range(3))
         return 2 * self.source.nbytes / copy
+
+
+def start(toy: bool) -> dict[str, Callable[[], float]]:
+    """The functions that the process offers; with `toy` at sizes whose figures mean nothing."""
+    hardware = Hardware((256,), 1 << 20) if toy else Hardware()
+    return {"matmul": hardware.matmul_flops_per_second, "copy": hardware.copy_bytes_per_second}
+
+
+if __name__ == "__main__":
+    serve(lambda: start("--toy" in sys.argv))

@@ -1,4 +1,4 @@
-"""Images where there is no data set: what a benchmark reads has to be there, and no more."""
+"""Generated images, for machines without the data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastalex.data.cifar import CLASSES
 
 
 def generate(root: Path, train: int = 256, test: int = 32) -> Path:
-    """A tree like CIFAR-10's as JPEG files: so many images of noise to a class."""
+    """Write noise as JPEG files in CIFAR-10's classes: `train` and `test` images per class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for name in CLASSES:

@@ -1,4 +1,4 @@
-"""Which kernels ran on the GPU, how often, and what part of its time each took."""
+"""The kernels that ran on the GPU, how often they ran, and their share of its time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastalex.training.profiling import operators
 
 
 def kernel_times(profiler: profile) -> list[tuple[str, float, float, float]]:
-    """Name, calls a step, milliseconds a step and share of the GPU's time of every kernel, copy and fill.
+    """Name, calls per step, ms per step and share of the GPU's time of every kernel, copy and fill.
 
-    Each counts once, also where a CUDA graph launched it. The shares sum to 1; the greatest comes first. The
-    names are the compiler's: `fastalex.training.profiling.short` makes those of C++ fit a table.
+    Each counts once, also in a CUDA graph. The shares sum to 1; the largest comes first. The names are the
+    compiler's: `fastalex.training.profiling.short` shortens C++ names for a table.
 
     Args:
-        profiler: closed, with CUDA among its activities. If it was told of steps (`profiler.step()`), figures
-            are a step's, otherwise those of all that it recorded.
+        profiler: closed, with CUDA among its activities. Figures are per step if it
+            recorded steps (`profiler.step()`), otherwise totals.
     """
     averages = profiler.key_averages()
     steps = sum(

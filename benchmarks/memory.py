@@ -1,4 +1,4 @@
-"""How much memory a process takes, as Linux counts it, and on a GPU as PyTorch does."""
+"""The memory of a process, as Linux counts it, and on a GPU as PyTorch counts it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-# Of a GPU's memory, in bytes. What a replayed CUDA graph works in is reserved, but not allocated.
+# Peaks of a GPU's memory, in bytes. The memory of a CUDA graph's replay is reserved, but not allocated.
 DEVICE_PEAKS = {
     "peak device memory, allocated": torch.cuda.max_memory_allocated,
     "peak device memory, reserved": torch.cuda.max_memory_reserved,
@@ -15,7 +15,7 @@ DEVICE_PEAKS = {
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it."""
+    """The ids of a process and of all its descendants."""
     found = [pid]
     for parent in found:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -24,22 +24,22 @@ def family(pid: int) -> list[int]:
 
 
 def proportional_bytes(pid: int) -> int:
-    """Its proportional set size: each page divided among the processes that share it."""
+    """A process's proportional set size: each page divided among the processes that share it."""
     return _sum(f"/proc/{pid}/smaps_rollup", "Pss:")
 
 
 def forget_peak() -> None:
-    """Make `peak_bytes` begin anew."""
+    """Reset the high-water mark that `peak_bytes` reads."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # see proc_pid_clear_refs(5)
 
 
 def peak_bytes() -> int:
-    """The most that this process has held at once, and what its children hold now that nobody shares.
+    """This process's peak of resident memory plus the memory private to its children now.
 
-    The kernel keeps the first figure (`VmHWM`), so that nothing has to watch; batches that wait in shared
-    memory to be received are in neither. 0 where there is no /proc.
+    The kernel keeps the peak (`VmHWM`), so that no polling is needed. Batches that wait in shared memory to
+    be received count in neither. 0 on a system without /proc.
     """
     children = family(os.getpid())[1:]
     private = sum(_sum(f"/proc/{pid}/smaps_rollup", "Private_Clean:", "Private_Dirty:") for pid in children)
@@ -47,7 +47,7 @@ def peak_bytes() -> int:
 
 
 def _sum(path: str, *names: str) -> int:
-    """The fields of these names, in kB in the file, in bytes; 0 if the process has ended."""
+    """The sum of these fields of a file, in bytes (the file has kB); 0 if the process has ended."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

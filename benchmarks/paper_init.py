@@ -3,16 +3,14 @@
     python -m benchmarks.paper_init --data ROOT [--crop 64] [--batch-size 128] [--steps 300]
                                      [--only NAME ...]
 
-Each trial trains for some hundred steps on CIFAR-10 and is judged by its error on validation images: a
-network that has learnt nothing errs on 0.90 of them, and its loss stays at ln(10) = 2.303. The trials are
-added, one line each, to ``results/trials/paper_init.csv`` and the table beside it; docs/recipe.md says
-what they show.
+Each trial trains for a few hundred steps on CIFAR-10 and is judged by its error on validation images: a
+network that has learnt nothing has an error of 0.90, and its loss stays at ln(10) = 2.303. Each trial adds
+one line to ``results/trials/paper_init.csv`` and to the table beside it; docs/recipe.md discusses them.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,33 +19,35 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.report import read_records, write_records
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.data import ImageSet, Loader, Views, build_loader, load_splits
 from fastalex.data.wrappers import FirstBatches
 from fastalex.errors import DivergedError
-from fastalex.files import replacing, write_text
+from fastalex.files import write_text
+from fastalex.markdown import table
 from fastalex.models import create_model
 from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.trainer import Trainer
 
-RESULTS = Path(__file__).parents[1] / "results" / "trials" / "paper_init.csv"
+TRIALS_FILE = Path(__file__).parents[1] / "results" / "trials" / "paper_init.csv"
 VALIDATION_IMAGES = 2000
 LEVELS = 255.0
-LEARNS = 0.85  # validation error; chance is 0.90, with a standard deviation of 0.007 on so many images
+LEARNS = 0.85  # validation error; chance is 0.90, with a standard deviation of 0.007 on 2,000 images
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One change to the paper's initialisation under the paper's rate.
+    """One change to the paper's initialisation under the paper's learning rate.
 
     Attributes:
-        init: of AlexNet.
-        bias: replaces the ones among the biases; None keeps them.
-        hidden_std: replaces the standard deviation of the two hidden fully connected layers' weights.
-        pixels: the range of a pixel's values, before the mean is subtracted: 1, or 255 as in the paper.
+        init: AlexNet's initialisation.
+        bias: replaces the biases of 1; None keeps them.
+        hidden_std: standard deviation of the weights of the two hidden fully connected layers; None keeps it.
+        pixels: the range of a pixel's values before the mean is subtracted: 1, or 255 as in the paper.
         train: the recipe.
         precision: of the arithmetic.
-        longer: times the steps of the other trials.
+        longer: the number of steps, as a multiple of the other trials'.
     """
 
     init: str = "paper"
@@ -60,7 +60,7 @@ class Trial:
 
 
 def constant(lr: float, clip_norm: float = 0.0) -> TrainConfig:
-    """A rate that stays: a plateau schedule that sees a single epoch."""
+    """A constant learning rate: a plateau schedule over a single epoch."""
     return TrainConfig(lr=lr, schedule=Schedule.plateau, clip_norm=clip_norm)
 
 
@@ -112,7 +112,7 @@ def initialise(trial: Trial, seed: int) -> nn.Module:
 
 
 def run(name: str, trial: Trial, data: DataConfig, batch_size: int, steps: int, seed: int) -> dict[str, str]:
-    """Train once; return a line of the table."""
+    """Train once; return one line of the table."""
     began = time.perf_counter()
     runtime = choose_runtime(RuntimeConfig(precision=trial.precision))
     data = replace(data, std=[1 / trial.pixels] * 3)
@@ -190,10 +190,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="TRIAL")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=TRIALS_FILE)
     arguments = parser.parse_args()
     data = DataConfig("cifar10", root=arguments.data, resize=arguments.crop * 9 // 8, crop=arguments.crop)
-    rows = read(arguments.out)
+    rows = read_records(arguments.out)
     for name in arguments.only:
         row = run(name, TRIALS[name], data, arguments.batch_size, arguments.steps, arguments.seed)
         print(*row.values(), sep="  ", flush=True)
@@ -202,23 +202,11 @@ def main() -> None:
         write(rows, arguments.out)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the trials made so far."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write(rows: list[dict[str, str]], path: Path) -> None:
-    """Write all trials as a CSV file, and as a table beside it."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write all trials as a CSV file, and as a Markdown table beside it."""
+    write_records(rows, path)
     heads = [name for name in rows[0] if name not in ("curve", "seconds")]
-    lines = [heads, ["---"] * len(heads), *([row[name] for name in heads] for row in rows)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = table(heads, [[row[name] for name in heads] for row in rows])
     write_text(path.with_suffix(".md"), f"{text}\n")
 
 

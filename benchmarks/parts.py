@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: every operator belongs to one part of it."""
+"""The parts of a training step: each operator's time belongs to one of them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CONVOLUTIONS, PRODUCTS, LRN = "convolutions", "matrix products", "ReLU, LRN, poo
 INPUT, OPTIMIZER, OTHER = "input", "optimizer", "other"
 PARTS = (CONVOLUTIONS, PRODUCTS, LRN, INPUT, OPTIMIZER, OTHER)
 
-# Whatever happens within one of these belongs to it.
+# Whatever runs within an operator or range of one of these names belongs to that part.
 _RANGES = {
-    LRN: re.compile(r"^fastalex::(lrn|lrn_max_pool)(_backward)?$"),  # within a conv_block, too
-    CONVOLUTIONS: re.compile(r"winograd_conv|folded_conv|conv_block"),  # with the products they are made of
+    LRN: re.compile(r"^fastalex::(lrn|lrn_max_pool)(_backward)?$"),  # also within a conv_block
+    CONVOLUTIONS: re.compile(r"winograd_conv|folded_conv|conv_block"),  # including the matrix products within
     INPUT: re.compile(r"^input$|^enumerate\(DataLoader\)|^_(enlarge|shrink)_kernel$"),
     OPTIMIZER: re.compile(r"^optimizer$|^Optimizer\.|multi_tensor|sgd", re.IGNORECASE),
 }
-# The optimizer multiplies out gradients that come as factors: elsewhere that is a layer's backward pass.
+# The optimizer multiplies out factored gradients; without factors a layer's backward pass does it.
 _OPTIMIZERS_PRODUCT = re.compile(r"^aten::(add)?mm$")
-# Operators and kernels, tried in this order on the innermost name first.
+# Names of operators and kernels, tried in this order, on the innermost name first.
 _OPERATORS = {
     OTHER: re.compile(r"^aten::_?to(_copy)?$|dropout|entropy|nll|softmax", re.IGNORECASE),
     CONVOLUTIONS: re.compile(r"conv|cudnn|fprop|dgrad|wgrad", re.IGNORECASE),
@@ -37,14 +37,14 @@ _OPERATORS = {
         r"relu|threshold|clamp_min|lrn|pool|^_(plain_)?(forward|backward|ratio)_kernel$", re.IGNORECASE
     ),
 }
-# Inductor names an elementwise kernel or a reduction for all that it has fused: a convolution or product
-# among that has a kernel of its own, and lends this one its name.
+# Inductor names a fused elementwise kernel or reduction after all operators of the fusion, although a
+# convolution or product among them has a kernel of its own.
 _FUSED = re.compile(r"^triton_(poi|red|per)_")
 _LAST_IN_FUSED = (CONVOLUTIONS, PRODUCTS)
-# nn.LocalResponseNorm is made of these, and nothing else of the step's weight is.
+# nn.LocalResponseNorm consists of these, and no other expensive part of the step does.
 _ELEMENTWISE = re.compile(r"^(aten::)?(mul|div|pow|add|neg|constant_pad)|(Mul|Div|Pow|Add|Pad\w*)Backward")
 
-# Calls of the CUDA library, and what its own tracing costs.
+# Calls of the CUDA library, and the overhead of its tracing.
 _NO_OPERATOR = re.compile(r"^cu(da)?[A-Z]|Buffer (Request|Flush|Full)$|^(Lazy Function|Runtime Triggered) ")
 
 
@@ -52,7 +52,7 @@ def part_of(names: Sequence[str]) -> str:
     """The part that an operator belongs to.
 
     Args:
-        names: its own and those of the operators and ranges around it, innermost first.
+        names: of the operator and of the operators and ranges around it, innermost first.
     """
     for part, pattern in _RANGES.items():
         if any(pattern.search(name) for name in names):
@@ -68,14 +68,14 @@ def part_of(names: Sequence[str]) -> str:
 
 
 def profile_step(step: Callable[[], object], steps: int = 1) -> dict[str, float]:
-    """Run training steps under torch.profiler; seconds a step by part.
+    """Run training steps under torch.profiler; return seconds per step by part.
 
-    On the CPU an operator's own time, on a GPU that of the kernels. What none accounts for, up to the time on
-    the clock, is "other": Python, on a GPU also waiting.
+    On the CPU these are the operators' own times, on a GPU those of the kernels. The rest of the wall time is
+    "other": Python, on a GPU also waiting.
 
     Args:
-        step: takes them all.
-        steps: how many those are.
+        step: runs all the steps.
+        steps: their number.
     """
     cuda = DEVICE == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -91,22 +91,23 @@ def profile_step(step: Callable[[], object], steps: int = 1) -> dict[str, float]
 
 
 def seconds_by_part(events: Sequence[FunctionEvent], cuda: bool) -> dict[str, float]:
-    """The time of the operators, or on a GPU of the kernels, each once.
+    """Seconds of the operators, or on a GPU of the kernels, by part; each counts once.
 
-    A kernel belongs where the operator does that launched it; without one, as in a CUDA graph, where its own
-    name says.
+    A kernel belongs to the part of the operator that launched it; without an operator, as in a CUDA graph, to
+    the part that its own name implies.
 
     Args:
-        events: a profiler's.
-        cuda: whether they are of a GPU.
+        events: a profiler's events.
+        cuda: whether they include a GPU's.
     """
     seconds = dict.fromkeys(PARTS, 0.0)
     if not cuda:
         for event in events:
             seconds[part_of(list(_ancestors(event)))] += event.self_cpu_time_total / 1e6
         return seconds
-    # The profiler lists an operator's kernels by name and time alone: too few where one operator is all that
-    # another does, and too many where the CUDA library's numbers for its calls are operators' numbers, too.
+    # The profiler's lists of an operator's kernels, by name and duration, are unreliable: kernels are missing
+    # where an operator only calls another of the same name, and repeated where a call of the CUDA library has
+    # the id of an operator.
     left = Counter((event.name, event.time_range.elapsed_us()) for event in events if is_kernel(event))
     for event in events:
         if event.device_type != DeviceType.CPU or _NO_OPERATOR.search(event.name):
@@ -121,7 +122,7 @@ def seconds_by_part(events: Sequence[FunctionEvent], cuda: bool) -> dict[str, fl
 
 
 def _ancestors(event: FunctionEvent | None) -> Iterator[str]:
-    """The names of an event and of those around it."""
+    """The names of an event and of the events around it, innermost first."""
     while event is not None:
         yield event.name.removeprefix("autograd::engine::evaluate_function: ")
         event = event.cpu_parent

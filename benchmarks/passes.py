@@ -1,4 +1,4 @@
-"""Times of the two passes through a differentiable operator."""
+"""Times of an operator's forward and backward pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from benchmarks.hardware import seconds_of
 def seconds_by_pass(
     forward: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> dict[str, float]:
-    """Of a forward pass, a backward pass from `grad` to `inputs`, and the two together."""
+    """Seconds of a forward pass, a backward pass from `grad` to `inputs`, and both together."""
     ahead, back = seconds_of(forward, lambda result: torch.autograd.grad(result, inputs, grad))
     return {"forward": ahead, "backward": back, "forward + backward": ahead + back}

@@ -1,4 +1,4 @@
-"""Two processes that share the cores of one: what `test_ranks.py` lets train by turns.
+"""One process, and two that share its cores: the programs that `test_ranks.py` lets train by turns.
 
 python -m benchmarks.ranks ROOT BATCH_SIZE PROCESSES [KEY=VALUE ...]       answers requests on standard input
 """
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,15 @@ import torch.distributed as dist
 
 from benchmarks.contenders import Fastalex
 from benchmarks.hardware import seconds
-from benchmarks.report import spread
+from benchmarks.report import Measurement
 from benchmarks.scaling import network_bytes
 from benchmarks.step import ratio
 from benchmarks.turns import Programs, serve
 from fastalex.distributed.processes import ALONE, World
 
 STEPS, WARM_UP = 4, 2
-IDLE = 3600.0  # seconds that a process waits for the other, while both are stopped for the others' turns
-LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")  # of all that is sent on this machine to itself
+IDLE = 3600.0  # seconds that a rank waits for another, while all are stopped for other programs' turns
+LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")  # bytes that this machine has sent to itself
 PROCESSES = {"one process": 1, "ddp": 2, "ddp, bf16": 2, "hybrid": 2}
 OPTIONS = {
     "ddp, bf16": ["distributed.compression=bf16"],
@@ -37,31 +36,14 @@ OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A figure of one way to divide the work; the cores and the batch are the same for all."""
-
-    measurement: str
-    program: str
-    processes: int
-    batch: int
-    unit: str
-    median: float
-    p20: float
-    p80: float
-    rounds: int
-    times_one_process: float | None = None
-    computed: float | None = None  # by `scaling.py`
-
-
-class Bench(Programs):
-    """The processes of all programs, and the rows so far.
+class RanksBench(Programs):
+    """The programs' processes, and the measurements so far.
 
     Args:
         root: of CIFAR-10.
-        rounds: turns of each program.
+        rounds: number of turns of each program.
         batch_size: of a program's processes together.
-        programs: names of `PROCESSES`, one process first.
+        programs: names of `PROCESSES`, "one process" first.
         overrides: KEY=VALUE for all of them.
     """
 
@@ -77,7 +59,7 @@ class Bench(Programs):
         options = {name: [str(PROCESSES[name]), *OPTIONS.get(name, []), *overrides] for name in programs}
         super().__init__({name: [*command, *options[name]] for name in programs}, rounds)
         self.batch_size = batch_size
-        self.rows: list[Row] = []
+        self.measurements: list[Measurement] = []
 
     def training(self, benchmark: Any) -> None:
         rates: dict[str, list[float]] = {name: [] for name in self.workers}
@@ -94,31 +76,39 @@ class Bench(Programs):
             self.workers[name].ask("train", steps=WARM_UP)
         self.by_turns(benchmark, {name: partial(train, name) for name in self.workers})
         for name, values in rates.items():
-            figures = spread(values)
-            times = ratio(values, rates["one process"])
-            count = PROCESSES[name]
-            self.rows.append(
-                Row("training", name, count, self.batch_size, "images/s", *figures, self.rounds, times)
-            )
-            if count > 1:
-                self.rows.append(
-                    Row(
-                        *("bytes a process sends in a step", name, count, self.batch_size, "MB"),
-                        *spread(sent[name]),
-                        self.rounds,
-                        computed=computed_bytes(name, self.batch_size // count) / 1e6,
-                    )
-                )
+            self.add("training", name, "images/s", values, ratio(values, rates["one process"]), None)
+            if PROCESSES[name] > 1:
+                computed = computed_bytes(name, self.batch_size // PROCESSES[name]) / 1e6
+                self.add("bytes a process sends in a step", name, "MB", sent[name], None, computed)
+
+    def add(
+        self,
+        measurement: str,
+        program: str,
+        unit: str,
+        values: list[float],
+        times_one_process: float | None,
+        computed: float | None,
+    ) -> None:
+        """Add a measurement; `computed` is its value by `scaling.py`."""
+        subject = {
+            "measurement": measurement,
+            "program": program,
+            "processes": PROCESSES[program],
+            "batch": self.batch_size,
+        }
+        derived = {"times_one_process": times_one_process, "computed": computed}
+        self.measurements.append(Measurement.of(subject, unit, values, **derived))
 
 
 def computed_bytes(program: str, batch: int) -> float:
-    """What a process sends a step, as `docs/scaling.md` computes it, for as many images in each process."""
+    """Bytes that a process with `batch` images sends per step, by the formulas of `docs/scaling.md`."""
     ddp, hybrid = network_bytes(PROCESSES[program], batch)
     return {"ddp": ddp, "ddp, bf16": ddp / 2, "hybrid": hybrid}[program]
 
 
 def start(root: str, batch_size: str, processes: str, *overrides: str) -> dict[str, Callable[..., Any]]:
-    """The functions that the first process of a program offers; the others train whenever it does."""
+    """The functions that rank 0 of a program offers; the other ranks train whenever it does."""
     torch.manual_seed(0)
     size, rank = int(processes), int(os.environ.get("RANK", "0"))
     world = ALONE
@@ -141,8 +131,8 @@ def start(root: str, batch_size: str, processes: str, *overrides: str) -> dict[s
 
     while rank:
         try:
-            steps = world.on_main(lambda: 0)  # as many as the first process is asked for
-        except RuntimeError:  # it has ended
+            steps = world.on_main(lambda: 0)  # the number that rank 0 is asked for
+        except RuntimeError:  # rank 0 has ended
             os._exit(0)
         program.train(steps)
 

@@ -107,7 +107,7 @@ def train_loader(dataset: Dataset, batch_size: int = 128, workers: int = WORKERS
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Tensor:
-    """One step on a batch that is on the model's device; its mean cross-entropy before the update."""
+    """One step on a batch on the model's device; returns its mean cross-entropy before the update."""
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()
@@ -118,7 +118,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: T
 def train_epoch(
     model: nn.Module, optimizer: Optimizer, loader: DataLoader, limit: int | None = None
 ) -> tuple[float, float]:
-    """Mean loss over batches, and images/s without the first batch, unless there is no other."""
+    """Mean loss over batches, and images/s without the first batch, unless it is the only one."""
     device = next(model.train().parameters()).device
     losses: list[Tensor] = []
     images_timed, start = 0, time.perf_counter()
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     try:
         run(args)
-    except DataError as error:  # one raised in a loader process carries its traceback before the message
+    except DataError as error:  # from a loader process it starts with a traceback
         parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[-1]}\n")
 
 

@@ -1,4 +1,4 @@
-"""What data parallelism and the hybrid send, computed for 2 to 1,024 devices, and measured for two processes.
+"""Bytes that ``ddp`` and ``hybrid`` send: computed for 2 to 1,024 devices, and measured for two processes.
 
 ``python -m benchmarks.scaling`` writes ``docs/scaling.md``; ``test_ranks.py`` measures.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import sections
 from benchmarks.report import RESULTS, read_measurements
+from benchmarks.sections import column, figures, machine_line, number, ratio, render
 from fastalex.files import write_text
+from fastalex.markdown import table
 from fastalex.models import count_parameters
 from fastalex.models.alexnet import AlexNet
 
@@ -22,27 +23,27 @@ PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 MEASURED = RESULTS / "ranks_cpu.csv"
 DEVICES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = 128  # on each device
-GRADIENT, ACTIVATION = 4, 2  # bytes: fp32, and bf16 under autocast
+GRADIENT, ACTIVATION = 4, 2  # bytes per value: fp32, and bf16 under autocast
 LINKS = {"PCIe 4.0 x16": 32e9, "NVLink 4": 450e9, "100 Gb Ethernet": 12.5e9}  # bytes/s in one direction
 
 
 def ddp_bytes(devices: int, parameters: int) -> float:
-    """Bytes that a device sends a step: a ring's all-reduce of the gradients.
+    """Bytes that a device sends per step: a ring all-reduce of the gradients.
 
-    Each gradient is sent (n - 1)/n times to be added up, and as often to be told.
+    Of n devices each sends (n - 1)/n of all gradients to sum them, and as much to distribute the sums.
     """
     return 2 * (devices - 1) / devices * parameters * GRADIENT
 
 
 def hybrid_bytes(devices: int, shared: int, inputs: int, outputs: int, batch: int = BATCH) -> float:
-    """Bytes that a device sends a step, where the hidden layers are divided.
+    """Bytes that a device sends per step when the hidden layers are divided among the devices.
 
     Args:
-        devices: n.
+        devices: their number.
         shared: parameters that every device has, whose gradients are all-reduced.
-        inputs: activations an image that the first hidden layer reads: gathered by all in the forward pass,
-            and their gradients reduced and scattered in the backward pass.
-        outputs: activations an image that the second writes: the same in the other order.
+        inputs: activations per image that the first hidden layer reads: all-gathered in the forward pass,
+            their gradients reduce-scattered in the backward pass.
+        outputs: activations per image that the second hidden layer writes: the reverse of `inputs`.
         batch: images on each device.
     """
     activations = 2 * (devices - 1) * batch * (inputs + outputs) * ACTIVATION
@@ -51,7 +52,7 @@ def hybrid_bytes(devices: int, shared: int, inputs: int, outputs: int, batch: in
 
 @dataclass(frozen=True)
 class Sizes:
-    """What AlexNet has that travels: parameters, and activations an image at the hidden layers' ends."""
+    """AlexNet's parameters, those of its hidden layers, and the activations per image at their ends."""
 
     parameters: int
     hidden: int
@@ -61,7 +62,7 @@ class Sizes:
 
 @cache
 def alexnet() -> Sizes:
-    """Count them."""
+    """AlexNet's sizes, counted without materializing it."""
     with torch.device("meta"):
         model = AlexNet()
     hidden = count_parameters(model.fc6) + count_parameters(model.fc7)
@@ -69,7 +70,7 @@ def alexnet() -> Sizes:
 
 
 def network_bytes(devices: int, batch: int = BATCH) -> tuple[float, float]:
-    """Bytes that a device sends a step for AlexNet, by ``ddp`` and by ``hybrid``."""
+    """Bytes that a device sends per step of AlexNet: with ``ddp``, with ``hybrid``."""
     sizes = alexnet()
     shared = sizes.parameters - sizes.hidden
     return ddp_bytes(devices, sizes.parameters), hybrid_bytes(
@@ -87,7 +88,6 @@ def page() -> str:
         times = [f"{1e3 * sent[0] / rate:.1f} / {1e3 * sent[1] / rate:.1f}" for rate in LINKS.values()]
         rows.append([f"{n:,}", f"{sent[0] / 1e6:,.1f}", f"{sent[1] / 1e6:,.1f}", *times])
     heads = ["devices", "ddp, MB", "hybrid, MB", *(f"{name}, ms" for name in LINKS)]
-    table = "\n".join(sections.table(heads, rows))
     return f"""# Several devices
 
 Written by `python -m benchmarks.scaling`.
@@ -105,7 +105,8 @@ have S bytes each of sends (n-1) S. The times are those of the bytes over a link
 direction ({", ".join(f"{name} {rate / 1e9:g} GB/s" for name, rate in LINKS.items())}), ddp / hybrid, nothing
 overlapped.
 
-{table}
+{table(heads, rows, numbers_right=True)}
+
 The hybrid sends less up to about {_crossing()} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
@@ -113,7 +114,7 @@ images. `distributed.compression=bf16` halves ddp's column.
 
 
 def _crossing() -> int:
-    """The greatest number of devices at which the hybrid sends no more."""
+    """The largest number of devices at which the hybrid sends no more than ddp."""
     n = 2
     while operator.ge(*network_bytes(n + 1)):
         n += 1
@@ -121,23 +122,26 @@ def _crossing() -> int:
 
 
 def _measured() -> str:
-    """The section on two processes, from its file of results; nothing if there is none."""
+    """The section on two processes; empty if there is no results file."""
     if not MEASURED.exists():
         return ""
     measurements = read_measurements(MEASURED.read_text())
-    training = [m for m in measurements if m.record["measurement"] == "training"]
-    sent = {m.record["program"]: m for m in measurements if m not in training}
+    training = [m for m in measurements if m["measurement"] == "training"]
+    sent = {m["program"]: m for m in measurements if m not in training}
     rows = []
     for m in training:
-        name, count = m.record["program"], int(m.record["processes"])
-        row = [name, str(count), *sections.spread(m), sections.times(m.record["times_one_process"])]
-        both = (str(sent[name].median), sent[name].record["computed"]) if name in sent else ("", "")
-        row += map(sections.number, both)
-        rows.append(row)
-    heads = ["", "processes", "images/s", "20th to 80th percentile", "times one process"]
-    heads += ["sent a step and process, MB", "computed, MB"]
-    table = "\n".join(sections.table(heads, rows))
-    about = training[0].record
+        bytes_sent = sent.get(m["program"])
+        mb = {"sent": bytes_sent.median, "computed": bytes_sent["computed"]} if bytes_sent else {}
+        rows.append({**m.record, "sent": None, "computed": None, **mb})
+    columns = [
+        column("", "program"),
+        column("processes", "processes"),
+        *figures("images/s", "20th to 80th percentile"),
+        column("times one process", "times_one_process", ratio),
+        column("sent a step and process, MB", "sent", number),
+        column("computed, MB", "computed", number),
+    ]
+    about = training[0]
     return f"""
 ## Two processes on the cores of one, measured
 
@@ -151,8 +155,9 @@ turns. The bytes are what the machine sent to itself during the steps (Linux's c
 included), divided by steps and processes; beside them what the formulas above give for as many images in
 each.
 
-{table}
-{sections.machine(training)}
+{render(columns, rows)}
+
+{machine_line(training)}
 """
 
 

@@ -1,8 +1,7 @@
-"""Measures a training step and evaluation, several programs by turns; `test_step.py` says what and how."""
+"""Measures training steps and evaluation of several programs by turns; `test_step.py` describes how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,71 +12,65 @@ from benchmarks.contenders import evaluation_batch
 from benchmarks.hardware import DEVICE
 from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import PARTS
-from benchmarks.report import spread
+from benchmarks.report import Measurement
 from benchmarks.turns import Programs
 from fastalex.models import create_model
 from fastalex.training.flops import training_flops
 
 CROP = 224
-# Of a turn, chosen so that turns take about as long; on a GPU a turn has to be long beside what a DataLoader
-# has ready when it begins, and beside its first and last steps.
+# Steps and batches per turn, chosen so that all turns take about as long. On a GPU a turn has to be long
+# compared with its first and last steps, and with the batches that a DataLoader has prefetched by its start.
 STEPS = {"reference": 1, "stock": 2, "fastalex": 4}
 BATCHES = {"reference": 1, "fastalex": 4}
 GPU_TURN = 200
 WARM_UP = 20 if DEVICE == "cuda" else 2
-PROFILED = 20 if DEVICE == "cuda" else 1  # steps, which a GPU takes too fast for one to be timed
+PROFILED = 20 if DEVICE == "cuda" else 1  # steps: on a GPU one is too short to be timed
+DERIVED = ("times_reference", "times_stock", "gflop_per_s", "fraction_of_matmul", "share_of_step")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure of one program; a part's share is that of the profiled step."""
-
-    measurement: str
-    program: str
-    part: str
-    batch: int
-    unit: str
-    median: float
-    p20: float
-    p80: float
-    rounds: int
-    times_reference: float | None = None
-    times_stock: float | None = None
-    gflop_per_s: float | None = None
-    fraction_of_matmul: float | None = None
-    share_of_step: float | None = None
-
-
-class Bench(Programs):
-    """The processes, and the rows so far.
+class StepBench(Programs):
+    """The programs' processes, and the measurements so far.
 
     Args:
         root: of CIFAR-10.
-        rounds: turns of each program.
+        rounds: number of turns of each program.
         batch_size: in training; an evaluation batch has a tenth of it, in ten views each.
         programs: names of `CONTENDERS`.
+        toy: whether turns and measurements of the machine are as short as possible, so that figures mean
+            nothing.
     """
 
-    def __init__(self, root: Path, rounds: int, batch_size: int, programs: tuple[str, ...]) -> None:
-        names = (*programs, "hardware")
-        commands = {name: ["-m", "benchmarks.contenders", name, str(root), str(batch_size)] for name in names}
+    def __init__(
+        self, root: Path, rounds: int, batch_size: int, programs: tuple[str, ...], toy: bool = False
+    ) -> None:
+        contender = ["-m", "benchmarks.contenders"]
+        commands = {name: [*contender, name, str(root), str(batch_size)] for name in programs}
+        commands["hardware"] = ["-m", "benchmarks.hardware", *(["--toy"] if toy else [])]
         super().__init__(commands, rounds)
         self.batch_size = batch_size
-        self.rows: list[Row] = []
+        self.toy = toy
+        self.warm_up = 1 if toy else WARM_UP
+        self.measurements: list[Measurement] = []
 
-    def add(self, measurement: str, program: str, unit: str, values: list[float], **columns: Any) -> None:
-        part = columns.pop("part", "")
-        figures = spread(values)
-        self.rows.append(
-            Row(measurement, program, part, self.batch_size, unit, *figures, len(values), **columns)
-        )
+    def add(
+        self, measurement: str, program: str, unit: str, values: list[float], part: str = "", **derived: Any
+    ) -> None:
+        subject = {"measurement": measurement, "program": program, "part": part, "batch": self.batch_size}
+        derived = {**dict.fromkeys(DERIVED), **derived}
+        self.measurements.append(Measurement.of(subject, unit, values, **derived))
+
+    def turn_length(self, lengths: dict[str, int], name: str) -> int:
+        """Steps or batches in a turn of a program."""
+        if self.toy:
+            return 1
+        return GPU_TURN if DEVICE == "cuda" else lengths[name]
 
     def training(self, benchmark: Any) -> None:
         rates: dict[str, list[float]] = {}
         limits: dict[str, list[float]] = {"matmul": [], "copy": []}
 
         def train(name: str) -> None:
-            steps = GPU_TURN if DEVICE == "cuda" else STEPS[name]
+            steps = self.turn_length(STEPS, name)
             seconds = self.workers[name].ask("train", steps=steps)
             rates.setdefault(name, []).append(steps * self.batch_size / seconds)
 
@@ -87,9 +80,9 @@ class Bench(Programs):
 
         programs = [name for name in self.workers if name != "hardware"]
         for name in programs:
-            self.workers[name].ask("train", steps=WARM_UP)
+            self.workers[name].ask("train", steps=self.warm_up)
             self.workers[name].ask("forget peak memory")
-            self.workers[name].ask("train", steps=1)  # takes the memory again, off the clock
+            self.workers[name].ask("train", steps=1)  # allocates the memory again, untimed
         turns = {name: partial(train, name) for name in programs}
         self.by_turns(benchmark, {"hardware": measure_limits, **turns})
         gflop = training_flops(create_model("alexnet"), (self.batch_size, 3, CROP, CROP)) / 1e9
@@ -116,12 +109,12 @@ class Bench(Programs):
         rates: dict[str, list[float]] = {}
 
         def evaluate(name: str) -> None:
-            batches = GPU_TURN if DEVICE == "cuda" else BATCHES[name]
+            batches = self.turn_length(BATCHES, name)
             seconds = self.workers[name].ask("evaluate", batches=batches)
             rates.setdefault(name, []).append(batches * evaluation_batch(self.batch_size) / seconds)
 
         for name in BATCHES:
-            self.workers[name].ask("evaluate", batches=WARM_UP)
+            self.workers[name].ask("evaluate", batches=self.warm_up)
         self.by_turns(benchmark, {name: partial(evaluate, name) for name in BATCHES})
         for name, values in rates.items():
             times = ratio(values, rates["reference"])

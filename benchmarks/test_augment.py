@@ -1,21 +1,21 @@
-"""`augment` against torchvision and DALI on the same images, interleaved: images a second, in one run.
+"""`augment` against torchvision and DALI on the same images, interleaved in one run.
 
     python -m pytest benchmarks/test_augment.py --benchmark-enable -s
 
-Before every timed round of `augment` its rivals take a turn, so that all of them see the same machine. Memory
-that is freed stays with the process, as in a training run (`fastalex.runtime.keep_pages`). On a GPU the
-images lie there; the time of a batch is that of its kernels, of torchvision's too, however long Python takes
-to launch them (`benchmarks.hardware.seconds_of`), and that of an epoch is the clock's. A whole run writes
-`benchmarks/results/augment_cpu.csv`, `augment_cpu_fp32.csv` on a CPU without bf16, or `augment_cuda.csv`:
-milliseconds a batch, images a second, and how many times faster than each rival `augment` is.
+The implementations take turns, so that all of them see the same machine. Freed memory stays with the process,
+as in a training run (`fastalex.runtime.keep_pages`). On a GPU the images are in its memory; the time of a
+batch is that of its kernels, of torchvision's too, without Python's time to launch them
+(`benchmarks.hardware.seconds_of`), and the time of an epoch is wall time. A complete run writes
+`benchmarks/results/augment_cpu.csv`, `augment_cpu_fp32.csv` on a CPU without bf16, or `augment_cuda.csv`: ms
+per batch, images/s, and how many times faster than each rival `augment` is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.hardware import DEVICE, KIND, seconds, seconds_of
-from benchmarks.report import RESULTS, percentiles, write_csv
+from benchmarks.report import RESULTS, Measurement, write_csv
+from benchmarks.turns import seconds_by_turns
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader
 from fastalex.kernels import augment, ten_crop
@@ -43,23 +44,8 @@ ROUNDS = 15
 CASES = 4
 
 
-@dataclass(frozen=True)
-class Row:
-    """One implementation's time for `images` images."""
-
-    case: str
-    implementation: str
-    images: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    images_per_s: float
-    augment_is_times_faster: float
-
-
-class Contender(NamedTuple):
-    """An implementation, the number of images it makes in a call, and how such a call is timed."""
+class TimedCall(NamedTuple):
+    """A call, the number of images that it makes, and the function that times it."""
 
     call: Callable[[], object]
     images: int
@@ -67,15 +53,15 @@ class Contender(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[list[Any]]:
-    """The rows of all cases; written when all have run, so that a part does not replace the whole."""
+def measurements() -> Iterator[list[Measurement]]:
+    """Collects the measurements of all cases; writes them only if all have run."""
     keep_pages()
-    collected: list[Any] = []
+    collected: list[Measurement] = []
     yield collected
-    for row in collected:
-        print(f"\n{row.case}: {row.implementation}, {row.images_per_s:,.0f} images/s", end="")
-    if len({row.case for row in collected}) == CASES:
-        write_csv(collected, RESULTS / f"augment_{KIND}.csv", DEVICE)
+    for m in collected:
+        print(f"\n{m['case']}: {m['implementation']}, {m['images_per_s']:,.0f} images/s", end="")
+    if len({m["case"] for m in collected}) == CASES:
+        write_csv(collected, RESULTS / f"augment_{KIND}.csv", DEVICE, unit="ms")
 
 
 def plan(images: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +76,7 @@ def pixels(count: int, height: int, width: int) -> Tensor:
     return torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
-@cache  # on a GPU, making them would be a copy from the host in every batch
+@cache  # created in every batch they would be copied from the host to a GPU each time
 def mean_and_std() -> list[Tensor]:
     return [torch.tensor(value, device=DEVICE) for value in (DATA.mean, DATA.std)]
 
@@ -103,7 +89,7 @@ def finish(crops: Tensor) -> Tensor:
 def with_torchvision(
     images: Tensor, indices: Tensor, offsets: list[tuple[int, int]], flips: list[bool]
 ) -> Tensor:
-    """The whole batch resized at once, in the layout and the type that torchvision is fastest in."""
+    """Resize the whole batch at once, in the layout and the dtype in which torchvision is fastest."""
     resized = F.resize(images[indices].permute(0, 3, 1, 2), [DATA.resize] * 2)
     crops = []
     for image, (top, left), flip in zip(resized, offsets, flips, strict=True):
@@ -118,43 +104,47 @@ def ten_crop_with_torchvision(images: Tensor) -> Tensor:
 
 
 def compare(
-    rows: list[Any], benchmark: Any, case: str, ours: Contender, rivals: dict[str, Contender]
+    measurements: list[Measurement],
+    benchmark: Any,
+    case: str,
+    ours: TimedCall,
+    rivals: dict[str, TimedCall],
 ) -> None:
-    """Times `ours` and each rival by turns."""
-    if benchmark.disabled:
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
-    contenders = {**rivals, "fastalex": ours}
-    spent: dict[str, list[float]] = {name: [] for name in contenders}
-
-    def measure(name: str) -> None:
-        spent[name].append(contenders[name].time(contenders[name].call))
-
-    def others() -> None:
-        for name in rivals:
-            measure(name)
-
-    benchmark.pedantic(measure, args=("fastalex",), setup=others, rounds=ROUNDS, warmup_rounds=1)
-    own = percentiles(spent["fastalex"][1:])[0] / ours.images  # the first round compiles, or starts processes
-    for name, (_, made, _) in contenders.items():
-        median, low, high = percentiles(spent[name][1:])
-        times = len(spent[name]) - 1
-        rows.append(Row(case, name, made, median, low, high, times, made / median * 1e3, median / made / own))
-    benchmark.extra_info["images/s"] = {
-        row.implementation: row.images_per_s for row in rows if row.case == case
-    }
+    """Time `ours` and each rival by turns."""
+    calls = {**rivals, "fastalex": ours}
+    turns = {name: partial(turn, case, timed) for name, timed in calls.items()}
+    seconds = seconds_by_turns(benchmark, turns, ROUNDS)
+    own = median(seconds[case, "fastalex"]) / ours.images
+    found = []
+    for name, timed in calls.items():
+        spent = median(seconds[case, name])
+        found.append(
+            Measurement.of_times(
+                {"case": case, "implementation": name, "images": timed.images},
+                seconds[case, name],
+                images_per_s=timed.images / spent,
+                augment_is_times_faster=spent / timed.images / own,
+            )
+        )
+    measurements += found
+    benchmark.extra_info["images/s"] = {m["implementation"]: m["images_per_s"] for m in found}
 
 
-def batch(images: Tensor, count: int) -> tuple[Contender, Contender]:
-    """`augment` and torchvision on as many crops of the images, which lie on the device."""
+def turn(case: str, timed: TimedCall) -> dict[str, float]:
+    return {case: timed.time(timed.call)}
+
+
+def batch(images: Tensor, count: int) -> tuple[TimedCall, TimedCall]:
+    """`augment` and torchvision on `count` crops of the images, which are on the device."""
     indices, offsets, flips = plan(len(images), count)
     images, indices = images.to(DEVICE), indices.to(DEVICE)
     ours = partial(augment, images, offsets.to(DEVICE), flips.to(DEVICE), indices=indices, **OPTIONS)
     theirs = partial(with_torchvision, images, indices, offsets.tolist(), flips.tolist())
-    return Contender(ours, count), Contender(theirs, count)
+    return TimedCall(ours, count), TimedCall(theirs, count)
 
 
-def epoch(name: str, images: Tensor) -> Contender:
-    """An epoch of one of the loaders, from idle workers, one a core, to idle workers."""
+def epoch(name: str, images: Tensor) -> TimedCall:
+    """An epoch of one of the loaders with one worker per core, from idle workers to idle workers."""
     split = ImageSet(np.zeros(len(images), np.int64), pixels=images.numpy())
     config = LoaderConfig(name=name, workers=torch.get_num_threads())
     loader = build_loader(
@@ -170,42 +160,48 @@ def epoch(name: str, images: Tensor) -> Contender:
         for _ in loader:
             pass
 
-    return Contender(run, len(images), seconds)
+    return TimedCall(run, len(images), seconds)
 
 
 @pytest.mark.benchmark(group="augment")
-def test_enlarging_small_images(rows: list[Any], benchmark: Any) -> None:
+@pytest.mark.usefixtures("enabled")
+def test_enlarging_small_images(measurements: list[Measurement], benchmark: Any) -> None:
     """128 crops of 224 from 32-pixel images resized to 256: a training batch of CIFAR-10."""
     images = pixels(512, 32, 32)
     ours, torchvision = batch(images, 128)
     rivals = {"torchvision, batched": torchvision, "torchvision, DataLoader": epoch("torchvision", images)}
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         rivals[f"DALI, {DEVICE.upper()} pipeline"] = epoch("dali", images)
-    compare(rows, benchmark, "32 x 32 to 256, crop 224", ours, rivals)
+    compare(measurements, benchmark, "32 x 32 to 256, crop 224", ours, rivals)
 
 
 @pytest.mark.benchmark(group="augment")
-def test_shrinking_photographs(rows: list[Any], benchmark: Any) -> None:
+@pytest.mark.usefixtures("enabled")
+def test_shrinking_photographs(measurements: list[Measurement], benchmark: Any) -> None:
     """32 crops of 224 from decoded 500x375 photographs."""
     ours, torchvision = batch(pixels(32, 375, 500), 32)
-    compare(rows, benchmark, "500 x 375 to 256, crop 224", ours, {"torchvision, batched": torchvision})
-
-
-@pytest.mark.benchmark(group="augment")
-def test_ten_crop(rows: list[Any], benchmark: Any) -> None:
-    """Ten views each of 16 images of 32 pixels."""
-    images = pixels(16, 32, 32).to(DEVICE)
     compare(
-        rows,
-        benchmark,
-        "ten-crop, 32 x 32 to 256, crop 224",
-        Contender(lambda: ten_crop(images, **OPTIONS), len(images)),
-        {"torchvision, batched": Contender(lambda: ten_crop_with_torchvision(images), len(images))},
+        measurements, benchmark, "500 x 375 to 256, crop 224", ours, {"torchvision, batched": torchvision}
     )
 
 
 @pytest.mark.benchmark(group="augment")
-def test_resident_epoch(rows: list[Any], benchmark: Any) -> None:
-    """A whole epoch of 16 batches: order, offsets, flips, labels and all."""
+@pytest.mark.usefixtures("enabled")
+def test_ten_crop(measurements: list[Measurement], benchmark: Any) -> None:
+    """Ten views each of 16 images of 32 pixels."""
+    images = pixels(16, 32, 32).to(DEVICE)
+    compare(
+        measurements,
+        benchmark,
+        "ten-crop, 32 x 32 to 256, crop 224",
+        TimedCall(lambda: ten_crop(images, **OPTIONS), len(images)),
+        {"torchvision, batched": TimedCall(lambda: ten_crop_with_torchvision(images), len(images))},
+    )
+
+
+@pytest.mark.benchmark(group="augment")
+@pytest.mark.usefixtures("enabled")
+def test_resident_epoch(measurements: list[Measurement], benchmark: Any) -> None:
+    """A whole epoch of 16 batches, with order, offsets, flips and labels."""
     ours = epoch("resident", pixels(2048, 32, 32))
-    compare(rows, benchmark, "resident epoch, 32 x 32 to 256, crop 224", ours, {})
+    compare(measurements, benchmark, "resident epoch, 32 x 32 to 256, crop 224", ours, {})

@@ -1,18 +1,18 @@
-"""The update of AlexNet's two hidden layers: their gradients whole, or multiplied out a few rows at a time.
+"""The update of AlexNet's two hidden layers: with whole gradients, or with factors multiplied by row blocks.
 
     python -m pytest benchmarks/test_factored_sgd.py --benchmark-enable -s
 
-The product of gradient and input, the clipping and the step of fc6 and fc7, for random ones of both, in the
-dtype that the machine trains in. `whole` makes each weight's gradient, as autograd does; the others keep its
-factors, which `FactoredSGD` multiplies out that many rows at a time: this is to find the best
+The product of output gradient and input, clipping and step of fc6 and fc7, for random gradients and inputs in
+the dtype that the machine trains in. `whole` computes each weight's gradient, as autograd does; the others
+keep its factors, which `FactoredSGD` multiplies a number of rows at a time. This finds the best
 `fastalex.training.optim.ROWS`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
-`factored_sgd_cpu_fp32.csv` on a CPU without bf16: milliseconds, and times `whole`'s.
+`factored_sgd_cpu_fp32.csv` on a CPU without bf16: ms, also as a multiple of `whole`'s.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Any
 
 import pytest
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastalex.training.optim
-from benchmarks.hardware import KIND
-from benchmarks.report import RESULTS, percentiles, write_csv
+from benchmarks.hardware import KIND, seconds
+from benchmarks.report import RESULTS, Measurement, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.factored_linear import FactoredLinear, Factors
@@ -34,24 +34,9 @@ CLIP_NORM = 5.0
 ROUNDS = 15
 
 
-@dataclass(frozen=True)
-class Row:
-    """One implementation's time for the update of both layers."""
-
-    batch: int
-    gradient: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    times_whole: float
-
-
 @pytest.mark.benchmark(group="factored SGD")
-@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.usefixtures("cpu_only", "enabled")
 def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if benchmark.disabled:
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
     layers = [FactoredLinear(256 * 6 * 6, 4096), FactoredLinear(4096, 4096)]
     model = nn.Sequential(*layers)
     optimizer = create_optimizer(model, TrainConfig())
@@ -83,23 +68,21 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             layer.factors = None
             gradient.scale = None
 
-    seconds: dict[tuple[int, int | None], list[float]] = {}
+    spent: dict[tuple[int, int | None], list[float]] = {}
 
     def measure() -> None:
         for batch in BATCHES:
             for rows in (None, *BLOCKS):
-                start = time.perf_counter()
-                update(batch, rows)
-                seconds.setdefault((batch, rows), []).append(time.perf_counter() - start)
+                spent.setdefault((batch, rows), []).append(seconds(partial(update, batch, rows)))
 
     measure()  # touches the memory
-    seconds.clear()
+    spent.clear()
     benchmark.pedantic(measure, rounds=ROUNDS)
-    measured = []
-    for (batch, rows), times in seconds.items():
+    measurements = []
+    for (batch, rows), times in spent.items():
         gradient = f"{rows} rows at a time" if rows else "whole"
-        median, low, high = percentiles(times)
-        factor = median / percentiles(seconds[batch, None])[0]
-        measured.append(Row(batch, gradient, median, low, high, len(times), factor))
-        print(f"\nbatch {batch}: {gradient}, {median:.0f} ms, {factor:.2f} times", end="")
-    write_csv(measured, RESULTS / f"factored_sgd_{KIND}.csv", "cpu")
+        factor = median(times) / median(spent[batch, None])
+        m = Measurement.of_times({"batch": batch, "gradient": gradient}, times, times_whole=factor)
+        measurements.append(m)
+        print(f"\nbatch {batch}: {gradient}, {m.median:.0f} ms, {factor:.2f} times", end="")
+    write_csv(measurements, RESULTS / f"factored_sgd_{KIND}.csv", "cpu", unit="ms")

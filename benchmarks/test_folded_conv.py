@@ -1,19 +1,19 @@
-"""AlexNet's first convolution on the source pixels against augment and convolution, interleaved, in one run.
+"""AlexNet's first convolution on the source pixels against augment and convolution, interleaved in one run.
 
     python -m pytest benchmarks/test_folded_conv.py --benchmark-enable -s
 
 A training batch of CIFAR-10: 128 crops of 224 from 32-pixel images resized to 256, 11x11 convolution with
-stride 4 and 96 channels, gradients of its weight and bias. `plain` is what the training step does: `augment`
-in bf16, then the convolution under autocast, channels-last, with an fp32 weight; all in fp32 on a CPU without
-bf16. `folded` is `folded_conv2d`. They take turns, and memory that is freed stays with the process, as in a
-training run. Writes `benchmarks/results/folded_conv_cpu.csv`, or `folded_conv_cpu_fp32.csv` without bf16:
-milliseconds a batch, and how many times faster `folded` is.
+stride 4 and 96 channels, with gradients of its weight and bias. `plain` is `augment` in bf16, which is part
+of its forward pass, then the convolution under autocast, channels-last, with an fp32 weight; all in fp32 on a
+CPU without bf16. `folded` is `folded_conv2d`. They take turns, and freed memory stays with the process, as in
+a training run. Writes `benchmarks/results/folded_conv_cpu.csv`, or `folded_conv_cpu_fp32.csv` without bf16:
+ms per batch, and how many times faster `folded` is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from benchmarks.hardware import KIND, KINDS
 from benchmarks.passes import seconds_by_pass
-from benchmarks.report import RESULTS, percentiles, write_csv
+from benchmarks.report import RESULTS, Measurement, write_csv
+from benchmarks.turns import seconds_by_turns
 from fastalex.config import DataConfig
 from fastalex.kernels import augment, folded_conv2d
 from fastalex.runtime import keep_pages
@@ -41,22 +42,8 @@ BATCH = 128
 ROUNDS = 25
 
 
-@dataclass(frozen=True)
-class Row:
-    """One implementation's time for one pass over a batch; the plain forward pass includes `augment`."""
-
-    case: str
-    implementation: str
-    direction: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    folded_is_times_faster: float
-
-
 def training_batch() -> dict[str, Any]:
-    """Arguments of `folded_conv2d`; weight and bias need gradients."""
+    """Arguments of `folded_conv2d`; weight and bias require gradients."""
     generator = torch.Generator().manual_seed(0)
     conv = torch.nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2).to(memory_format=torch.channels_last)
     limit = DATA.resize - DATA.crop
@@ -74,10 +61,8 @@ def training_batch() -> dict[str, Any]:
 
 
 @pytest.mark.benchmark(group="folded_conv")
-@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.usefixtures("cpu_only", "enabled")
 def test_training_batch(benchmark: Any) -> None:
-    if benchmark.disabled:
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
     keep_pages()
     arguments = training_batch()
     images, offsets, flips, indices = (arguments[name] for name in ("images", "offsets", "flips", "indices"))
@@ -93,21 +78,17 @@ def test_training_batch(benchmark: Any) -> None:
     def folded() -> Tensor:
         return folded_conv2d(**arguments)
 
-    forwards: dict[str, Callable[[], Tensor]] = {"plain": plain, "folded": folded}
-    seconds: dict[tuple[str, str], list[float]] = {}
-
-    def measure(name: str) -> None:
-        for direction, spent in seconds_by_pass(forwards[name], parameters, grad).items():
-            seconds.setdefault((direction, name), []).append(spent)
-
-    benchmark.pedantic(
-        measure, args=("folded",), setup=lambda: measure("plain"), rounds=ROUNDS, warmup_rounds=1
-    )
-    rows = []
+    turns = {
+        "plain": partial(seconds_by_pass, plain, parameters, grad),
+        "folded": partial(seconds_by_pass, folded, parameters, grad),
+    }
+    seconds = seconds_by_turns(benchmark, turns, ROUNDS)
+    case = "128 x (32 x 32 to 256, crop 224), 11 x 11, 96 channels"
+    measurements = []
     for (direction, name), times in sorted(seconds.items()):
-        median, low, high = percentiles(times[1:])  # the first round compiles
-        factor = median / percentiles(seconds[direction, "folded"][1:])[0]
-        case = "128 x (32 x 32 to 256, crop 224), 11 x 11, 96 channels"
-        rows.append(Row(case, name, direction, median, low, high, len(times) - 1, factor))
-        print(f"\n{direction}: {name}, {median:.1f} ms, folded is {factor:.2f} times faster", end="")
-    write_csv(rows, RESULTS / f"folded_conv_{KIND}.csv", "cpu")
+        factor = median(times) / median(seconds[direction, "folded"])
+        subject = {"case": case, "implementation": name, "direction": direction}
+        m = Measurement.of_times(subject, times, folded_is_times_faster=factor)
+        measurements.append(m)
+        print(f"\n{direction}: {name}, {m.median:.1f} ms, folded is {factor:.2f} times faster", end="")
+    write_csv(measurements, RESULTS / f"folded_conv_{KIND}.csv", "cpu", unit="ms")

@@ -1,16 +1,16 @@
-"""Images a second and peak memory of the four loaders, by turns in one run.
+"""Images/s and peak memory of the four loaders, by turns in one run.
 
     make bench-loaders
 
-Each loader lives in a process of its own, warmed up by an epoch, and they take turns at timed epochs, so that
-all of them see the same machine. What is timed is the loader alone: batches are dropped as they come. Memory
-is the proportional set size of the process and its workers (shared pages counted once, divided among those
-who share them), at its largest during its turns; PyTorch itself is in it. A table and a chart go to
-``benchmarks/results/loaders_cpu.*``, or ``loaders_cpu_fp32.*`` on a CPU without bf16.
+Each loader has a process of its own, warmed up by an epoch, and they take turns at timed epochs, so that all
+of them see the same machine. Only the loader is timed: batches are discarded. Memory is the proportional set
+size of the process and its workers (each shared page divided among the processes that share it), the largest
+during its turns; it includes PyTorch itself. A table and a chart go to ``benchmarks/results/loaders_cpu.*``,
+or ``loaders_cpu_fp32.*`` on a CPU without bf16.
 
-Two data sets: 1,024 images of CIFAR-10 (noise of that size where the data are not at hand), and generated
-JPEG photographs of 500 x 375. The resident loader takes no files: it is shown with the photographs decoded
-beforehand, as is FFCV, whose .beton file is written before the clock starts.
+Two data sets: 1,024 images of CIFAR-10 (noise of that size without the data set), and generated JPEG
+photographs of 500 x 375. The resident loader reads no files: it gets the photographs decoded beforehand;
+FFCV's .beton file is written before the clock starts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from PIL import Image
 
 from benchmarks.hardware import KIND
 from benchmarks.memory import family, proportional_bytes
-from benchmarks.report import RESULTS, machine, write_csv
+from benchmarks.report import RESULTS, Measurement, machine, spread, write_csv
+from benchmarks.sections import column, render
 from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig
 from fastalex.data import ImageSet, Views, build_loader, load_splits
 from fastalex.files import replacing, write_text
@@ -44,26 +44,12 @@ NAMES = ("torchvision", "dali", "ffcv", "resident")
 GEOMETRY: dict[str, Any] = {"resize": 256, "crop": 224}
 WORKERS = 2
 ROUNDS = 5
-LEAST_SECONDS = 0.5  # of epochs in a turn
+LEAST_SECONDS = 0.5  # of a turn, which runs whole epochs
 SMALL, PHOTOGRAPHS = 1024, 256
 
 
-@dataclass(frozen=True)
-class Row:
-    """One loader on one data set; images a second over the timed epochs, memory in MB."""
-
-    data: str
-    loader: str
-    images_per_s: float
-    p20: float
-    p80: float
-    times_torchvision: float
-    peak_memory_mb: float
-    rounds: int
-
-
-class Server:
-    """A loader in a process of its own, which runs epochs each time it is asked."""
+class LoaderProcess:
+    """A loader in a process of its own, which runs epochs on request."""
 
     def __init__(self, name: str, source: Path) -> None:
         self.name = name
@@ -107,7 +93,7 @@ class Server:
 
 
 def serve(name: str, source: Path) -> None:
-    """Runs epochs for each line of standard input and answers with the images a second."""
+    """Run epochs for each line of standard input; answer with images/s."""
     data = DataConfig(name="benchmark", **GEOMETRY)
     if source.suffix == ".npy":
         pixels = np.load(source, mmap_mode="r")
@@ -137,44 +123,52 @@ def serve(name: str, source: Path) -> None:
             for _, labels in loader:
                 loaded += len(labels)
         print("answer", loaded / (time.perf_counter() - start), flush=True)
-    os._exit(0)  # nothing is left to tidy up
+    os._exit(0)  # there is nothing to clean up
 
 
 @pytest.fixture(scope="module")
-def rows() -> Any:
-    """Collects the rows and reports them when all are there."""
-    collected: list[Row] = []
+def measurements() -> Iterator[list[Measurement]]:
+    """Collects the measurements; writes them if they were timed."""
+    collected: list[Measurement] = []
     yield collected
-    if collected and collected[0].rounds > 1:
+    if collected and collected[0]["rounds"] > 1:
         write(collected)
 
 
 @pytest.mark.usefixtures("cpu_only")
 @pytest.mark.parametrize("kind", ["CIFAR-10, 32x32", "JPEG files, 500x375"])
-def test_loaders(kind: str, rows: list[Row], tmp_path: Path, benchmark: Any) -> None:
+def test_loaders(kind: str, measurements: list[Measurement], tmp_path: Path, benchmark: Any) -> None:
     if find_spec("nvidia.dali") is None or find_spec("ffcv") is None:
         pytest.skip("DALI and FFCV are not installed: .ci/install-loaders PYTHON")
     source = small_images(tmp_path) if kind.startswith("CIFAR") else photographs(tmp_path)
-    servers = {name: Server(name, source) for name in NAMES}
+    processes = {name: LoaderProcess(name, source) for name in NAMES}
 
     def let_others() -> None:
-        for name, server in servers.items():
+        for name, process in processes.items():
             if name != "resident":
-                server.epoch()
+                process.epoch()
 
     try:
-        for server in servers.values():
-            server.wait_until_warm()
-        benchmark.pedantic(servers["resident"].epoch, setup=let_others, rounds=ROUNDS)
+        for process in processes.values():
+            process.wait_until_warm()
+        benchmark.pedantic(processes["resident"].epoch, setup=let_others, rounds=ROUNDS)
     finally:
-        for server in servers.values():
-            server.close()
-    reference = float(np.median(servers["torchvision"].rates))
-    for name, server in servers.items():
-        low, middle, high = (float(value) for value in np.percentile(server.rates, [20, 50, 80]))
-        memory = server.peak / 1e6
-        rows.append(Row(kind, name, middle, low, high, middle / reference, memory, len(server.rates)))
-        benchmark.extra_info[f"{name}, images/s"] = round(middle)
+        for process in processes.values():
+            process.close()
+    reference = float(np.median(processes["torchvision"].rates))
+    for name, process in processes.items():
+        m = Measurement(
+            {"data": kind, "loader": name},
+            "images/s",
+            *spread(process.rates),
+            {
+                "times_torchvision": float(np.median(process.rates)) / reference,
+                "peak_memory_mb": process.peak / 1e6,
+                "rounds": len(process.rates),
+            },
+        )
+        measurements.append(m)
+        benchmark.extra_info[f"{name}, images/s"] = round(m.median)
 
 
 def small_images(folder: Path) -> Path:
@@ -190,7 +184,7 @@ def small_images(folder: Path) -> Path:
 
 
 def photographs(folder: Path) -> Path:
-    """Smooth random pictures as JPEG files, about as large as photographs of that size (45 kB)."""
+    """Smooth random pictures as JPEG files, of the file size of photographs (45 kB)."""
     target = folder / "photographs"
     target.mkdir()
     rng = np.random.default_rng(0)
@@ -200,46 +194,46 @@ def photographs(folder: Path) -> Path:
     return target
 
 
-def write(rows: Sequence[Row]) -> None:
-    """Prints the table and writes it as CSV, Markdown and a chart."""
+def write(measurements: Sequence[Measurement]) -> None:
+    """Print the table and write it as CSV, Markdown and a chart."""
     about = machine("cpu")
-    lines = [
-        "| data | loader | images/s | 20th to 80th percentile | times torchvision | peak memory, MB |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {row.data} | {row.loader} | {row.images_per_s:,.0f} | {row.p20:,.0f} to {row.p80:,.0f} "
-            f"| {row.times_torchvision:.1f} | {row.peak_memory_mb:,.0f} |"
-            for row in rows
-        ),
+    columns = [
+        column("data", "data"),
+        column("loader", "loader"),
+        column("images/s", "median", "{:,.0f}".format),
+        ("20th to 80th percentile", lambda m: f"{m.p20:,.0f} to {m.p80:,.0f}"),
+        column("times torchvision", "times_torchvision", "{:.1f}".format),
+        column("peak memory, MB", "peak_memory_mb", "{:,.0f}".format),
     ]
     note = (
         f"{GEOMETRY['resize']} -> {GEOMETRY['crop']}, bf16, batch 128, loader.workers={WORKERS}, "
-        f"{rows[0].rounds} turns each; {about['hardware']}, {about['threads']} threads, "
+        f"{measurements[0]['rounds']} turns each; {about['hardware']}, {about['threads']} threads, "
         f"PyTorch {about['torch']}, {about['date']}. Written by `make bench-loaders`."
     )
-    text = "\n".join([*lines, "", note, ""])
+    text = f"{render(columns, measurements)}\n\n{note}\n"
     print(f"\n{text}")
     write_text(RESULTS / f"loaders_{KIND}.md", text)
-    write_csv(rows, RESULTS / f"loaders_{KIND}.csv", "cpu")
-    draw(rows, RESULTS / f"loaders_{KIND}.png", about)
+    write_csv(measurements, RESULTS / f"loaders_{KIND}.csv", "cpu", unit="images/s")
+    draw(measurements, RESULTS / f"loaders_{KIND}.png", about)
 
 
-def draw(rows: Sequence[Row], path: Path, about: dict[str, str]) -> None:
-    """A row of panels a data set: images a second (log scale), peak memory."""
-    kinds = list(dict.fromkeys(row.data for row in rows))
+def draw(measurements: Sequence[Measurement], path: Path, about: dict[str, str]) -> None:
+    """Draw a row of panels per data set: images/s on a log scale, and peak memory."""
+    kinds = list(dict.fromkeys(m["data"] for m in measurements))
     figure = Figure(figsize=(10, 2.4 * len(kinds) + 0.6), layout="constrained")
     for (speed, memory), kind in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds, strict=True):
-        shown = [row for row in rows if row.data == kind]
-        names = [row.loader for row in shown]
-        speed.barh(names, [row.images_per_s for row in shown], color="tab:blue")
-        for position, row in enumerate(shown):
-            label = f" {row.images_per_s:,.0f} ({row.times_torchvision:.1f}x)"
-            speed.text(row.images_per_s, position, label, va="center", fontsize=9)
+        shown = [m for m in measurements if m["data"] == kind]
+        names, rates = [m["loader"] for m in shown], [m.median for m in shown]
+        speed.barh(names, rates, color="tab:blue")
+        for position, m in enumerate(shown):
+            label = f" {m.median:,.0f} ({m['times_torchvision']:.1f}x)"
+            speed.text(m.median, position, label, va="center", fontsize=9)
         speed.set(title=kind, xscale="log", xlabel="images/s (log scale)")
-        speed.set_xlim(min(r.images_per_s for r in shown) / 2, max(r.images_per_s for r in shown) * 6)
-        memory.barh(names, [row.peak_memory_mb for row in shown], color="tab:orange")
-        for position, row in enumerate(shown):
-            memory.text(row.peak_memory_mb, position, f" {row.peak_memory_mb:,.0f}", va="center", fontsize=9)
+        speed.set_xlim(min(rates) / 2, max(rates) * 6)
+        peaks = [m["peak_memory_mb"] for m in shown]
+        memory.barh(names, peaks, color="tab:orange")
+        for position, peak in enumerate(peaks):
+            memory.text(peak, position, f" {peak:,.0f}", va="center", fontsize=9)
         memory.set(xlabel="peak memory, MB")
         memory.margins(x=0.15)
     figure.suptitle(

@@ -3,27 +3,30 @@
     python -m pytest benchmarks/test_lrn.py --benchmark-enable -s
 
 Writes results/lrn_cpu.csv and .png (lrn_cuda.* on a GPU, where the time is that of the kernels: see
-`benchmarks.hardware.seconds_of`). The implementations take turns within a round, so that whatever else the
-machine does falls on all of them:
+`benchmarks.hardware.seconds_of`). The implementations take turns within a round, so that other load on the
+machine affects them all:
 
-- eager: `nn.ReLU`, `nn.LocalResponseNorm` and, for pooling, `nn.MaxPool2d`, in NCHW, where they are at their
-  fastest. On the CPU in fp32 only: PyTorch has no 16-bit kernel for it there.
+- eager: `nn.ReLU`, `nn.LocalResponseNorm` and, for pooling, `nn.MaxPool2d`, in NCHW, where they are fastest.
+  On the CPU in fp32 only: PyTorch has no 16-bit kernel for LRN there.
 - torch.compile: the formula as the paper states it, with shifted slices for the window; and the same written
   so that Inductor fuses it best. Both channels-last.
-- fastalex: this package, channels-last; for pooling also `relu_lrn` and then `max_pool2d`. In NCHW too, which
-  costs copies to channels-last and back.
-- copy: `copy_` of the input, the bandwidth that the others are measured against.
+- fastalex: this package, channels-last; for pooling also `relu_lrn` followed by `max_pool2d`. In NCHW too,
+  which costs copies to channels-last and back.
+- copy: `copy_` of the input, the bandwidth that the others are compared with.
 
-oneDNN has an LRN primitive, but no operator of PyTorch calls it: it cannot be reached from here.
-On the CPU, "eager" is what PyTorch does in a process that sets nothing: glibc's malloc maps each of these
-tensors afresh, and most of the time goes by in page faults. All others run as they do in fastalex, with pages
-kept (`fastalex.runtime.keep_pages`), and "eager, pages kept" says what that alone is worth.
+A measurement's `bytes` are those of all inputs and outputs, each counted once, whatever the implementation
+really moves, so that implementations of one pass and dtype compare; `fraction_of_copy` is that bandwidth over
+a copy's in the same run. oneDNN has an LRN primitive, but no operator of PyTorch calls it.
+On the CPU, "eager" is PyTorch in a process with default settings: glibc's malloc maps each of these tensors
+anew, and most of the time is spent in page faults. All others run as they do in fastalex, with pages kept
+(`fastalex.runtime.keep_pages`), and "eager, pages kept" shows how much that alone gains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import charts
 from benchmarks.hardware import DEVICE, KIND, seconds_of
 from benchmarks.passes import seconds_by_pass
-from benchmarks.report import RESULTS, Row, draw, percentiles, table, write_csv
+from benchmarks.report import RESULTS, Measurement, aligned, write_csv
 from fastalex.kernels import relu_lrn, relu_lrn_max_pool
 from fastalex.runtime import set_malloc_thresholds
 
@@ -49,7 +53,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Candidate(NamedTuple):
-    """An implementation with the input it is timed on, and the size from which malloc maps on its own."""
+    """An implementation, its input, and the block size in bytes from which malloc maps memory separately."""
 
     implementation: str
     dtype: str
@@ -58,12 +62,12 @@ class Candidate(NamedTuple):
     map_from: int = 2**31 - 1
 
 
-# glibc raises its threshold to the largest block it has seen freed, and to this at most.
+# glibc raises its threshold to the largest freed block, up to this.
 STOCK_MAP_FROM = 32 * 2**20
 
 
 def papers_formula(x: Tensor) -> Tensor:
-    """ReLU and LRN as section 3.3 of the paper writes them, with channels where PyTorch has them."""
+    """ReLU and LRN as in section 3.3 of the paper, with PyTorch's order of dimensions."""
     v = x.relu()
     squares = F.pad(v * v, (0, 0, 0, 0, SIZE // 2, (SIZE - 1) // 2))
     total = sum(squares[:, i : i + x.shape[1]] for i in range(SIZE))
@@ -72,9 +76,9 @@ def papers_formula(x: Tensor) -> Tensor:
 
 
 def formula(x: Tensor) -> Tensor:
-    """ReLU and LRN as one writes them for a compiler: in fp32, the channels last, no power, shifted slices.
+    """ReLU and LRN written for a compiler: in fp32, channels last, without powers, with shifted slices.
 
-    Of the variants tried on the CPU this is Inductor's fastest; `** -0.75` alone takes twice as long.
+    Of the variants tried on the CPU this is the fastest with Inductor; `** -0.75` alone takes twice as long.
     """
     v = x.movedim(1, -1).float().relu()
     squares = F.pad(v * v, (SIZE // 2, (SIZE - 1) // 2))
@@ -119,7 +123,7 @@ def candidates(function: str, shape: tuple[int, ...]) -> list[Candidate]:
 
 
 def bytes_moved(function: str, x: Tensor, y: Tensor) -> dict[str, int]:
-    """Every input and output once. Pooling writes, and reads again, one byte a result: where it was."""
+    """Bytes of every input and output, counted once. Pooling writes and reads one argmax byte per output."""
     size = x.element_size()
     argmax = y.numel() if function == "relu_lrn_max_pool" else 0
     forward = (x.numel() + y.numel()) * size + argmax
@@ -128,25 +132,37 @@ def bytes_moved(function: str, x: Tensor, y: Tensor) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[list[Row]]:
-    """The rows of all cases; written when all have run, so that a part does not replace the whole."""
-    collected: list[Row] = []
+def measurements() -> Iterator[list[Measurement]]:
+    """Collects the measurements of all cases; writes them only if all have run."""
+    collected: list[Measurement] = []
     yield collected
-    if len({(row.function, row.shape) for row in collected}) == len(FUNCTIONS) * len(SHAPES):
-        print("\n" + table(collected))
-        write_csv(collected, RESULTS / f"lrn_{KIND}.csv", DEVICE)
-        draw(collected, RESULTS / f"lrn_{KIND}.png", DEVICE)
+    if len({(m["function"], m["shape"]) for m in collected}) == len(FUNCTIONS) * len(SHAPES):
+        print("\n" + report(collected))
+        write_csv(collected, RESULTS / f"lrn_{KIND}.csv", DEVICE, unit="ms")
+        charts.lrn(collected, RESULTS / f"lrn_{KIND}.png", DEVICE)
 
 
+def report(measurements: list[Measurement]) -> str:
+    """The measurements as text."""
+    heads = ["function", "shape", "dtype", "implementation", "pass", "median ms", "p20", "p80"]
+    heads += ["GB/s", "of copy", "vs eager"]
+    lines = [heads]
+    for m in measurements:
+        figures = (m.median, m.p20, m.p80, m["gb_per_s"], m["fraction_of_copy"])
+        faster = m["times_faster_than_eager"]
+        last = f"{faster:.1f}x" if faster else ""
+        lines.append([*m.subject.values(), *(f"{value:.2f}" for value in figures), last])
+    return aligned(lines)
+
+
+@pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: Any) -> None:
-    if benchmark.disabled:
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
+def test_lrn(function: str, shape: tuple[int, ...], measurements: list[Measurement], benchmark: Any) -> None:
     torch.manual_seed(0)
     field = candidates(function, shape)
     results = [candidate.call(candidate.x).detach() for candidate in field]
-    for result, candidate in zip(results, field, strict=True):  # what is not equal need not be timed
+    for result, candidate in zip(results, field, strict=True):  # wrong results need not be timed
         torch.testing.assert_close(
             result.float(), results[0].float(), rtol=2 * torch.finfo(result.dtype).eps + 1e-5, atol=1e-2
         )
@@ -176,38 +192,34 @@ def test_lrn(function: str, shape: tuple[int, ...], rows: list[Row], benchmark: 
     # pytest-benchmark's own clock sees ours in bf16; the others take their turns in its set-up.
     benchmark.pedantic(partial(measure, ours), setup=everyone_else, rounds=ROUNDS, warmup_rounds=1)
 
-    eager = {direction: percentiles(values[1:])[0] for direction, values in times[0].items()}
+    eager = {direction: median(values[1:]) for direction, values in times[0].items()}
     sizes = {c.dtype: bytes_moved(function, c.x, result) for c, result in zip(field, results, strict=True)}
-    name = "x".join(map(str, shape))
 
-    def row(implementation: str, dtype: str, direction: str, values: list[float], moved: int) -> Row:
-        median, low, high = percentiles(values[1:])  # the first round warms up
-        copied = 2 * targets[dtype].nbytes / percentiles(copies[dtype][1:])[0]
-        speedup = eager[direction] / median if direction in eager else None
-        return Row(
-            function,
-            name,
-            dtype,
-            implementation,
-            direction,
-            median,
-            low,
-            high,
-            len(values) - 1,
-            moved,
-            moved / median / 1e6,
-            moved / median / copied,
-            speedup,
+    def measurement(
+        implementation: str, dtype: str, direction: str, values: list[float], moved: int
+    ) -> Measurement:
+        values = values[1:]  # the first round warms up
+        rate = moved / median(values)
+        subject = {"function": function, "shape": "x".join(map(str, shape)), "dtype": dtype}
+        return Measurement.of_times(
+            {**subject, "implementation": implementation, "direction": direction},
+            values,
+            bytes=moved,
+            gb_per_s=rate / 1e9,
+            fraction_of_copy=rate * median(copies[dtype][1:]) / (2 * targets[dtype].nbytes),
+            # Eager fp32, which has no equal of a copy.
+            times_faster_than_eager=eager[direction] / median(values) if direction in eager else None,
         )
 
-    for dtype, values in copies.items():
-        rows.append(row("copy", dtype, "copy", values, 2 * targets[dtype].nbytes))
+    found = [
+        measurement("copy", dtype, "copy", values, 2 * targets[dtype].nbytes)
+        for dtype, values in copies.items()
+    ]
     for candidate, measured in zip(field, times, strict=True):
         for direction, values in measured.items():
             moved = sizes[candidate.dtype][direction]
-            rows.append(row(candidate.implementation, candidate.dtype, direction, values, moved))
+            found.append(measurement(candidate.implementation, candidate.dtype, direction, values, moved))
+    measurements += found
     benchmark.extra_info["median_ms"] = {
-        f"{r.implementation}, {r.dtype}, {r.direction}": r.median_ms
-        for r in rows
-        if (r.function, r.shape) == (function, name)
+        f"{m['implementation']}, {m['dtype']}, {m['direction']}": m.median for m in found
     }

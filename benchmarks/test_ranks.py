@@ -2,10 +2,10 @@
 
     python -m pytest benchmarks/test_ranks.py --benchmark-enable -s [--data-root ROOT] [--rounds N]
 
-Each way to divide the work is what `torchrun ... -m fastalex.train` runs: a trainer, in as many processes, on
-as many threads as the machine has cores between them (`ranks.py`). They are warmed up outside the clock, and
-stopped while it is not their turn. The bytes are those that the machine sent to itself meanwhile, as Linux
-counts them, headers included, over steps and processes; beside them what `docs/scaling.md` computes. Writes
+Each way to divide the work is what `torchrun ... -m fastalex.train` runs: trainers in one or two processes
+that share the machine's cores (`ranks.py`). The programs are warmed up untimed, and stopped between their
+turns. The bytes are those that the machine sent to itself during the steps, as Linux counts them, headers
+included, divided by steps and processes; beside them stand those that `docs/scaling.md` computes. Writes
 results/ranks_cpu.csv and docs/scaling.md.
 """
 
@@ -20,25 +20,26 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling
-from benchmarks.ranks import Bench
+from benchmarks.ranks import RanksBench
 from benchmarks.report import write_csv
 from benchmarks.test_step import BATCH
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
-    """Its processes, stopped at the end."""
+def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[RanksBench]:
+    """The processes, ended after the tests; then the results are written."""
     if sys.platform != "linux":
-        pytest.skip("counts the bytes as Linux does")
-    with closing(Bench(root, request.config.getoption("rounds"), BATCH)) as bench:
+        pytest.skip("reads byte counts that only Linux has")
+    with closing(RanksBench(root, request.config.getoption("rounds"), BATCH)) as bench:
         yield bench
-    for row in bench.rows:
-        of = f", {row.times_one_process:.2f} times one process" if row.times_one_process else ""
-        print(f"\n{row.measurement}: {row.program} {row.median:,.1f} {row.unit}{of}", end="")
-    if bench.rows:  # of a measurement that came to its end
-        write_csv(bench.rows, scaling.MEASURED, "cpu")
+    for m in bench.measurements:
+        times = m["times_one_process"]
+        of = f", {times:.2f} times one process" if times else ""
+        print(f"\n{m['measurement']}: {m['program']} {m.median:,.1f} {m.unit}{of}", end="")
+    if bench.measurements:  # all were taken
+        write_csv(bench.measurements, scaling.MEASURED, "cpu")
         scaling.write()
 
 
-def test_training(bench: Bench, benchmark: Any) -> None:
+def test_training(bench: RanksBench, benchmark: Any) -> None:
     bench.training(benchmark)

@@ -1,4 +1,4 @@
-"""Images a second of training and of ten-crop evaluation, AlexNet at 224x224: three programs by turns.
+"""Images/s of training and of ten-crop evaluation, AlexNet at 224x224: three programs by turns.
 
     python -m pytest benchmarks/test_step.py --benchmark-enable -s [--data-root ROOT] [--rounds N]
 
@@ -7,15 +7,15 @@
   where the machine computes in bf16, channels-last, fused SGD;
 - fastalex: what `python -m fastalex.train` runs, from its loader to its optimizer.
 
-Each is a process of its own (`contenders.py`), stopped while it is not its turn (`turns.py`), and warmed up
-outside the clock. In every round the machine's matrix products and copies are timed as well, in a process of
-their own. A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix
-products, counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up
-(VmHWM), which includes PyTorch itself, and what the processes it started, a DataLoader's or torch.compile's,
-share with nobody; on a GPU also the most that PyTorch had allocated and reserved there, the pools of CUDA
-graphs among the reserved. The time by part is torch.profiler's, from steps of their own. Writes
-results/step_cpu.csv, or step_cuda.csv on a GPU and step_cpu_fp32.csv on a CPU without bf16, and what
-`python -m fastalex.train profile=true` prints of the operators, profile_cpu.txt.
+Each has a process of its own (`contenders.py`), is stopped between its turns (`turns.py`), and is warmed up
+untimed. In every round the machine's matrix products and copies are timed as well, in a process of their own.
+A ratio is the median of the ratios within the rounds. FLOPs are those of convolutions and matrix products,
+counted by PyTorch, forward and backward. Memory is the process's high-water mark since the warm-up (VmHWM),
+which includes PyTorch itself, plus the private memory of the processes it started, a DataLoader's or
+torch.compile's; on a GPU also PyTorch's peak of allocated and of reserved memory, which includes the pools of
+CUDA graphs. The time by part is torch.profiler's, from separate steps; a part's share is its share of the
+profiled step. Writes results/step_cpu.csv, or step_cuda.csv on a GPU and step_cpu_fp32.csv on a CPU without
+bf16, and the operators that `python -m fastalex.train profile=true` prints, profile_cpu.txt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pytest
 
 from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, write_csv
-from benchmarks.step import Bench
+from benchmarks.step import StepBench
 from fastalex.files import write_text
 
 BATCH = 128
@@ -40,27 +40,28 @@ MEASUREMENTS = {"training", "hardware", "peak memory", "ten-crop evaluation", "s
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[Bench]:
-    """Its rows are written when all is measured, so that a part does not replace the whole."""
+def bench(request: pytest.FixtureRequest, root: Path) -> Iterator[StepBench]:
+    """The processes; writes the results only if all measurements were taken."""
     rounds = request.config.getoption("rounds")
-    with closing(Bench(root, rounds, BATCH, PROGRAMS)) as bench:
+    with closing(StepBench(root, rounds, BATCH, PROGRAMS)) as bench:
         yield bench
-    for row in bench.rows:
-        times = f", {row.times_reference:.2f} times the reference" if row.times_reference else ""
-        print(f"\n{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}{times}", end="")
-    if {row.measurement for row in bench.rows} >= MEASUREMENTS:
-        write_csv(bench.rows, RESULTS / f"step_{KIND}.csv", DEVICE)
+    for m in bench.measurements:
+        times = m["times_reference"]
+        of = f", {times:.2f} times the reference" if times else ""
+        print(f"\n{m['measurement']}: {m['program']} {m['part']} {m.median:,.1f} {m.unit}{of}", end="")
+    if {m["measurement"] for m in bench.measurements} >= MEASUREMENTS:
+        write_csv(bench.measurements, RESULTS / f"step_{KIND}.csv", DEVICE)
 
 
-def test_training(bench: Bench, benchmark: Any) -> None:
+def test_training(bench: StepBench, benchmark: Any) -> None:
     bench.training(benchmark)
 
 
-def test_evaluation(bench: Bench, benchmark: Any) -> None:
+def test_evaluation(bench: StepBench, benchmark: Any) -> None:
     bench.evaluation(benchmark)
 
 
-def test_parts(bench: Bench, benchmark: Any) -> None:
+def test_parts(bench: StepBench, benchmark: Any) -> None:
     bench.parts(benchmark)
 
 

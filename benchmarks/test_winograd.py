@@ -4,19 +4,19 @@
 
 A training batch of 128, channels-last: activations in bf16 where the machine computes in it, fp32 weight and
 bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and
-bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. These are the 3x3 convolutions of crops of
-224x224, 112x112 and 64x64 pixels; in fp32 AlexNet's 5x5 one as well. They take turns, and memory that is
-freed stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
-`winograd_cpu_fp32.csv` without bf16: milliseconds a batch, how many times faster `winograd` is, and for each
-layer the root mean square error of the result and of the gradients of input and weight, relative to
-float64's, for rectified noise and a weight initialised after He.
+bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. The layers are the 3x3 convolutions at
+crops of 224x224, 112x112 and 64x64 pixels; in fp32 AlexNet's 5x5 convolution as well. They take turns, and
+freed memory stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
+`winograd_cpu_fp32.csv` without bf16: ms per batch, how many times faster `winograd` is, and for each layer
+the root mean square error of the result and of the gradients of input and weight, relative to float64's, for
+rectified noise and He initialisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from benchmarks.hardware import KIND, KINDS
 from benchmarks.passes import seconds_by_pass
-from benchmarks.report import RESULTS, percentiles, write_csv
+from benchmarks.report import RESULTS, Measurement, write_csv
+from benchmarks.turns import seconds_by_turns
 from fastalex.kernels import winograd_conv2d
 from fastalex.runtime import keep_pages
 
@@ -34,13 +35,13 @@ DTYPE = KINDS[KIND]
 IN_FP32 = DTYPE is torch.float32
 BATCH = 128
 ROUNDS = 15
-CHECKED = 4  # images whose errors are looked at: float64 takes long
+CHECKED = 4  # images whose errors are computed: float64 is slow
 
 Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """A convolution: channels, taps on each axis, pixels on each axis."""
+    """A convolution: channels, and taps and pixels per axis."""
 
     channels: int
     out_channels: int
@@ -64,23 +65,6 @@ for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
 for crop, sizes in RESNET_18.items():
     for n, pixels in enumerate(sizes):
         LAYERS[f"ResNet-18 layer{n + 1}{at(crop)}"] = Layer(64 * 2**n, 64 * 2**n, 3, pixels)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One implementation's time for one pass over a batch, and its errors relative to float64."""
-
-    case: str
-    implementation: str
-    direction: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    winograd_is_times_faster: float
-    error: float  # of the result
-    error_d_input: float
-    error_d_weight: float
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -108,7 +92,7 @@ def tensors(layer: Layer) -> tuple[list[Tensor], Tensor]:
 
 
 def errors(name: str, inputs: list[Tensor], grad: Tensor) -> list[float]:
-    """Of the output and the gradients of input and weight, for the first images."""
+    """Errors of output and gradients of input and weight, relative to float64, for the first images."""
 
     def results(convolution: Convolution, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
         out = convolution(*inputs)
@@ -121,37 +105,39 @@ def errors(name: str, inputs: list[Tensor], grad: Tensor) -> list[float]:
 
 
 @pytest.mark.benchmark(group="winograd")
-@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.usefixtures("cpu_only", "enabled")
 def test_training_batch(benchmark: Any) -> None:
-    if benchmark.disabled:
-        pytest.skip("a measurement, not a test: needs --benchmark-enable")
     keep_pages()
     layers = {name: tensors(layer) for name, layer in LAYERS.items()}
-    seconds: dict[tuple[str, str, str], list[float]] = {}
 
-    def measure(name: str) -> None:
-        for case, (inputs, grad) in layers.items():
-            spent_in = seconds_by_pass(partial(CONVOLUTIONS[name], *inputs), inputs, grad)
-            for direction, spent in spent_in.items():
-                seconds.setdefault((case, direction, name), []).append(spent)
+    def turn(name: str) -> dict[tuple[str, str], float]:
+        return {
+            (case, direction): spent
+            for case, (inputs, grad) in layers.items()
+            for direction, spent in seconds_by_pass(
+                partial(CONVOLUTIONS[name], *inputs), inputs, grad
+            ).items()
+        }
 
-    benchmark.pedantic(
-        measure, args=("winograd",), setup=lambda: measure("conv2d"), rounds=ROUNDS, warmup_rounds=1
-    )
+    seconds = seconds_by_turns(benchmark, {name: partial(turn, name) for name in CONVOLUTIONS}, ROUNDS)
     error = {(case, name): errors(name, *layers[case]) for case in layers for name in CONVOLUTIONS}
-    rows = []
-    for (case, direction, name), times in seconds.items():
-        times = times[1:]  # the first round compiles
-        median, low, high = percentiles(times)
-        factor = median / percentiles(seconds[case, direction, "winograd"][1:])[0]
+    measurements = []
+    for ((case, direction), name), times in seconds.items():
         layer = LAYERS[case]
         described = (
             f"{case}, {BATCH} x {layer.channels} to {layer.out_channels}, "
             f"{layer.taps}x{layer.taps} on {layer.pixels}x{layer.pixels}"
         )
-        of = error[case, name]
-        rows.append(Row(described, name, direction, median, low, high, len(times), factor, *of))
-        print(
-            f"\n{described}, {direction}: {name}, {median:.1f} ms, winograd {factor:.2f} times faster", end=""
+        factor = median(times) / median(seconds[(case, direction), "winograd"])
+        m = Measurement.of_times(
+            {"case": described, "implementation": name, "direction": direction},
+            times,
+            winograd_is_times_faster=factor,
+            **dict(zip(("error", "error_d_input", "error_d_weight"), error[case, name], strict=True)),
         )
-    write_csv(rows, RESULTS / f"winograd_{KIND}.csv", "cpu")
+        measurements.append(m)
+        print(
+            f"\n{described}, {direction}: {name}, {m.median:.1f} ms, winograd {factor:.2f} times faster",
+            end="",
+        )
+    write_csv(measurements, RESULTS / f"winograd_{KIND}.csv", "cpu", unit="ms")

@@ -2,11 +2,11 @@
 
     python -m benchmarks.time_to_error results/alexnet [--error 0.1397] [--study results/alexnet_seed_recipe]
 
-fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, validation
-included. The reference's is extrapolated: the images that the study's recipe took to the same error, counted
-in a run of that recipe (``--study``), by the images/s of ``benchmarks/reference.py``
-(``benchmarks/results/step_KIND.csv``), validation left out. A run of the recipe that ended above the error
-gives a lower bound: all of its images were not enough. What has not been measured is said not to be. Writes
+fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, and includes
+validation. The reference's is extrapolated, without validation: the images that the study's recipe took to
+the same error in a run of that recipe (``--study``), divided by the images/s of ``benchmarks/reference.py``
+(``benchmarks/results/step_KIND.csv``). A run of the recipe that ended above the error gives a lower bound. A
+time for which a measurement is missing is marked "not measured". Writes
 ``benchmarks/results/time_to_error.json``.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import KIND
-from benchmarks.report import RESULTS, read_measurements
+from benchmarks.report import RESULTS, aligned, read_measurements
 from fastalex.errors import ConfigError, FastalexError
 from fastalex.files import write_text
 from fastalex.study.results import FinishedRun, read_run
@@ -34,19 +34,19 @@ LOWER_BOUND = "extrapolated lower bound"
 
 @dataclass(frozen=True)
 class TimeToError:
-    """How long a program takes to a validation error.
+    """A program's time to a validation error.
 
     Attributes:
         program: its name.
         kind: measured, extrapolated, an extrapolated lower bound, or not measured.
-        epochs: after which the error was reached; of a lower bound, after which it was not yet.
-        images: training images seen by then.
-        startup_seconds: from the settings to the first step, reading the data included; Python's imports,
-            some seconds before, are not.
-        warmup_seconds: of the steps in which kernels are compiled; a part of ``training_seconds``.
-        training_seconds: of those epochs, validation included where it was measured.
+        epochs: until the error was reached; for a lower bound, epochs after which it was not yet reached.
+        images: training images seen in these epochs.
+        startup_seconds: from the configuration to the first step, including reading the data, but not
+            Python's imports, which take some seconds.
+        warmup_seconds: of the steps that compile kernels; a part of ``training_seconds``.
+        training_seconds: of these epochs, including validation if it was measured.
         seconds: from the cold start to the error.
-        hardware: it was measured on.
+        hardware: on which it was measured.
         note: what is missing, or what the figure leaves out.
     """
 
@@ -90,8 +90,8 @@ def extrapolated(study: FinishedRun | None, steps: Path, error: float) -> TimeTo
     rate, hardware, missing = None, "", []
     if steps.is_file():
         for measurement in read_measurements(steps.read_text()):
-            if measurement.of[:2] == ("training", "reference"):
-                rate, hardware = measurement.median, measurement.record["hardware"]
+            if list(measurement.subject.values())[:2] == ["training", "reference"]:
+                rate, hardware = measurement.median, measurement["hardware"]
     if rate is None:
         missing.append(f"the reference's images/s are not in {steps}: make bench")
     if study is None:
@@ -123,7 +123,7 @@ def _images(run: FinishedRun, epochs: int) -> int:
     return int(run.epochs[epochs - 1]["step"] * run.config["train"]["batch_size"])
 
 
-def table(results: list[TimeToError], error: float) -> str:
+def report(results: list[TimeToError], error: float) -> str:
     """Return the times as text."""
     lines = [f"to a validation error of {error:.4f}"]
     heads = ("program", "", "epochs", "images", "start", "warm-up", "training", "together")
@@ -132,15 +132,14 @@ def table(results: list[TimeToError], error: float) -> str:
         counts = ["" if n is None else f"{n:,}" for n in (result.epochs, result.images)]
         times = (result.startup_seconds, result.warmup_seconds, result.training_seconds, result.seconds)
         cells.append((result.program, result.kind, *counts, *map(_duration, times)))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in cells]
+    lines.append(aligned(cells))
     lines += [f"{result.program}: {result.note}" for result in results if result.note]
     fast, reference = results
     if fast.seconds and reference.seconds:
         ratio = reference.seconds / fast.seconds
         factor = f"{ratio:.1f}"
         if reference.kind == LOWER_BOUND:
-            factor = f"more than {math.floor(10 * ratio) / 10:.1f}"  # rounded up it would claim too much
+            factor = f"more than {math.floor(10 * ratio) / 10:.1f}"  # rounding up would overstate a bound
         lines.append(f"the reference takes {factor} times as long, extrapolated")
         if fast.hardware != reference.hardware:
             lines.append(f"of two machines: {fast.hardware} and {reference.hardware}")
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (FastalexError, ValueError) as error:
         print(f"fastalex: error: {error}", file=sys.stderr)
         return 2
-    print(table(results, given.error))
+    print(report(results, given.error))
     return 0
 
 

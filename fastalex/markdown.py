@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_right: bool = False) -> str:
+    """Return a table, without a newline at its end.
+
+    Args:
+        heads: cells of the first line.
+        rows: cells of the other lines, as many as ``heads``.
+        numbers_right: right-align every column but the first whose cells are empty or start with a digit.
+    """
+    rules = ["---"] * len(heads)
+    if numbers_right:
+        for i in range(1, len(heads)):
+            if all(row[i][0].isdigit() for row in rows if row[i]):
+                rules[i] = "---:"
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rules, *rows])
 
 
 def replace_between(text: str, begin: str, end: str, content: str) -> str:

@@ -1,1 +1,1 @@
-"""Everything that is worth measuring on a GPU, by one command: ``python -m benchmarks.card``."""
+"""All measurements on a GPU by one command, ``python -m benchmarks.card``."""

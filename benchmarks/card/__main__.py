@@ -1,16 +1,15 @@
-"""Everything that is worth measuring on a GPU, by one command.
+"""All measurements on a GPU, in phases.
 
     python -m benchmarks.card [--minutes M] [--data-root ROOT] [--out FOLDER] [--rehearse] [PHASE ...]
 
-Needs no network, and no environment but a Python with fastalex's requirements. Each phase is a process group
-of its own with a time limit: one that fails or hangs costs its own time alone. What a phase leaves is in the
-folder, by default ``benchmarks/results/card/CARD-DATE``, as soon as it is over, so that a harvest which is
-cut off keeps what came before: ``phases.json`` says how each phase ended, ``NAME.log`` what it printed,
-``NAME.json`` holds its figures, ``runs/`` is what trainings left, without weights. The benchmarks'
-``*_cuda.csv`` are where they always are.
+Needs no network, and only a Python with fastalex's requirements. Each phase has a process group and a time
+limit of its own: one that fails or hangs costs only its own time. Its results are in the folder, by default
+``benchmarks/results/card/CARD-DATE``, as soon as it ends, so that a harvest that is cut off keeps the phases
+before: ``phases.json`` has the status of each phase, ``NAME.log`` its output, ``NAME.json`` its figures, and
+``runs/`` the training runs, without weights. The benchmarks' ``*_cuda.csv`` are in their usual place.
 
-``--rehearse`` runs the same phases on a CPU at toy size, to a folder that is deleted: no phase may fail for a
-spelling mistake. ``python -m benchmarks.docs`` turns the results into docs/gpu.md.
+``--rehearse`` runs the same phases on a CPU at toy size, into a folder that is deleted, to find errors before
+a GPU is used. ``python -m benchmarks.docs`` writes the results into docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from benchmarks.report import RESULTS
 from fastalex.files import write_text
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = ("*.pt", "*.safetensors", "tensorboard", "*.tmp")  # of the runs: what is large
-LEAST = 10  # seconds: a phase for which less is left does not begin
+LEFT_OUT = ("*.pt", "*.safetensors", "tensorboard", "*.tmp")  # large files of the runs
+LEAST = 10  # seconds that must be left for a phase to begin
 REHEARSED_TOGETHER = 2  # phases
 
 
@@ -50,10 +49,10 @@ class Group:
     """Commands in a process group of their own.
 
     Args:
-        commands: as in :class:`Phase`.
-        together: as there.
-        log: takes what they print.
-        environment: theirs.
+        commands: see :class:`Phase`.
+        together: see :class:`Phase`.
+        log: file of their output.
+        environment: their environment variables.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Group:
         lines = [subprocess.list2cmdline(command) for command in commands]
         separator = " & " if together else " && "
         script = separator.join(lines)
-        if together:  # wait for all, and fail where one does
+        if together:  # wait for all, and fail if one fails
             waits = "; ".join("wait -n || failed=1" for _ in lines)
             script = f"{script} & {waits}; exit $((failed))"
         with log.open("wb") as output:
@@ -77,7 +76,7 @@ class Group:
             )
 
     def wait(self, seconds: float) -> str:
-        """How they ended, within the seconds; whatever is left of them is killed."""
+        """Wait for at most these seconds, then kill the group; return how it ended."""
         try:
             status = f"status {self._process.wait(seconds)}"
         except subprocess.TimeoutExpired:
@@ -89,22 +88,22 @@ class Group:
 
 
 def environment(phase: Phase, scratch: Path, toy: bool) -> dict[str, str]:
-    """Of a phase's processes."""
+    """The environment variables of a phase's processes."""
     found = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if phase.cold:
         found["TRITON_CACHE_DIR"] = str(scratch / "triton")
         found["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     if toy:
-        found["TORCHDYNAMO_DISABLE"] = "1"  # a compilation takes a CPU longer than all the rest
-        found["OMP_NUM_THREADS"] = "1"  # phases side by side would wait for each other's threads
+        found["TORCHDYNAMO_DISABLE"] = "1"  # on a CPU compilation would take longer than all the rest
+        found["OMP_NUM_THREADS"] = "1"  # threads of parallel phases would wait for each other
     return found
 
 
 def harvest(place: Place, names: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Run the phases of these names within so many seconds; how each ended."""
+    """Run the phases of these names within these seconds; return how each ended."""
     deadline = time.monotonic() + seconds
     ended: list[dict[str, Any]] = []
-    # Phases that are timed have the machine for themselves; a rehearsal times nothing.
+    # Timed phases have the machine to themselves; a rehearsal times nothing.
     with ThreadPoolExecutor(REHEARSED_TOGETHER if place.toy else 1) as pool:
         for one in pool.map(lambda name: run(name, place, deadline), names):
             ended.append(one)
@@ -114,7 +113,7 @@ def harvest(place: Place, names: list[str], seconds: float) -> list[dict[str, An
 
 
 def run(name: str, place: Place, deadline: float) -> dict[str, Any]:
-    """Run a phase, if there is time for it; how it ended."""
+    """Run a phase if there is time for it; return how it ended."""
     began = time.monotonic()
     status = "not begun"
     if deadline - began >= LEAST:
@@ -130,14 +129,14 @@ def run(name: str, place: Place, deadline: float) -> dict[str, Any]:
 
 
 def slim(runs: Path) -> None:
-    """Delete what is large of the runs, and compress traces."""
+    """Delete large files of the runs, and compress traces."""
     for pattern in LEFT_OUT:
         for path in list(runs.rglob(pattern)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    for trace in runs.rglob("trace.json"):  # ui.perfetto.dev opens it as it is
+    for trace in runs.rglob("trace.json"):  # ui.perfetto.dev opens compressed traces
         with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
             shutil.copyfileobj(plain, packed)
         trace.unlink()
@@ -150,7 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "phases", nargs="*", metavar="PHASE", help=f"of {', '.join(PHASES)}; all if none is given"
     )
-    parser.add_argument("--minutes", type=float, help="that all phases have together: 8; 30 of a rehearsal")
+    parser.add_argument("--minutes", type=float, help="for all phases together: 8; 30 in a rehearsal")
     parser.add_argument("--data-root", type=Path, help="of CIFAR-10; generated images if not given")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, keeping nothing")

@@ -1,11 +1,11 @@
-"""Whether compiled programs on this device compute what plain PyTorch does.
+"""Whether compiled programs on this device compute the same as plain PyTorch.
 
     python -m benchmarks.card.agreement FOLDER ROOT [--toy]
 
 Each check trains AlexNet from the same weights on the same batches in two ways and compares the losses. No
-two programs round alike, so a bound is twice what plain PyTorch itself errs by: the distance of its bf16 run
-from its fp32 run, which differ in rounding alone. Writes ``agreement.json``, and exits with 1 if a check
-fails.
+two programs round alike, so the bound is twice plain PyTorch's own rounding error: the distance between its
+bf16 run and its fp32 run, which differ only in rounding. Writes ``agreement.json``, and exits with 1 if a
+check fails.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ CLASSES = 10
 FACTOR = 2.0
 
 
-class Batches:
-    """A loader over batches in memory, the last of them smaller; see ``fastalex.data.Loader``."""
+class BatchList:
+    """A loader over batches in memory; see ``fastalex.data.Loader``."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self._batches = batches
@@ -58,7 +59,14 @@ class Batches:
 
 @dataclass(frozen=True)
 class Size:
-    """Of an epoch: images in a batch, pixels a side, steps; of the network: units in a hidden layer."""
+    """The size of an epoch and of the network.
+
+    Attributes:
+        batch: images per step; the last step of an epoch has a third of them.
+        crop: pixels per side.
+        steps: per epoch.
+        units: in each hidden layer.
+    """
 
     batch: int
     crop: int
@@ -68,7 +76,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what it is of, what it came to, and what is allowed."""
+    """One comparison: its name, the value found, the largest value allowed, and the outcome."""
 
     name: str
     value: float
@@ -77,15 +85,15 @@ class Check:
 
 
 @dataclass
-class Run:
-    """A training run: the loss of each step, the validation loss of each epoch."""
+class Losses:
+    """The losses of a training run: of each step, and on the validation images after each epoch."""
 
-    losses: list[float]
+    steps: list[float]
     validations: list[float]
 
 
-def batches(size: Size, dtype: torch.dtype) -> Batches:
-    """Noise, brighter for a higher class, so that there is something to learn."""
+def batches(size: Size, dtype: torch.dtype) -> BatchList:
+    """Noise that is brighter for a higher class, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for number in range(size.steps):
@@ -94,7 +102,18 @@ def batches(size: Size, dtype: torch.dtype) -> Batches:
         images = torch.randn(count, 3, size.crop, size.crop, generator=generator)
         images += labels.view(-1, 1, 1, 1) / CLASSES
         made.append((images.to(DEVICE, dtype, memory_format=torch.channels_last), labels.to(DEVICE)))
-    return Batches(made)
+    return BatchList(made)
+
+
+@cache
+def initial_model(units: int) -> Any:
+    """AlexNet with the weights that all trainers start from; to initialise them takes seconds."""
+    torch.manual_seed(1)
+    model: Any = create_model("alexnet", CLASSES, init="he")
+    if units != model.fc7.out_features:
+        model.fc6 = PooledLinear(256, 6, units)
+        model.fc7, model.fc8 = FactoredLinear(units, units), nn.Linear(units, CLASSES)
+    return model
 
 
 def trainer(
@@ -105,13 +124,11 @@ def trainer(
     cutmix: float = 0.0,
     **settings: Any,
 ) -> tuple[Trainer, list[float]]:
-    """A trainer that starts from the same weights as every other, and the list that its losses go to."""
-    torch.manual_seed(1)
+    """A trainer that starts from the same weights as all others, and the list that it appends losses to."""
     runtime = choose_runtime(RuntimeConfig(precision=precision, compile=compiled))
-    model: Any = create_model("alexnet", CLASSES, dropout=dropout, init="he")
-    if size.units != model.fc7.out_features:
-        model.fc6 = PooledLinear(256, 6, size.units)
-        model.fc7, model.fc8 = FactoredLinear(size.units, size.units), nn.Linear(size.units, CLASSES)
+    model = copy.deepcopy(initial_model(size.units))
+    model.dropout.p = dropout
+    torch.manual_seed(1)
     runtime.place(model)
     config = TrainConfig(**{"epochs": 2, "lr": 0.002, "clip_norm": 5.0, **settings})
     losses: list[float] = []
@@ -128,25 +145,25 @@ def trainer(
     return made, losses
 
 
-def train(size: Size, precision: Precision, compiled: bool, **settings: Any) -> Run:
+def train(size: Size, precision: Precision, compiled: bool, **settings: Any) -> Losses:
     """Two epochs of training and validation."""
     made, losses = trainer(size, precision, compiled, **settings)
     epochs = [made.run_epoch() for _ in range(2)]
-    return Run(losses, [float(epoch.validation_loss or 0.0) for epoch in epochs])
+    return Losses(losses, [float(epoch.validation_loss or 0.0) for epoch in epochs])
 
 
-def distance(run: Run, other: Run) -> float:
-    """The largest difference of two losses of the same step or epoch."""
-    pairs = zip(run.losses + run.validations, other.losses + other.validations, strict=True)
+def distance(one: Losses, other: Losses) -> float:
+    """The largest difference between losses of the same step or epoch."""
+    pairs = zip(one.steps + one.validations, other.steps + other.validations, strict=True)
     return max(abs(a - b) for a, b in pairs)
 
 
-def compare(name: str, run: Run, other: Run, bound: float) -> Check:
-    found = distance(run, other)
+def compare(name: str, one: Losses, other: Losses, bound: float) -> Check:
+    found = distance(one, other)
     return Check(name, found, bound, found <= bound)
 
 
-def resumed(size: Size, precision: Precision) -> Run:
+def resumed(size: Size, precision: Precision) -> Losses:
     """Two epochs in two trainers: the first stops in the middle of the first epoch, the second resumes."""
     first, losses = trainer(size, precision, True)
     first.should_stop = lambda: first.step == size.steps // 2
@@ -157,14 +174,14 @@ def resumed(size: Size, precision: Precision) -> Run:
     second.load_weights(weights)
     second.load_state_dict(state, None)
     epochs = [second.run_epoch() for _ in range(2)]
-    return Run(losses + rest, [float(epoch.validation_loss or 0.0) for epoch in epochs])
+    return Losses(losses + rest, [float(epoch.validation_loss or 0.0) for epoch in epochs])
 
 
 def dropout_differs(size: Size, precision: Precision) -> Check:
-    """A network that does not learn, on one batch again and again: only dropout tells the losses apart."""
+    """Repeat one batch at a learning rate near zero: only dropout makes the losses differ."""
     made, losses = trainer(size, precision, True, dropout=0.5, lr=1e-12)
     batch = next(iter(batches(size, made.runtime.dtype)))
-    made.train_loader = Batches([batch] * size.steps)
+    made.train_loader = BatchList([batch] * size.steps)
     made.run_epoch()
     different = len(set(losses))
     return Check(
@@ -173,7 +190,7 @@ def dropout_differs(size: Size, precision: Precision) -> Check:
 
 
 def check(size: Size) -> list[Check]:
-    """All checks, in the order in which they depend on each other."""
+    """Run all checks."""
     exact = train(size, Precision.fp32, False)
     low = Precision.bf16
     plain = train(size, low, False)

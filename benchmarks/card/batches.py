@@ -1,6 +1,6 @@
-"""Images a second by the size of the batch: ``python -m benchmarks.card.batches FOLDER ROOT [--toy]``.
+"""Images/s by batch size: ``python -m benchmarks.card.batches FOLDER ROOT [--toy]``.
 
-Writes ``batches.json``, anew after each size, with the memory that PyTorch had reserved.
+Rewrites ``batches.json`` after each size, with the memory that PyTorch had reserved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.hardware import DEVICE, seconds
 from fastalex.files import write_text
 
 SIZES = (128, 256, 512, 1024)
-IMAGES = 25_600  # of a turn
+IMAGES = 25_600  # per turn
 TURNS = 3
 
 

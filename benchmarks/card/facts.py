@@ -1,4 +1,4 @@
-"""What machine this is, and what it can do at best: ``python -m benchmarks.card.facts FOLDER ROOT [--toy]``.
+"""The machine and its measured limits: ``python -m benchmarks.card.facts FOLDER ROOT [--toy]``.
 
 Writes ``facts.json``.
 """
@@ -21,7 +21,7 @@ QUERIES = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "
 
 
 def card() -> dict[str, Any]:
-    """Of the GPU: what PyTorch and the driver say of it."""
+    """The GPU's properties by PyTorch and by the driver."""
     properties = torch.cuda.get_device_properties(0)
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -1,37 +1,38 @@
-"""What was measured on cards, for docs/gpu.md, from ``benchmarks/results/card/CARD-DATE``.
+"""The results of GPUs for docs/gpu.md, from ``benchmarks/results/card/CARD-DATE``.
 
-Every part is left out where its file is not there. ``trial.json`` is of a session before ``python -m
-benchmarks.card`` was; nothing writes it any more.
+A part whose file is missing is left out. ``trial.json`` is from a session before ``python -m
+benchmarks.card`` existed; nothing writes it any more.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.card.phases import PHASES
 from benchmarks.card.place import Place
-from benchmarks.card.tiling import BATCH, POOL_BACKWARD, POOL_FORWARD, Row, as_they_are, described
+from benchmarks.card.tiling import BATCH, POOL_BACKWARD, POOL_FORWARD, Tiling, described, launches_in_use
 from benchmarks.hardware import ARITHMETIC
-from benchmarks.sections import number, table, times
+from benchmarks.sections import OF_MATMUL, TRAINING, column, number, ratio, render
 from benchmarks.time_to_error import MEASURED, PUBLISHED, measured
 from fastalex.kernels._triton_launch import dtype_name
+from fastalex.markdown import table
 from fastalex.study.results import read_run
 from fastalex.training.profiling import short
 
-NOTEWORTHY = 1.25  # of a measured time to a computed one
+NOTEWORTHY = 1.25  # ratio of a measured time to a computed one
 SHORT = {dtype_name(dtype): name for dtype, name in ARITHMETIC.items()}
-SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction of a warp in a cycle
-MOST_KERNELS = 15  # of a step, in the table
-# Of these a lane runs its text once, or as often as `_passes` says.
+SCHEDULERS = 4  # per multiprocessor; each issues one warp instruction per cycle
+MOST_KERNELS = 15  # in the table of a step's kernels
+# Kernels whose instructions a lane runs once, or as often as `_passes` says.
 COUNTED = ("relu_lrn forward", "relu_lrn backward", POOL_FORWARD, POOL_BACKWARD)
 
 
 def section(results: Path) -> str:
-    """All cards' parts as Markdown; empty where no card has been measured."""
+    """The results of all cards as Markdown; empty if there are none."""
     inspected = _read(results, "kernels_inspect.json") or {"traffic": [], "code": []}
     folders = sorted(path for path in (results / "card").glob("*") if path.is_dir())
     lines: list[str] = []
@@ -41,12 +42,12 @@ def section(results: Path) -> str:
 
 
 def card(folder: Path, inspected: dict[str, Any]) -> list[str]:
-    """The parts of one card."""
+    """The results of one card."""
     facts = _read(folder, "facts.json") or {}
     tiling = _read(folder, "tiling.json")
-    lines = machine(facts)
+    lines = hardware(facts)
     if tiling:
-        rows = [Row(**row) for row in tiling["rows"]]
+        rows = [Tiling(**row) for row in tiling["rows"]]
         lines += kernels(rows, facts, inspected) + cuts(rows) + [f"How: {tiling['source']}", ""]
     parts = (
         ("phases.json", phases),
@@ -62,7 +63,8 @@ def card(folder: Path, inspected: dict[str, Any]) -> list[str]:
     return lines + tests(folder / "tests.xml") + runs(folder)
 
 
-def machine(facts: dict[str, Any]) -> list[str]:
+def hardware(facts: dict[str, Any]) -> list[str]:
+    """The card, its driver, and its measured bandwidth and arithmetic."""
     if not facts:
         return []
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "triton") if name in facts)
@@ -85,14 +87,14 @@ def machine(facts: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- kernels
 
 
-def kernels(rows: list[Row], facts: dict[str, Any], inspected: dict[str, Any]) -> list[str]:
-    """Measured times beside those that the bytes need, and what is known of the difference."""
+def kernels(rows: list[Tiling], facts: dict[str, Any], inspected: dict[str, Any]) -> list[str]:
+    """Measured times beside the times that the bytes need, and what explains the differences."""
     copy = facts.get("copy_bytes_per_second")
     if not copy:
         return []
     lines, notes = [], []
     traffic = {(one["kernel"], one["dtype"]): one["moved"] * BATCH for one in inspected["traffic"]}
-    for name, launch in as_they_are(BATCH, "meta"):
+    for name, launch in launches_in_use(BATCH, "meta"):
         now = described(name, launch)
         found = [
             r for r in rows if (r.kernel, r.shape, r.dtype) == (name, now.shape, now.dtype) and r.microseconds
@@ -101,15 +103,15 @@ def kernels(rows: list[Row], facts: dict[str, Any], inspected: dict[str, Any]) -
             continue
         row = next((r for r in found if _same(r, now)), found[0])
         computed = 1e6 * traffic[name, now.dtype] / copy
-        ratio = (row.microseconds or 0) / computed
+        excess = (row.microseconds or 0) / computed
         state = "as now" if _same(row, now) else f"now {_cut(now)}"
-        figures = [number(str(row.microseconds)), number(str(computed)), times(str(ratio))]
+        figures = [number(row.microseconds), number(computed), ratio(excess)]
         lines.append([name, SHORT[now.dtype], _cut(row), state, *figures])
-        if ratio > NOTEWORTHY:
+        if excess > NOTEWORTHY:
             known = ""
             if _same(row, now):
                 known = _instructions(row, computed, launch.programs, facts, inspected["code"])
-            notes.append(f"- {name}, {SHORT[now.dtype]}: {ratio:.2f} times what its bytes need.{known}")
+            notes.append(f"- {name}, {SHORT[now.dtype]}: {excess:.2f} times what its bytes need.{known}")
     if not lines:
         return []
     heads = [
@@ -127,16 +129,17 @@ def kernels(rows: list[Row], facts: dict[str, Any], inspected: dict[str, Any]) -
         "written last may still be in the L2 cache when the clock stops. *Its instructions*: those in its "
         "text, by how often they run, at one a cycle for each of the four schedulers of a multiprocessor.",
         "",
-        *table(heads, lines),
+        table(heads, lines, numbers_right=True),
+        "",
         *notes,
         "",
     ]
 
 
 def _instructions(
-    row: Row, computed: float, programs: int, facts: dict[str, Any], code: Iterable[dict[str, Any]]
+    row: Tiling, computed: float, programs: int, facts: dict[str, Any], code: Iterable[dict[str, Any]]
 ) -> str:
-    """What the instructions in a kernel's text say of its time; nothing where they are not known."""
+    """How far its instructions explain a kernel's time; empty if they have not been counted."""
     arch = int(facts["capability"].replace(".", ""))
     cut = {"BLOCK": row.block, "num_warps": row.warps, **({"maxnreg": row.maxnreg} if row.maxnreg else {})}
     for one in code:
@@ -148,11 +151,11 @@ def _instructions(
     clock = 1e6 * float(facts["clocks.max.sm"].split()[0])
     issued = one["instructions"] * _passes(row) * programs * row.warps
     least = 1e6 * issued / (SCHEDULERS * facts["multiprocessors"] * clock)
-    needs = f"its instructions need about {number(str(least))} us ({one['instructions']} in its text)"
+    needs = f"its instructions need about {number(least)} us ({one['instructions']} in its text)"
     spent = row.microseconds or 0
     if row.kernel not in COUNTED:
         return (
-            f" Once through its text, {one['instructions']} instructions, takes {number(str(least))} us; its "
+            f" Once through its text, {one['instructions']} instructions, takes {number(least)} us; its "
             "loops go round more often, which is not counted."
         )
     if spent <= NOTEWORTHY * least:
@@ -163,20 +166,21 @@ def _instructions(
     return f" That is not explained: {needs}, less than its bytes."
 
 
-def _passes(row: Row) -> float:
-    """How often a lane runs its kernel's text, about, or more."""
+def _passes(row: Tiling) -> float:
+    """How often, at least about, a lane runs the instructions of its kernel."""
     if row.kernel == POOL_FORWARD:  # three of the nine normalisations come before the loop over rows
         return (1 + 2 * (row.rows or 1)) / 3
-    if row.kernel == POOL_BACKWARD:  # the loops over windows inside, nine in place of four, are not counted
+    if row.kernel == POOL_BACKWARD:  # without the inner loops over windows, nine instead of four
         return row.rows or 1
     return 1
 
 
-def _same(row: Row, now: Row) -> bool:
+def _same(row: Tiling, now: Tiling) -> bool:
     return (row.block, row.warps, row.maxnreg, row.rows) == (now.block, now.warps, now.maxnreg, now.rows)
 
 
-def _cut(row: Row) -> str:
+def _cut(row: Tiling) -> str:
+    """The configuration as text."""
     parts = [f"block {row.block}", f"warps {row.warps}"]
     if row.rows:
         parts.append(f"rows {row.rows}")
@@ -187,27 +191,27 @@ def _cut(row: Row) -> str:
     return ", ".join(parts)
 
 
-def cuts(rows: list[Row]) -> list[str]:
-    """The pooled kernels as they are in use beside the other ways of cutting them that were timed."""
+def cuts(rows: list[Tiling]) -> list[str]:
+    """The pooled kernels' configurations in use beside the fastest and the slowest that were timed."""
     lines = []
-    for name, launch in as_they_are(1, "meta"):
+    for name, launch in launches_in_use(1, "meta"):
         now = described(name, launch)
         found = [r for r in rows if (r.kernel, r.dtype) == (name, now.dtype) and r.rows and r.microseconds]
         for shape in dict.fromkeys(r.shape for r in found if name in (POOL_FORWARD, POOL_BACKWARD)):
             tried = sorted((r for r in found if r.shape == shape), key=lambda r: r.microseconds or 0)
             if len(tried) > 1:
                 used = next((r for r in tried if _same(r, now)), None)
-                cells = [f"{_cut(r)}: {number(str(r.microseconds))}" for r in (tried[0], tried[-1])]
-                in_use = (
-                    f"{_cut(now)}: {number(str(used.microseconds))}" if used else f"{_cut(now)}: not timed"
-                )
+                cells = [f"{_cut(r)}: {number(r.microseconds)}" for r in (tried[0], tried[-1])]
+                in_use = f"{_cut(now)}: {number(used.microseconds) if used else 'not timed'}"
                 lines.append([name, shape, in_use, *cells, str(len(tried))])
     if not lines:
         return []
+    heads = ["kernel", "activation", "in use", "fastest", "slowest", "tried"]
     return [
         "**The pooled kernels, cut in several ways**, in microseconds, in bf16:",
         "",
-        *table(["kernel", "activation", "in use", "fastest", "slowest", "tried"], lines),
+        table(heads, lines, numbers_right=True),
+        "",
     ]
 
 
@@ -215,56 +219,39 @@ def cuts(rows: list[Row]) -> list[str]:
 
 
 def phases(found: list[dict[str, Any]]) -> list[str]:
-    lines = [[one["phase"], one["status"], number(str(one["seconds"]))] for one in found]
-    return [
-        "**`make card`**, by phase; status 0 is a good end:",
-        "",
-        *table(["phase", "ended", "seconds"], lines),
-    ]
+    columns = [column("phase", "phase"), column("ended", "status"), column("seconds", "seconds", number)]
+    return ["**`make card`**, by phase; status 0 is a good end:", "", render(columns, found), ""]
 
 
 def agreement(found: dict[str, Any]) -> list[str]:
-    lines = [
-        [
-            one["name"],
-            number(str(one["value"])),
-            number(str(one["bound"])),
-            "yes" if one["passed"] else "**no**",
-        ]
-        for one in found["checks"]
+    columns = [
+        column("", "name"),
+        column("found", "value", number),
+        column("allowed", "bound", number),
+        column("passed", "passed", lambda passed: "yes" if passed else "**no**"),
     ]
     return [
         "**Compiled programs beside plain PyTorch** (`benchmarks/card/agreement.py`): the largest distance "
         "of two losses of AlexNet at 112x112, or what the name says.",
         "",
-        *table(["", "found", "allowed", "passed"], lines),
+        render(columns, found["checks"]),
+        "",
     ]
 
 
 def throughput(found: dict[str, Any]) -> list[str]:
-    rows = found["rows"]
-    lines = [
-        [
-            one["program"],
-            number(str(one["median"])),
-            f"{number(str(one['p20']))} to {number(str(one['p80']))}",
-            *(times(str(one[name] or "")) for name in ("times_reference", "times_stock")),
-            f"{one['fraction_of_matmul']:.0%}",
-        ]
-        for one in rows
-        if one["measurement"] == "training"
-    ]
-    heads = ["", "images/s", "range", "times reference", "times stock", "of the matrix product"]
+    training = [row for row in found["rows"] if row["measurement"] == "training"]
     text = []
     if "host_seconds" in found:
         text.append(f"Python takes {1e3 * found['host_seconds']:.2f} ms to enqueue a step of fastalex.")
     if "waits_a_step" in found:
         text.append(f"The host waits for the card {found['waits_a_step']:.2f} times a step.")
     result = [
-        f"**The training step**, AlexNet at 224x224, batch {rows[0]['batch']}, the programs by turns "
+        f"**The training step**, AlexNet at 224x224, batch {training[0]['batch']}, the programs by turns "
         "([what they are](benchmarks.md)):",
         "",
-        *table(heads, lines),
+        render([*TRAINING, OF_MATMUL], training),
+        "",
         *([" ".join(text), ""] if text else []),
     ]
     for name, program in (("kernels", "fastalex"), ("kernels_stock", "stock")):
@@ -274,25 +261,27 @@ def throughput(found: dict[str, Any]) -> list[str]:
                 for kernel, calls, ms, share in found[name][:MOST_KERNELS]
             ]
             heads = ["kernel", "calls a step", "ms a step", "share"]
-            result += [f"What the card runs in a step of {program}:", "", *table(heads, spent)]
+            kernel_table = table(heads, spent, numbers_right=True)
+            result += [f"What the card runs in a step of {program}:", "", kernel_table, ""]
     return result
 
 
 def batches(found: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        [
-            str(one["batch"]),
-            number(str(one["images_per_second"])),
-            number(str((one["reserved_bytes"] or 0) / 1e9)) if one["reserved_bytes"] else "",
-        ]
-        for one in found
+    columns = [
+        column("batch", "batch"),
+        column("images/s", "images_per_second", number),
+        column("memory reserved, GB", "reserved_bytes", lambda size: number(size / 1e9) if size else ""),
     ]
-    heads = ["batch", "images/s", "memory reserved, GB"]
-    return ["**fastalex by the size of the batch**, AlexNet at 224x224:", "", *table(heads, lines)]
+    return [
+        "**fastalex by the size of the batch**, AlexNet at 224x224:",
+        "",
+        render(columns, found),
+        "",
+    ]
 
 
 def tests(path: Path) -> list[str]:
-    """What pytest counted."""
+    """How many tests pytest ran, and how they ended."""
     if not path.exists():
         return []
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
@@ -307,7 +296,7 @@ def tests(path: Path) -> list[str]:
 
 
 def alone(folder: Path) -> set[str]:
-    """The names of the runs that have the card for themselves, so that their times mean something."""
+    """The names of the runs that have the card to themselves, whose times can be compared."""
     place = Place(folder, folder, toy=False)
     prefix = f"hydra.run.dir={folder}/runs/"
     commands = [
@@ -317,7 +306,7 @@ def alone(folder: Path) -> set[str]:
 
 
 def runs(folder: Path) -> list[str]:
-    """The errors of the finished runs, and how long they took to the study's."""
+    """The errors of the finished runs, and their seconds in all and to the study's error."""
     assert PUBLISHED is not None
     by_themselves = alone(folder)
     lines = []
@@ -327,20 +316,12 @@ def runs(folder: Path) -> list[str]:
             continue
         wall, reached = "", ""
         if path.name in by_themselves:
-            wall = number(str(run.summary["wall_seconds"]))
+            wall = number(run.summary["wall_seconds"])
             time = measured(run, PUBLISHED[0])
-            reached = f"{number(str(time.seconds))}" if time.kind == MEASURED else "not reached"
-        errors = [run.summary[views] for views in ("ten_crop", "single_crop")]
-        lines.append(
-            [
-                path.name,
-                run.summary["data"],
-                str(run.summary["epochs"]),
-                *(f"{one['top1_error']:.4f} / {one['top5_error']:.4f}" for one in errors),
-                wall,
-                reached,
-            ]
-        )
+            reached = number(time.seconds) if time.kind == MEASURED else "not reached"
+        errors = [_errors(run.summary[views]) for views in ("ten_crop", "single_crop")]
+        summary = [run.summary["data"], str(run.summary["epochs"])]
+        lines.append([path.name, *summary, *errors, wall, reached])
     if not lines:
         return []
     heads = ["run", "data", "epochs", "ten-crop", "single crop", "seconds in all"]
@@ -349,32 +330,37 @@ def runs(folder: Path) -> list[str]:
         f"themselves; those to a validation error of {PUBLISHED[0]:.4f} count from the settings on, "
         "compilation included.",
         "",
-        *table([*heads, f"seconds to {PUBLISHED[0]:.4f}"], lines),
+        table([*heads, f"seconds to {PUBLISHED[0]:.4f}"], lines, numbers_right=True),
+        "",
     ]
 
 
-# ---------------------------------------------------------------- what came before it
+def _errors(errors: dict[str, float]) -> str:
+    return f"{errors['top1_error']:.4f} / {errors['top5_error']:.4f}"
+
+
+# ---------------------------------------------------------------- the session before it
 
 
 def trial(found: dict[str, Any]) -> list[str]:
-    """A session in which everything was tried, and the kernels alone were timed."""
-    lines = [
-        [
-            one["settings"],
-            one["ended"],
-            *(
-                " / ".join(f"{error:.4f}" for error in one[views]) if views in one else ""
-                for views in ("single_crop", "several_crops")
-            ),
-        ]
-        for one in found["runs"]
+    """A session in which everything was tried, and only the kernels were timed."""
+
+    def errors(views: str) -> Callable[[Any], str]:
+        return lambda run: " / ".join(f"{error:.4f}" for error in run.get(views, ()))
+
+    columns = [
+        column("", "settings"),
+        column("ended", "ended"),
+        ("single crop", errors("single_crop")),
+        ("several crops", errors("several_crops")),
     ]
     tried, sanitizer, losses = found["tests"], found["sanitizer"], found["agreement"]
     distances = ", ".join(f"{name} {value:.2f}" for name, value in losses["largest_distance"].items())
     return [
         f"**What was tried** ({found['commit']}). {found['source']}",
         "",
-        *table(["", "ended", "single crop", "several crops"], lines),
+        render(columns, found["runs"]),
+        "",
         f"The gpu tests: of {tried['selected']}, {tried['shown']} had ended when they were cut off: "
         f"{tried['passed']} passed, {tried['failed']} failed. {tried['note']}",
         "",
@@ -387,6 +373,6 @@ def trial(found: dict[str, Any]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Any:
-    """A file of results; None where there is none."""
+    """The content of a results file; None if it does not exist."""
     path = folder / name
     return json.loads(path.read_text()) if path.exists() else None

@@ -1,4 +1,4 @@
-"""The phases of ``python -m benchmarks.card``: what each runs, and how long it may take."""
+"""The phases of ``python -m benchmarks.card``: their commands and time limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.card.place import Place
 
 Command = list[str]
 PYTHON = [sys.executable, "-m"]
-# Of a rehearsal: a network and images that a CPU is done with in seconds.
+# Settings of a rehearsal, with which a CPU trains in seconds.
 TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=16", "loader=resident"]
 
 
@@ -20,10 +20,10 @@ class Phase:
     """A part of the harvest.
 
     Attributes:
-        seconds: that it may take before it is ended.
-        commands: run one after another, or side by side; the first that fails ends the phase.
-        together: whether they run side by side. Nothing that they time means anything then.
-        cold: whether what earlier phases compiled is out of reach, as on a machine that is new to fastalex.
+        seconds: time limit, after which it is killed.
+        commands: run one after another until one fails, or in parallel.
+        together: whether they run in parallel, which makes their timings meaningless.
+        cold: whether the compiler caches start empty, as on a machine that is new to fastalex.
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class Phase:
 
 
 def module(name: str) -> Callable[[Place], list[Command]]:
-    """A module of this package, which writes ``NAME.json``."""
+    """The command of a module of this package, which writes ``NAME.json``."""
 
     def commands(place: Place) -> list[Command]:
         toy = ["--toy"] if place.toy else []
@@ -45,9 +45,10 @@ def module(name: str) -> Callable[[Place], list[Command]]:
 def training(
     place: Place, run: str, *settings: str, row: str | None = None, rehearsed: bool = False
 ) -> Command:
-    """A run of ``fastalex.train`` in the folder ``run``, without checkpoints on the way.
+    """A run of ``fastalex.train`` in the folder ``run``, with a checkpoint every ten minutes.
 
-    A rehearsal trains twice; of the other runs it composes the configuration, which finds wrong settings.
+    A rehearsal trains in two of the runs; for the others it only composes the configuration, which finds
+    wrong settings.
     """
     config = [f"--config-name=row/{row}"] if row else []
     places = [f"data.root={place.root}", f"hydra.run.dir={place.folder}/runs/{run}"]
@@ -68,7 +69,7 @@ def seeds(name: str, *numbers: int) -> Callable[[Place], list[Command]]:
 
 
 def tests(place: Place) -> list[Command]:
-    """The gpu tests; in a rehearsal they are collected and skipped."""
+    """The gpu tests; a rehearsal collects and skips them."""
     workers = str(min(os.cpu_count() or 1, 14))
     command = [*PYTHON, "pytest", "-m", "gpu", "-n", workers, "--dist", "load", "-q", "-v"]
     where = [
@@ -81,7 +82,7 @@ def tests(place: Place) -> list[Command]:
 def kernels(place: Place) -> list[Command]:
     """The kernels' benchmarks, which write ``benchmarks/results/*_cuda.csv``."""
     files = ["benchmarks/test_augment.py", "benchmarks/test_lrn.py"]
-    # On a CPU they take minutes: that they are found is enough.
+    # On a CPU they take minutes, so they are only collected.
     options = ["--collect-only", "-q"] if place.toy else ["--benchmark-enable", "-s", "-q"]
     return [[*PYTHON, "pytest", *files, *options]]
 
@@ -91,7 +92,7 @@ def profile(place: Place) -> list[Command]:
 
 
 def variants(place: Place) -> list[Command]:
-    """What works otherwise on a GPU: fp16 with its scaler, another normalisation, parts of a batch."""
+    """Training in other ways: in fp16, with batch normalisation, accumulated, eager, with another loader."""
     short = ["train.epochs=2", "data.resize=128", "data.crop=112"]
     return [
         training(place, "fp16", *short, "runtime.precision=fp16"),
@@ -107,7 +108,7 @@ def recipe(place: Place) -> list[Command]:
     return [training(place, "alexnet_seed_recipe", "train.epochs=90", row="alexnet_seed_recipe")]
 
 
-# In the order of what they are worth. A phase gets its seconds, or what is left of all.
+# Most important first. A phase gets its seconds, or those that are left of the total.
 PHASES = {
     "facts": Phase(40, module("facts")),
     "agreement": Phase(150, module("agreement")),

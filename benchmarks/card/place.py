@@ -1,4 +1,4 @@
-"""Where a phase of ``python -m benchmarks.card`` reads and writes."""
+"""The folders and the size of a harvest, ``python -m benchmarks.card``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Place:
-    """Where the phases read and write.
+    """The folders and the size of a harvest.
 
     Attributes:
         folder: of the results.
         root: of CIFAR-10.
-        toy: whether this is a rehearsal on a CPU, at a size whose figures mean nothing.
+        toy: whether it is a rehearsal on a CPU, at a size whose figures mean nothing.
     """
 
     folder: Path
@@ -23,7 +23,7 @@ class Place:
 
 
 def given_place(module: str) -> Place:
-    """The place on the command line of a phase's module: ``FOLDER ROOT [--toy]``."""
+    """Parse the command line of a phase's module: ``FOLDER ROOT [--toy]``."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.card.{module}")
     parser.add_argument("folder", type=Path, help="of the results")
     parser.add_argument("root", type=Path, help="of CIFAR-10")

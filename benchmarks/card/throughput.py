@@ -1,18 +1,17 @@
-"""The training step on a card: how fast, beside plain PyTorch, and where its time goes.
+"""The training step on a GPU: its speed beside plain PyTorch's, and where its time goes.
 
     python -m benchmarks.card.throughput FOLDER ROOT [--toy]
 
-The programs of ``benchmarks/test_step.py`` and two more, fastalex without CUDA graphs and fastalex not
-compiled at all, take turns of 200 steps each. Of fastalex also: how long Python takes to enqueue a step, how
-often the host waits for the card, and which kernels a step runs. Writes ``throughput.json``, anew after each
-part, and ``benchmarks/results/step_cuda.csv``.
+The programs of ``benchmarks/test_step.py`` and two more, fastalex without CUDA graphs and fastalex without
+compilation, take turns of 200 steps each. For fastalex it also measures Python's time to enqueue a step, how
+often the host waits for the GPU, and the kernels of a step. Rewrites ``throughput.json`` after each part, and
+writes ``benchmarks/results/step_cuda.csv``.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from benchmarks.card.place import given_place
 from benchmarks.contenders import CONTENDERS
 from benchmarks.hardware import DEVICE, KIND
 from benchmarks.report import RESULTS, write_csv
-from benchmarks.step import GPU_TURN, Bench
-from benchmarks.turns import Rounds
+from benchmarks.step import GPU_TURN, StepBench
+from benchmarks.turns import RoundRunner
 from fastalex.files import write_text
 
 BATCH = 128
@@ -30,17 +29,17 @@ PROFILED = 20  # steps
 
 
 def measure(folder: Path, root: Path, toy: bool) -> None:
-    programs, batch = (("reference", "fastalex"), 8) if toy else (PROGRAMS, BATCH)
+    programs, batch = (("reference", "fastalex"), 4) if toy else (PROGRAMS, BATCH)
     result: dict[str, Any] = {}
 
     def write(**parts: Any) -> None:
         result.update(parts)
         write_text(folder / "throughput.json", json.dumps(result, indent=1) + "\n")
 
-    with closing(Bench(root, 1 if toy else 3, batch, programs)) as bench:
-        rounds = Rounds()
+    with closing(StepBench(root, 1 if toy else 3, batch, programs, toy)) as bench:
+        rounds = RoundRunner()
         bench.training(rounds)
-        write(rows=[asdict(row) for row in bench.rows])
+        write(rows=[m.record for m in bench.measurements])
         fastalex = bench.workers["fastalex"]
         steps = 1 if toy else GPU_TURN
         write(host_seconds=fastalex.ask("host seconds", steps=steps))
@@ -51,10 +50,10 @@ def measure(folder: Path, root: Path, toy: bool) -> None:
         if not toy:
             bench.evaluation(rounds)
             bench.parts(rounds)
-            write(rows=[asdict(row) for row in bench.rows])
-            write_csv(bench.rows, RESULTS / f"step_{KIND}.csv", DEVICE)
-    for row in bench.rows:
-        print(f"{row.measurement}: {row.program} {row.part} {row.median:,.1f} {row.unit}")
+            write(rows=[m.record for m in bench.measurements])
+            write_csv(bench.measurements, RESULTS / f"step_{KIND}.csv", DEVICE)
+    for m in bench.measurements:
+        print(f"{m['measurement']}: {m['program']} {m['part']} {m.median:,.1f} {m.unit}")
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""The kernels' time by how their work is cut: ``python -m benchmarks.card.tiling FOLDER ROOT [--toy]``.
+"""The kernels' times under several launch configurations.
 
-The pooled kernels at AlexNet's two shapes under several blocks, strips and register caps, and every kernel as
-it is. Writes ``tiling.json``, anew after each figure. Without a GPU every launch is described, on tensors
-without memory, and none is made.
+    python -m benchmarks.card.tiling FOLDER ROOT [--toy]
+
+Times the pooled kernels at AlexNet's two shapes with several block sizes, strip heights and register caps,
+and every kernel with the configuration in use. Rewrites ``tiling.json`` after each figure. Without a GPU it
+describes every launch, on meta tensors, and runs none.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from fastalex.kernels import augment_triton, lrn_triton
 from fastalex.kernels._triton_launch import Launch, dtype_name
 
 BATCH = 128
-SHAPES = ((55, 96), (27, 256))  # pixels a side and channels of what AlexNet normalises and pools
+SHAPES = (
+    (55, 96),
+    (27, 256),
+)  # pixels per side and channels of the activations that AlexNet normalises and pools
 POOL_FORWARD, POOL_BACKWARD = "relu_lrn_max_pool forward", "relu_lrn_max_pool backward"
-# Lanes to a block, a warp for 32 of them, and registers that a thread has at most.
+# Lanes per block, with one warp per 32 of them, and the most registers per thread.
 BLOCKS: dict[str, tuple[tuple[int, int | None], ...]] = {
     POOL_FORWARD: ((128, None), (64, None), (256, None)),
     POOL_BACKWARD: (
@@ -38,9 +43,9 @@ BLOCKS: dict[str, tuple[tuple[int, int | None], ...]] = {
         *((block, registers) for registers in (64, 80) for block in (64, 256)),
     ),
 }
-ROWS = {POOL_FORWARD: (3, 5, 9, 14, 27), POOL_BACKWARD: (2, 4, 7, 14)}  # of a strip
+ROWS = {POOL_FORWARD: (3, 5, 9, 14, 27), POOL_BACKWARD: (2, 4, 7, 14)}  # per strip
 DTYPES = (torch.bfloat16, torch.float32)
-COMPILERS = 12  # processes, which take seconds for a kernel each
+COMPILERS = 12  # processes; compiling a kernel takes seconds
 SOURCE = (
     "python -m benchmarks.card.tiling: times by benchmarks.hardware.seconds_of, with the L2 cache flushed "
     "before each call"
@@ -48,19 +53,19 @@ SOURCE = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """A kernel cut in one way.
+class Tiling:
+    """A kernel with one launch configuration, and its time.
 
     Attributes:
         kernel: as `fastalex.kernels.inspect` calls it.
         shape: of the activation, or of the batch that `augment` writes, as it lies in memory.
         dtype: of the activation or the batch.
-        block: lanes in a program.
-        warps: of 32 threads, to a program.
-        maxnreg: registers that a thread has at most; None left it to the compiler.
-        rows: of a strip, which one lane works on; None where there are no strips, or nobody noted it.
-        microseconds: of a call; None where nothing was timed.
-        bytes: of all tensors that the kernel reads or writes, each once.
+        block: lanes per program.
+        warps: of 32 threads, per program.
+        maxnreg: the most registers per thread; None leaves it to the compiler.
+        rows: height of the strip that one lane works on; None if there are no strips, or it was not recorded.
+        microseconds: of one call; None if it was not timed.
+        bytes: of all tensors that the kernel reads or writes, each counted once.
     """
 
     kernel: str
@@ -75,7 +80,7 @@ class Row:
 
 
 def configuration(launch: Launch) -> dict[str, Any]:
-    """How a launch cuts its work, in the columns of a row."""
+    """The launch configuration, by the names of `Tiling`."""
     rows = launch.arguments.get("rows", launch.arguments.get("ROWS"))
     return {
         "block": launch.arguments["BLOCK"],
@@ -85,11 +90,11 @@ def configuration(launch: Launch) -> dict[str, Any]:
     }
 
 
-def described(kernel: str, launch: Launch, microseconds: float | None = None) -> Row:
-    """The row of a launch."""
+def described(kernel: str, launch: Launch, microseconds: float | None = None) -> Tiling:
+    """Describe a launch."""
     tensors = launch.tensors
     main = tensors["x_pointer"] if "x_pointer" in tensors else tensors["out_pointer"].movedim(1, -1)
-    return Row(
+    return Tiling(
         kernel,
         "x".join(map(str, main.shape)),
         dtype_name(main.dtype),
@@ -100,7 +105,7 @@ def described(kernel: str, launch: Launch, microseconds: float | None = None) ->
 
 
 def pooled(kernel: str, height: int, channels: int, batch: int, device: str) -> Callable[..., Launch]:
-    """A function from block, register cap and rows of a strip to the launch of a pooled kernel in bf16."""
+    """A function from block, register cap and strip height to the launch of a pooled kernel in bf16."""
     side = (height - 3) // 2 + 1
     whole, small = (batch, height, height, channels), (batch, side, side, channels)
     x = torch.randn(whole, dtype=torch.bfloat16, device=device)
@@ -119,8 +124,8 @@ def pooled(kernel: str, height: int, channels: int, batch: int, device: str) -> 
     return launch
 
 
-def as_they_are(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
-    """Every kernel and its launch by fastalex, at the shape that `inspect` looks at."""
+def launches_in_use(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
+    """Every kernel's name and its launch as fastalex makes it, at the shape that `inspect` uses."""
     for module in (lrn_triton, augment_triton):
         for case in module.inspect_cases():
             for dtype in DTYPES:
@@ -133,8 +138,8 @@ def as_they_are(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
 
 
 def launches(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
-    """All that is timed, by the kernel's name."""
-    yield from as_they_are(batch, device)
+    """Every launch to be timed, with its kernel's name."""
+    yield from launches_in_use(batch, device)
     for shape in SHAPES:
         for kernel, cuts in BLOCKS.items():
             launch = pooled(kernel, *shape, batch, device)
@@ -144,9 +149,9 @@ def launches(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
 
 
 def compile_some(worker: int, workers: int) -> None:
-    """Compile a worker's part of the kernels, into Triton's cache, which all processes share."""
+    """Compile one worker's share of the kernels into Triton's cache, which all processes share."""
     seen: set[tuple[Any, ...]] = set()
-    for name, launch in launches(1, DEVICE):  # neither the batch nor a strip's rows make another kernel
+    for name, launch in launches(1, DEVICE):  # neither batch nor strip height changes the kernel
         row = described(name, launch)
         key = (name, row.shape, row.dtype, row.block, row.warps, row.maxnreg)
         if key not in seen and len(seen) % workers == worker:
@@ -156,15 +161,15 @@ def compile_some(worker: int, workers: int) -> None:
 
 
 def compile_all() -> None:
-    """Compile the kernels side by side: one after another they take minutes."""
+    """Compile the kernels in parallel: one after another they take minutes."""
     workers = min(COMPILERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in [pool.submit(compile_some, worker, workers) for worker in range(workers)]:
             done.result()
 
 
-def write(folder: Path, rows: Sequence[Row], source: str = SOURCE) -> None:
-    """Write ``tiling.json``, a row to a line."""
+def write(folder: Path, rows: Sequence[Tiling], source: str = SOURCE) -> None:
+    """Write ``tiling.json``, one launch per line."""
     lines = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
     write_text(
         folder / "tiling.json", f'{{\n "source": {json.dumps(source)},\n "rows": [\n  {lines}\n ]\n}}\n'
@@ -172,7 +177,8 @@ def write(folder: Path, rows: Sequence[Row], source: str = SOURCE) -> None:
 
 
 def measure(folder: Path, batch: int, timed: bool) -> None:
-    found: list[Row] = []
+    """Describe every launch and, if `timed`, run and time it."""
+    found: list[Tiling] = []
     for name, launch in launches(batch, DEVICE if timed else "meta"):
         spent = 1e6 * seconds_of(launch.run)[0] if timed else None
         found.append(described(name, launch, spent))

@@ -1,4 +1,4 @@
-"""What docs/gpu.md says of cards, from files made up here."""
+"""The results of GPUs in docs/gpu.md, from made-up files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from benchmarks import docs
 from benchmarks.card import tiling
 from benchmarks.card.agreement import Check
 from benchmarks.card.page import alone, section
-from benchmarks.card.tiling import POOL_BACKWARD, POOL_FORWARD, Row
-from benchmarks.step import Row as Step
+from benchmarks.card.tiling import POOL_BACKWARD, POOL_FORWARD, Tiling
 
 FACTS = {
     "hardware": "NVIDIA T1",
@@ -26,15 +25,17 @@ FACTS = {
     "torch": "2.11.0",
     "copy_bytes_per_second": 1e12,
 }
-NOW = {tiling.described(name, launch) for name, launch in tiling.as_they_are(tiling.BATCH, "meta")}
+NOW = {tiling.described(name, launch) for name, launch in tiling.launches_in_use(tiling.BATCH, "meta")}
 
 
-def now(kernel: str, dtype: str = "bfloat16") -> Row:
+def now(kernel: str, dtype: str = "bfloat16") -> Tiling:
+    """The configuration of a kernel that is in use."""
     (found,) = (row for row in NOW if (row.kernel, row.dtype) == (kernel, dtype))
     return found
 
 
-def code(row: Row, instructions: int) -> dict[str, Any]:
+def code(row: Tiling, instructions: int) -> dict[str, Any]:
+    """A kernel's machine code in kernels_inspect.json."""
     config = {"BLOCK": row.block, "num_warps": row.warps}
     config |= {"rows": row.rows} if row.rows else {}
     config |= {"maxnreg": row.maxnreg} if row.maxnreg else {}
@@ -44,7 +45,7 @@ def code(row: Row, instructions: int) -> dict[str, Any]:
 
 @pytest.fixture(name="results")
 def made_up(tmp_path: Path) -> Path:
-    """A card that copies a gigabyte in a millisecond, and issues 4e11 instructions a second."""
+    """A card that copies a gigabyte in a millisecond, and issues 4e11 instructions per second."""
     folder = tmp_path / "card" / "t1-2026-01-02"
     folder.mkdir(parents=True)
     (folder / "facts.json").write_text(json.dumps(FACTS))
@@ -71,7 +72,7 @@ def test_measured_beside_computed(results: Path) -> None:
     lines = section(results).splitlines()
     assert any(line.startswith("NVIDIA T1, 100 multiprocessors at 1000 MHz") for line in lines)
     assert "| relu_lrn forward | bf16 | block 128, warps 4 | as now | 100 | 100 | 1.00 |" in lines
-    # What is in use goes before what is faster; without it another is shown, and named so.
+    # The configuration in use is shown, even if another is faster; if it was not timed, another is shown.
     cut = "block 128, warps 4, rows"
     assert f"| {POOL_FORWARD} | bf16 | {cut} 3 | as now | 300 | 100 | 3.00 |" in lines
     was, is_now = f"{cut} 7, registers 72", f"{cut} 2, registers 72"
@@ -80,17 +81,17 @@ def test_measured_beside_computed(results: Path) -> None:
     assert f"| {POOL_BACKWARD} | fp32 | {was} | now {is_now} | 400 | 100 | 4.00 |" in lines
 
 
-def test_what_is_said_of_a_difference(results: Path) -> None:
+def test_notes_explain_differences(results: Path) -> None:
     notes = {line[2:].split(",")[0]: line for line in section(results).splitlines() if line[:2] == "- "}
     assert "relu_lrn forward" not in notes
     assert "1.50 times" in notes["relu_lrn backward"]
     assert (
         "not explained: its instructions need about 39.9 us (110 in its text)" in notes["relu_lrn backward"]
     )
-    # 128 x 9 strips x 27 columns x 12 vectors in warps, a third of the text once and two thirds three times
+    # 128 x 9 strips x 27 columns x 12 vectors in warps; a third of the code runs once, the rest three times
     least = 1e6 * 3600 * 7 / 3 * (128 * 9 * 27 * 12 / 32) / 4e11
     assert f"That is explained: its instructions need about {least:.0f} us" in notes[POOL_FORWARD]
-    assert "instructions" not in notes[POOL_BACKWARD]  # those of another configuration
+    assert "instructions" not in notes[POOL_BACKWARD]  # counted for another configuration only
     assert "not counted" in notes["augment"]
 
 
@@ -104,7 +105,7 @@ def test_instructions_that_take_most_of_the_time_explain_it_in_part(results: Pat
     assert "2.76 times as long" in note
 
 
-def test_cuts(results: Path) -> None:
+def test_fastest_and_slowest_configurations(results: Path) -> None:
     (line,) = (one for one in section(results).splitlines() if one.startswith(f"| {POOL_FORWARD} | 128x55"))
     cut = "block 128, warps 4, rows"
     assert f"| {cut} 3: 300 | {cut} 27: 200 | {cut} 3: 300 | 2 |" in line
@@ -112,15 +113,16 @@ def test_cuts(results: Path) -> None:
 
 def test_phases(results: Path) -> None:
     folder = results / "card" / "t1-2026-01-02"
-    figures = (8000.0, 7900.0, 8100.0, 3)
-    step = Step("training", "fastalex", "", 128, "images/s", *figures, 4.0, 2.0, 52000.0, 0.31)
-    plain = Step("training", "fastalex eager", "", 128, "images/s", *figures, None, None, 52000.0, 0.31)
+    step = {"measurement": "training", "program": "fastalex", "part": "", "batch": 128, "unit": "images/s"}
+    step |= {"median": 8000.0, "p20": 7900.0, "p80": 8100.0, "rounds": 3, "times_reference": 4.0}
+    step |= {"times_stock": 2.0, "gflop_per_s": 52000.0, "fraction_of_matmul": 0.31, "share_of_step": None}
+    plain = {**step, "program": "fastalex eager", "times_reference": None, "times_stock": None}
     kernel = ["void at::native::copy<float>(float*)", 12.0, 0.25, 0.125]
     parts: dict[str, Any] = {
         "phases": [{"phase": "facts", "status": "status 0", "seconds": 12.5}],
         "agreement": {"checks": [asdict(Check("a and b", 0.125, 0.25, True))], "compiler": {}},
         "throughput": {
-            "rows": [asdict(step), asdict(plain)],
+            "rows": [step, plain],
             "host_seconds": 0.0015,
             "waits_a_step": 0.01,
             "kernels": [kernel],
@@ -174,7 +176,7 @@ def run(folder: Path, validation: list[float]) -> None:
 
 
 def test_trainings(results: Path) -> None:
-    """Of runs side by side no time is shown; an unfinished one is left out."""
+    """Runs in parallel have no times; unfinished runs are left out."""
     folder = results / "card" / "t1-2026-01-02"
     run(folder / "runs" / "alexnet", [0.2, 0.13])
     run(folder / "runs" / "resnet18", [0.2, 0.19])
@@ -188,7 +190,7 @@ def test_trainings(results: Path) -> None:
     assert f"| alexnet_seed1 | {errors} |  |  |" in lines
 
 
-def test_it_stands_between_the_marks(results: Path) -> None:
+def test_results_are_written_between_the_marks(results: Path) -> None:
     page = f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n"
     lines = docs.gpu(page, results).splitlines()
     assert lines[:2] == ["before", docs.BEGIN]

@@ -1,4 +1,4 @@
-"""Comparing results with committed ones."""
+"""Comparing results with committed results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADER = "case,images_per_s,p20,p80,rounds,hardware\n"
 
 
 def measurement(median: float, p20: float, p80: float, unit: str = "images/s") -> Measurement:
-    return Measurement(("case",), unit, median, p20, p80, {"hardware": "a machine"})
+    return Measurement({"case": "one"}, unit, median, p20, p80, {"hardware": "a machine"})
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ def measurement(median: float, p20: float, p80: float, unit: str = "images/s") -
     [
         ((100, 98, 102), (110, 108, 112), "better"),
         ((100, 98, 102), (90, 88, 92), "worse"),
-        ((100, 98, 102), (104, 103, 105), ""),  # apart, but by less than 5%
-        ((100, 90, 110), (120, 109, 130), ""),  # far, but not apart
+        ((100, 98, 102), (104, 103, 105), ""),  # no overlap, but less than 5%
+        ((100, 90, 110), (120, 109, 130), ""),  # more than 5%, but overlapping
         ((100, 90, 110), (120, 110, 130), ""),  # they share a point
         ((100, 98, 102), (100, 98, 102), ""),
     ],
@@ -90,7 +90,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-def test_says_what_is_wrong(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_cause(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no revision nosuch" in failure(capsys, "nosuch", "--results", str(results))
     (results / "a.csv").write_text("x,y\n1,2\n")
     assert "a.csv is not a file of results: no columns" in failure(capsys, "--results", str(results))

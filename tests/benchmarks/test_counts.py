@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a step, and the least time they take, against sums by hand."""
+"""FLOPs and bytes of a step, and the least time that they take, beside sums by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_small_network() -> None:
     x, y, kernel, weight, logits = 2 * 3 * 64, 2 * 8 * 36, 8 * 27, 8 * 36 * 5, 2 * 5
     parts = totals(operations)
     assert parts[INPUT] == (0, 4 * x)
-    # Forward, and the weight's gradient: nobody asks for the image's.
+    # Forward, and the weight's gradient: the image's is not needed.
     assert parts[CONVOLUTIONS] == (2 * 2 * y * 27, 4 * (x + kernel + y) + 4 * (y + x + kernel + kernel))
     # Forward, and the gradients of weight and input.
     assert parts[PRODUCTS] == (3 * 2 * 2 * weight, 3 * 4 * (y + weight + logits))
@@ -43,7 +43,7 @@ def test_clipping_reads_the_gradients_and_scales_them() -> None:
     assert 3 * gradients <= clipped - plain < 3 * gradients + 100  # and some scalars
 
 
-def test_alexnet_kernels_move_what_they_must() -> None:
+def test_bytes_of_alexnets_kernels() -> None:
     operations = count_step(lambda: create_model("alexnet"), batch_size=2)
     forward = [op.bytes for op in operations if op.name == "fastalex::lrn_max_pool"]
     sizes = [(96, 55, 27), (256, 27, 13)]
@@ -56,7 +56,9 @@ def test_least_seconds_is_the_slower_of_arithmetic_and_memory() -> None:
     assert least_seconds(work, card) == pytest.approx(2 + 3 + 0.5)
 
 
-def test_the_page_is_what_the_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_equals_the_output_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     expected.main(["--page", str(page)])

@@ -1,4 +1,4 @@
-"""On a machine with a card, no benchmark of CPU tensors writes a card's file of results."""
+"""On a machine with a GPU, no benchmark of CPU tensors writes the GPU's results file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OF_THE_CPU = [path for path in BENCHMARKS.glob("test_*.py") if '_{KIND}.csv", "cpu")' in path.read_text()]
+OF_THE_CPU = [path for path in BENCHMARKS.glob("test_*.py") if '_{KIND}.csv", "cpu"' in path.read_text()]
 WITH_A_CARD = """
 import sys, pytest, torch
 torch.cuda.is_available = lambda: True
@@ -19,7 +19,7 @@ sys.exit(pytest.main(["--benchmark-enable", "--setup-only", "-rs", *sys.argv[1:]
 
 
 @pytest.mark.slow
-def test_they_are_skipped_and_say_why() -> None:
+def test_benchmarks_of_the_cpu_are_skipped() -> None:
     assert len(OF_THE_CPU) >= 6
     command = [sys.executable, "-c", WITH_A_CARD, *map(str, OF_THE_CPU)]
     result = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True)

@@ -1,8 +1,7 @@
-"""The format of the files of results, and the page that is made of them."""
+"""The format of results files, and the page that is generated from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,74 +14,105 @@ from benchmarks.counts import totals
 from benchmarks.expected import fast_step
 from benchmarks.memory import DEVICE_PEAKS
 from benchmarks.parts import CONVOLUTIONS, PARTS
-from benchmarks.report import RESULTS, measurement_files, read_measurements, write_csv
-from benchmarks.step import Row
+from benchmarks.report import (
+    RESULTS,
+    UNIT_IN_HEADER,
+    Measurement,
+    machine,
+    measurement_files,
+    read_measurements,
+    read_records,
+    write_csv,
+)
+from benchmarks.step import DERIVED
+
+LRN = Measurement(
+    {
+        "function": "relu_lrn",
+        "shape": "128x96x55x55",
+        "dtype": "bf16",
+        "implementation": "fastalex, Numba",
+        "direction": "forward + backward",
+    },
+    *("ms", 31.25, 30.0, 32.0),
+    {
+        "rounds": 7,
+        "bytes": 371712000,
+        "gb_per_s": 11.9,
+        "fraction_of_copy": 0.87,
+        "times_faster_than_eager": 61.5,
+    },
+)
 
 
-@dataclass(frozen=True)
-class Lrn:
-    """A line of lrn_cpu.csv."""
-
-    function: str = "relu_lrn"
-    shape: str = "128x96x55x55"
-    dtype: str = "bf16"
-    implementation: str = "fastalex, Numba"
-    direction: str = "forward + backward"
-    median_ms: float = 31.25
-    p20_ms: float = 30.0
-    p80_ms: float = 32.0
-    rounds: int = 7
-    bytes: int = 371712000
-    gb_per_s: float = 11.9
-    fraction_of_copy: float = 0.87
-    times_faster_than_eager: float = 61.5
+def measurement(
+    name: str, program: str, unit: str, median: float, spread: float = 0, part: str = "", **derived: float
+) -> Measurement:
+    """A line of step_cpu.csv, with percentiles at a distance of `spread` from the median."""
+    subject = {"measurement": name, "program": program, "part": part, "batch": 128}
+    more = {"rounds": 5, **dict.fromkeys(DERIVED), **derived}
+    return Measurement(subject, unit, median, median - spread, median + spread, more)
 
 
-def step_rows() -> list[Row]:
-    """A run in which the reference takes ten seconds a step and fastalex two."""
-    rows = []
+def step_measurements() -> list[Measurement]:
+    """A run in which the reference takes ten seconds per step and fastalex two."""
+    found = [
+        measurement("hardware", "matrix product", "GFLOP/s", 400, 10),
+        measurement("hardware", "copy", "GB/s", 20, 1),
+    ]
     for program, rate in (("reference", 12.8), ("stock", 32.0), ("fastalex", 64.0)):
-        figures = (rate, rate - 1, rate + 1, 5)
-        row = Row("training", program, "", 128, "images/s", *figures, times_reference=rate / 12.8)
-        rows.append(replace(row, times_stock=rate / 32, gflop_per_s=6.5 * rate, fraction_of_matmul=rate / 80))
-        rows.append(Row("peak memory", program, "", 128, "MB", 1234, 1234, 1234, 1, rate / 12.8))
-        for name in DEVICE_PEAKS:
-            rows.append(Row(name, program, "", 128, "MB", 4321, 4321, 4321, 1, rate / 12.8))
+        faster = {"times_reference": rate / 12.8}
+        rates = {"times_stock": rate / 32, "gflop_per_s": 6.5 * rate, "fraction_of_matmul": rate / 80}
+        found.append(measurement("training", program, "images/s", rate, 1, **faster, **rates))
+        found.append(measurement("peak memory", program, "MB", 1234, **faster))
+        found += [measurement(name, program, "MB", 4321, **faster) for name in DEVICE_PEAKS]
         if program != "stock":
-            rows.append(Row("ten-crop evaluation", program, "", 128, "images/s", *figures, rate / 12.8))
+            found.append(measurement("ten-crop evaluation", program, "images/s", rate, 1, **faster))
             for i, part in enumerate(PARTS):
                 ms, share = 100.0 * (6 - i), (6 - i) / 25  # medians, which need not add up to one
-                rows.append(Row("step by part", program, part, 128, "ms", ms, ms, ms, 5, share_of_step=share))
-    rows.append(Row("hardware", "matrix product", "", 128, "GFLOP/s", 400, 390, 410, 5))
-    rows.append(Row("hardware", "copy", "", 128, "GB/s", 20, 19, 21, 5))
-    return rows
+                found.append(measurement("step by part", program, "ms", ms, part=part, share_of_step=share))
+    return found
 
 
 @pytest.fixture(name="results")
 def small_results(tmp_path: Path) -> Path:
-    write_csv(step_rows(), tmp_path / "step_cpu.csv", "cpu")
-    write_csv([Lrn()], tmp_path / "lrn_cpu.csv", "cpu")
+    write_csv(step_measurements(), tmp_path / "step_cpu.csv", "cpu")
+    write_csv([LRN], tmp_path / "lrn_cpu.csv", "cpu", unit="ms")
     return tmp_path
 
 
-def test_written_rows_are_read(results: Path) -> None:
+def test_written_measurements_are_read(results: Path) -> None:
     step = read_measurements((results / "step_cpu.csv").read_text())
-    assert [(m.of, m.unit, m.median) for m in step] == [
-        ((r.measurement, r.program, r.part, str(r.batch)), r.unit, pytest.approx(r.median, rel=1e-3))
-        for r in step_rows()
+    assert [(m.subject, m.unit, m.median) for m in step] == [
+        ({**m.subject, "batch": "128"}, m.unit, pytest.approx(m.median, rel=1e-3))
+        for m in step_measurements()
     ]
     (lrn,) = read_measurements((results / "lrn_cpu.csv").read_text())
-    assert (lrn.of[-1], lrn.unit, lrn.median, lrn.p20, lrn.p80) == ("forward + backward", "ms", 31.25, 30, 32)
+    assert lrn.subject == LRN.subject
+    assert (lrn.unit, lrn.median, lrn.p20, lrn.p80) == ("ms", 31.25, 30, 32)
     assert lrn.less_is_better
 
 
 @pytest.mark.parametrize("path", measurement_files(RESULTS), ids=lambda path: path.name)
 def test_every_committed_file_has_the_format(path: Path) -> None:
     measurements = read_measurements(path.read_text())
-    keys = {(*m.of, m.unit) for m in measurements}
+    keys = {(*m.subject.values(), m.unit) for m in measurements}
     assert len(keys) == len(measurements) > 0
     assert all(m.p20 <= m.median <= m.p80 for m in measurements)
-    assert all(m.record["torch"] and m.record["hardware"] for m in measurements)
+    assert all(m["torch"] and m["hardware"] for m in measurements)
+
+
+@pytest.mark.parametrize("path", measurement_files(RESULTS), ids=lambda path: path.name)
+def test_a_committed_file_is_written_again_as_it_was_read(path: Path, tmp_path: Path) -> None:
+    columns = path.read_text().splitlines()[0].split(",")
+    unit = next((unit for unit, (median, *_) in UNIT_IN_HEADER.items() if median in columns), None)
+    again = tmp_path / "again.csv"
+    write_csv(read_measurements(path.read_text()), again, "cpu", unit)
+    assert again.read_text().splitlines()[0].split(",") == columns
+    own_machine = dict.fromkeys(machine("cpu"), "")
+    assert [line | own_machine for line in read_records(again)] == [
+        line | own_machine for line in read_records(path)
+    ]
 
 
 def test_page_shows_the_figures(results: Path) -> None:
@@ -127,7 +157,7 @@ def test_roofline_points(results: Path) -> None:
     assert points["fastalex: step"].gflop_per_s == pytest.approx(416)
 
 
-def test_the_page_is_made_of_the_committed_files() -> None:
+def test_the_pages_are_generated_from_the_committed_files() -> None:
     assert docs.PAGE.read_text() == docs.page(RESULTS), "run python -m benchmarks.docs"
     readme = docs.README.read_text()
     assert docs.readme(readme, RESULTS) == readme, "run python -m benchmarks.docs"
@@ -135,7 +165,7 @@ def test_the_page_is_made_of_the_committed_files() -> None:
     assert docs.gpu(gpu, RESULTS) == gpu, "run python -m benchmarks.docs"
 
 
-def test_a_kind_of_cpu_has_a_section_of_its_own(results: Path) -> None:
+def test_each_kind_of_cpu_has_its_own_section(results: Path) -> None:
     (results / "step_cpu_fp32.csv").write_text((results / "step_cpu.csv").read_text())
     text = docs.page(results)
     with_bf16, without = text.split("## The training step (CPU without bf16)")
@@ -144,7 +174,7 @@ def test_a_kind_of_cpu_has_a_section_of_its_own(results: Path) -> None:
     assert "roofline_cpu_fp32.png" in without
 
 
-def test_a_readme_without_marks_is_left_alone(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_readme_without_marks_is_not_changed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, readme = results / "benchmarks.md", results / "README.md"
     readme.write_text("# Title\n")
     with pytest.raises(SystemExit):
@@ -155,7 +185,7 @@ def test_a_readme_without_marks_is_left_alone(results: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("text", [None, "x,y\n1,2\n"])
-def test_says_what_is_wrong(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_cause(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if text:
         (tmp_path / "step_cpu.csv").write_text(text)
     with pytest.raises(SystemExit) as exit_info:

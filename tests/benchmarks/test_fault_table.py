@@ -1,4 +1,4 @@
-"""The table of faults: made of what tests report, and equal to the committed records."""
+"""The table of faults: generated from the tests' reports, and equal to the committed records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_e(record_property):
 """
 
 
-def test_tries_and_losses_are_those_that_pytest_reports(tmp_path: Path) -> None:
+def test_tries_and_losses_are_read_from_pytests_report(tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(TESTS)
     report = tmp_path / "report.xml"
     options = ["-o", "junit_family=xunit1", f"--junitxml={report}", "-p", "no:cacheprovider"]
@@ -63,7 +63,7 @@ def test_every_row_has_a_test() -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_page_is_made_of_the_committed_records() -> None:
+def test_the_page_is_generated_from_the_committed_records() -> None:
     text = faults.PAGE.read_text()
     records = faults.read(faults.RECORDS)
     assert text == faults.page(text, records), "run python -m benchmarks.faults"
@@ -82,7 +82,7 @@ def test_a_row_shows_its_record_and_a_loss() -> None:
     assert "old" not in lines
 
 
-def test_an_unknown_fault_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         faults.main(["flood"])
     assert "error: flood: no such fault; one of kill, " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How the benchmarks time a kernel, on a GPU that is made up, and what they measure the machine with."""
+"""How the benchmarks time a kernel, on a simulated GPU, and how they measure the machine."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FLUSH = 1e-4
 
 
 class Gpu:
-    """One that does in order what a host queues, each on a clock of its own; seconds.
+    """A simulated GPU that runs kernels in the order in which the host enqueues them; times in seconds.
 
     Attributes:
-        host: what the host's clock shows.
-        free: when the GPU will have done all that is queued.
-        room: how many kernels the queue takes before the host has to wait.
+        host: the time on the host's clock.
+        free: when the GPU will have run all enqueued kernels.
+        room: number of kernels that the queue holds; then the host has to wait.
     """
 
     def __init__(self, room: int = 1000) -> None:
         self.host = self.free = 0.0
         self.room = room
         self.ends: list[float] = []
-        self.cold = False  # nothing of the inputs is in its cache
+        self.cold = False  # whether the inputs have been evicted from the cache
 
     def launch(self, spent: float, dispatch: float = 5e-6) -> None:
         if len(self.ends) >= self.room:
@@ -44,7 +44,7 @@ class Gpu:
         self.host = max(self.host, self.free)
 
     def kernel(self, spent: float, dispatch: float) -> Callable[..., str]:
-        """A call that launches one, which takes half as long when its inputs are in the cache."""
+        """A call that launches a kernel, which takes half as long if its inputs are in the cache."""
 
         def call(*arguments: object) -> str:
             self.launch(spent if self.cold else spent / 2, dispatch)
@@ -70,7 +70,7 @@ class Event:
 
 
 def on(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """Let `hardware` take it for the machine's."""
+    """Make `hardware` use the simulated GPU."""
 
     def flush() -> None:
         gpu.launch(FLUSH)
@@ -88,17 +88,17 @@ def on(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return gpu
 
 
-def test_a_kernels_time_is_the_gpus_however_long_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernels_time_excludes_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = on(Gpu(), monkeypatch)
     short, long = gpu.kernel(40e-6, dispatch=300e-6), gpu.kernel(90e-6, dispatch=10e-6)
     assert seconds_of(short, long) == pytest.approx([40e-6, 90e-6])
 
 
-def test_a_call_that_is_slower_to_launch_than_it_seemed_is_timed_again(
+def test_a_launch_slower_than_estimated_is_timed_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = on(Gpu(), monkeypatch)
-    dispatch = iter([1e-6, 1e-6, *[5e-3] * 1000])  # once the first is over
+    dispatch = iter([1e-6, 1e-6, *[5e-3] * 1000])  # slow after the first two
     assert seconds_of(lambda: gpu.kernel(40e-6, next(dispatch))()) == pytest.approx([40e-6])
 
 
@@ -124,7 +124,7 @@ def test_a_call_that_waits_for_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatc
         seconds_of(waits)
 
 
-def test_each_call_is_given_the_result_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_call_is_given_the_previous_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "DEVICE", "cpu")
     given: list[int] = []
 
@@ -138,7 +138,7 @@ def test_each_call_is_given_the_result_of_the_one_before(monkeypatch: pytest.Mon
     assert min(spent) >= 0
 
 
-def test_the_passes_are_those_of_the_operator() -> None:
+def test_seconds_by_pass_runs_both_passes() -> None:
     x = torch.ones(3, requires_grad=True)
     seen: list[Tensor] = []
     x.register_hook(seen.append)
@@ -148,7 +148,7 @@ def test_the_passes_are_those_of_the_operator() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_can_be_kept_busy_while_both_passes_are_queued() -> None:
+def test_a_gpu_is_kept_busy_while_both_passes_are_enqueued() -> None:
     x = torch.randn(16, 96, 55, 55, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for function in (relu_lrn, torch.compile(lambda x: x.sigmoid() * x)):
         spent = seconds_by_pass(partial(function, x), [x], torch.randn_like(x))
@@ -158,9 +158,7 @@ def test_a_gpu_can_be_kept_busy_while_both_passes_are_queued() -> None:
 
 
 def test_the_machine_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of constants a processor makes less heat, and a GPU keeps a higher clock."""
-    monkeypatch.setattr(hardware, "MATMUL_SIZES", {hardware.DEVICE: (8, 64)})
-    monkeypatch.setattr(hardware, "COPY_BYTES", {hardware.DEVICE: 1 << 20})
+    """With constants a processor runs cooler, and a GPU keeps a higher clock."""
     multiplied: list[Tensor] = []
     product = torch.mm
 
@@ -169,7 +167,7 @@ def test_the_machine_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyP
         return product(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", mm)
-    machine = Hardware()
+    machine = Hardware((8, 64), 1 << 20)
     assert machine.matmul_flops_per_second() > 0
     assert machine.copy_bytes_per_second() > 0
     assert {len(x) for x in multiplied} == {8, 64}

@@ -1,4 +1,4 @@
-"""Which kernels ran on the GPU, from what the profiler records there."""
+"""The kernels that ran on the GPU, from the profiler's records."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.profiler_events import on_gpu, recorded, training_steps
 
 
 def closed(events: Any) -> Any:
-    """A profiler that has recorded them."""
+    """A closed profiler with these events."""
     return SimpleNamespace(key_averages=events.key_averages)
 
 
-def test_each_kernel_once_a_step_and_shares_of_the_whole() -> None:
+def test_calls_and_times_per_step_and_shares() -> None:
     rows = kernel_times(closed(training_steps()))
     assert rows == [
         ("lrn", 2, pytest.approx(0.16), pytest.approx(0.4)),
@@ -27,10 +27,10 @@ def test_each_kernel_once_a_step_and_shares_of_the_whole() -> None:
     assert sum(share for *_, share in rows) == pytest.approx(1)
 
 
-def test_without_steps_the_figures_are_of_all_that_was_recorded() -> None:
+def test_without_steps_the_figures_are_totals() -> None:
     rows = kernel_times(closed(recorded(on_gpu("gemm", 0, 10), on_gpu("gemm", 10, 40))))
     assert rows == [("gemm", 2, pytest.approx(0.04), 1)]
 
 
-def test_a_gpu_that_did_nothing_has_no_rows() -> None:
+def test_an_idle_gpu_has_no_rows() -> None:
     assert kernel_times(closed(recorded())) == []

@@ -1,4 +1,4 @@
-"""Which part of a training step an operator belongs to."""
+"""The part of a training step that an operator belongs to."""
 
 from __future__ import annotations
 
@@ -65,22 +65,22 @@ def test_part_of(names: list[str], part: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "part"), [(lrn_triton, LRN), (augment_triton, INPUT)])
-def test_our_own_kernels_are_known_by_their_names(module: ModuleType, part: str) -> None:
-    """In a CUDA graph they have nothing else."""
+def test_our_kernels_are_recognised_by_name(module: ModuleType, part: str) -> None:
+    """A CUDA graph leaves nothing but the name."""
     names = [name for name in vars(module) if name.endswith("_kernel")]
     assert len(names) >= 2
     assert [part_of([name]) for name in names] == [part] * len(names)
 
 
-def test_kernels_count_once_with_an_operator_and_without() -> None:
-    """Microseconds a step: products 100 and 120, LRN 80 and 80, the second of each without an operator."""
+def test_kernels_count_once_with_or_without_an_operator() -> None:
+    """Microseconds per step: products 100 and 120, LRN 80 and 80, the second of each without an operator."""
     seconds = seconds_by_part(training_steps(), cuda=True)
     expected = {PRODUCTS: 100 + 120, LRN: 80 + 80, INPUT: 20}
     assert {part: spent * 1e6 / STEPS for part, spent in seconds.items() if spent} == pytest.approx(expected)
 
 
 def test_a_kernel_belongs_to_the_operators_around_its_own() -> None:
-    """Kernels of one name, of which only the launching operator says what they are for."""
+    """Kernels of the same name, which only the launching operator tells apart."""
     events = recorded(
         event("input", 0, 100, is_user_annotation=True),
         *launched(event("aten::copy_", 10, 20), on_gpu("copy_kernel", 200, 230)),
@@ -92,8 +92,8 @@ def test_a_kernel_belongs_to_the_operators_around_its_own() -> None:
     assert (seconds[INPUT], seconds[CONVOLUTIONS], seconds[OTHER]) == pytest.approx((30e-6, 10e-6, 20e-6))
 
 
-def test_a_kernel_that_two_claim_counts_once() -> None:
-    """A call of the CUDA library with the number of an operator is listed with its kernels, and before it."""
+def test_a_kernel_of_two_operators_counts_once() -> None:
+    """A call of the CUDA library with an operator's id lists that operator's kernels, and precedes it."""
     kernel = on_gpu("copy_kernel", 200, 230)
     call = event("cudaDeviceSynchronize", 0, 5, thread=2)
     call.append_kernel(kernel.name, 0, kernel.time_range.elapsed_us())
@@ -104,7 +104,7 @@ def test_a_kernel_that_two_claim_counts_once() -> None:
 
 
 def test_a_kernel_whose_operator_was_merged_into_another_is_not_lost() -> None:
-    """PyTorch merges an operator with the only one within it, of the same name, and drops its own kernels."""
+    """PyTorch merges an operator with a sole inner operator of the same name, and drops its own kernels."""
     events = recorded(
         *launched(event("aten::mm", 0, 50), on_gpu("gemm", 100, 140)),
         *launched(event("aten::mm", 10, 40), on_gpu("gemm", 140, 150)),
@@ -114,9 +114,9 @@ def test_a_kernel_whose_operator_was_merged_into_another_is_not_lost() -> None:
 
 
 @pytest.mark.gpu
-def test_a_replayed_cuda_graph_has_its_kernels_time() -> None:
+def test_the_kernels_of_a_replayed_cuda_graph_count() -> None:
     a = torch.randn(4096, 4096, device="cuda")
-    torch.mm(a, a)  # cuBLAS may not start within a capture
+    torch.mm(a, a)  # cuBLAS cannot be initialised within a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.mm(a, a)
@@ -140,7 +140,7 @@ def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def test_a_network_without_convolutions_has_no_time_in_them() -> None:
+def test_no_convolutions_no_time_in_convolutions() -> None:
     seconds = profile_step(step_of(nn.Linear(400, 400), torch.randn(400, 400)))
     assert tuple(seconds) == PARTS
     assert seconds[CONVOLUTIONS] == seconds[LRN] == 0
@@ -148,10 +148,10 @@ def test_a_network_without_convolutions_has_no_time_in_them() -> None:
 
 
 def test_eager_normalisation_is_found_forward_and_backward() -> None:
-    """Under a 1x1 convolution of 3 channels nearly all of the time is LocalResponseNorm's."""
+    """With a 1x1 convolution of 3 channels nearly all of the time is LocalResponseNorm's."""
     images = torch.randn(32 if DEVICE == "cuda" else 8, 3, 64, 64)
     model = nn.Sequential(nn.Conv2d(3, 96, 1), nn.ReLU(), nn.LocalResponseNorm(5))
     seconds = profile_step(step_of(model, images))
-    operators = sum(seconds.values()) - seconds[OTHER]  # which is also whatever the machine did meanwhile
+    operators = sum(seconds.values()) - seconds[OTHER]  # which includes other load on the machine
     assert seconds[LRN] > operators / 2
     assert seconds[CONVOLUTIONS] > 0

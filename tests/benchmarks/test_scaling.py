@@ -1,4 +1,4 @@
-"""The page on several devices says what its formulas do, and they are those of a ring."""
+"""The page on several devices is up to date, and its formulas are those of a ring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks import scaling
 
 
-def test_page_is_what_the_command_writes() -> None:
+def test_the_page_equals_the_output_of_the_command() -> None:
     assert scaling.PAGE.read_text() == scaling.page(), "run python -m benchmarks.scaling"
 
 

@@ -1,4 +1,4 @@
-"""The phase that times the kernels cut in several ways, without a GPU."""
+"""The phase that times the kernels with several launch configurations, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def test_a_rehearsal_describes_every_launch(tmp_path: Path) -> None:
     assert dict(vars(lrn_triton)) == before
     rows = json.loads((tmp_path / "tiling.json").read_text())["rows"]
     assert {row["microseconds"] for row in rows} == {None}
-    # Each image's bytes, as the interpreter counted them.
+    # The bytes per image, as the interpreter counted them.
     inspected = json.loads((RESULTS / "kernels_inspect.json").read_text())["traffic"]
     floors = {(row["kernel"], row["dtype"]): row["floor"] for row in inspected if "lrn" in row["kernel"]}
     of_lrn = [row for row in rows if row["shape"] == "1x55x55x96"]
     assert {row["bytes"] - floors[row["kernel"], row["dtype"]] for row in of_lrn} == {0}
-    whole = {(row["kernel"], row["dtype"]) for row in rows[:14]}
-    assert whole == {(row["kernel"], row["dtype"]) for row in inspected if row["dtype"] != "float16"}
+    in_use = {(row["kernel"], row["dtype"]) for row in rows[:14]}
+    assert in_use == {(row["kernel"], row["dtype"]) for row in inspected if row["dtype"] != "float16"}
     cuts = Counter((row["kernel"], row["shape"]) for row in rows[14:])
     assert cuts[POOL_FORWARD, "1x27x27x256"] == cuts[POOL_FORWARD, "1x55x55x96"] == 15
     assert cuts[POOL_BACKWARD, "1x27x27x256"] == cuts[POOL_BACKWARD, "1x55x55x96"] == 36
 
 
-def test_every_cut_has_a_lane_for_all_its_strips() -> None:
+def test_every_configuration_has_a_lane_for_each_strip() -> None:
     for name, launch in launches(2, "meta"):
         if "pool" in name:
             row = described(name, launch)
@@ -50,11 +50,13 @@ def test_every_cut_has_a_lane_for_all_its_strips() -> None:
             assert launch.arguments["rows"] == row.rows
 
 
-def test_a_time_is_written_as_soon_as_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_time_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = list(launches(1, "meta"))[:3]
     monkeypatch.setattr(tiling, "launches", lambda batch, device: iter(few))
     times = iter([25e-6, 50e-6])
-    monkeypatch.setattr(tiling, "seconds_of", lambda call: [next(times)])  # the third ends it
+    monkeypatch.setattr(
+        tiling, "seconds_of", lambda call: [next(times)]
+    )  # the third call raises StopIteration
     with pytest.raises(StopIteration):
         tiling.measure(tmp_path, 1, timed=True)
     rows = json.loads((tmp_path / "tiling.json").read_text())["rows"]
@@ -64,7 +66,7 @@ def test_a_time_is_written_as_soon_as_it_is_known(tmp_path: Path, monkeypatch: p
     ]
 
 
-def test_processes_share_the_kernels_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_divide_the_kernels_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     every = list(launches(1, "meta"))
     names = {id(launch): name for name, launch in every}
     compiled: list[tuple[Any, ...]] = []
@@ -80,10 +82,10 @@ def test_processes_share_the_kernels_to_compile(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for worker in range(3):
         tiling.compile_some(worker, 3)
-    # 14 as they are; cut: 3 forward, 9 backward at two shapes, of which one each at 55x55 is as it is.
+    # 14 in use; 3 forward and 9 backward at two shapes, of which one each at 55x55 is also in use.
     assert len(compiled) == len(set(compiled)) == 14 + 2 * (3 + 9) - 2
 
 
-def test_it_is_a_phase(tmp_path: Path) -> None:
+def test_tiling_is_a_phase(tmp_path: Path) -> None:
     ((*_, module, folder, _, toy),) = PHASES["tiling"].commands(Place(tmp_path, tmp_path, toy=True))
     assert (module, folder, toy) == ("benchmarks.card.tiling", str(tmp_path), "--toy")

@@ -1,4 +1,4 @@
-"""Time to an error, from runs made up here."""
+"""Time to an error, from made-up runs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_measured_and_extrapolated(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of two machines" not in out
 
 
-def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_measurements_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_up_run(tmp_path / "run", [0.5, 0.2])
     nowhere = tmp_path / "nowhere"
     fast, reference = results(tmp_path, run, nowhere, nowhere, 0.2)

@@ -1,4 +1,4 @@
-"""Programs that take turns: between turns they and their children stand still; they leave nothing behind."""
+"""Programs that take turns: between turns they and their children are stopped; at the end all have ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ serve(start)
 
 
 def state(pid: int) -> str:
-    """The letter of proc_pid_stat(5): R, S, T (stopped), Z; X for a process that is gone."""
+    """The state letter of proc_pid_stat(5): R, S, T (stopped), Z; X for a process that no longer exists."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def test_answers_although_libraries_print(worker: Worker) -> None:
     assert worker.ask("add", a="x", b="y") == "xy"
 
 
-def test_stands_still_between_turns(worker: Worker) -> None:
+def test_is_stopped_between_turns(worker: Worker) -> None:
     for _ in range(2):
         for pid in worker.ask("pids"):
             wait_for(pid, "T")
@@ -56,7 +56,7 @@ def test_leaves_no_process() -> None:
     with Worker("the test's program", ["-c", PROGRAM]) as worker:
         pids = worker.ask("pids")
     for pid in pids:
-        wait_for(pid, "XZ")  # the child may wait for init to take note
+        wait_for(pid, "XZ")  # the child may wait for init to reap it
 
 
 def test_names_the_program_that_ended(worker: Worker) -> None:
@@ -65,7 +65,7 @@ def test_names_the_program_that_ended(worker: Worker) -> None:
 
 
 def wait_for(pid: int, states: str) -> None:
-    """A signal takes effect a moment after it is sent."""
+    """Wait for a state: a signal takes effect some time after it is sent."""
     for _ in range(1000):
         if state(pid) in states:
             return
