@@ -1,8 +1,9 @@
-"""Networks by name: AlexNet and its variants from here, the networks it is compared with from torchvision."""
+"""Networks by name: AlexNet and its variants, and the torchvision networks it is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torchvision
@@ -15,6 +16,7 @@ from fastalex.models.winograd import allow_winograd
 __all__ = [
     "MODELS",
     "AlexNet",
+    "Architecture",
     "check_batch",
     "check_crop",
     "count_parameters",
@@ -22,12 +24,33 @@ __all__ = [
     "load_weights",
 ]
 
-SMALLEST = 32  # crop: torchvision's networks halve it five times
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "alexnet": AlexNet,
-    "resnet18": torchvision.models.resnet18,
-    "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
-    "efficientnet_b0": torchvision.models.efficientnet_b0,
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a network is built, and what it needs of its batches.
+
+    Attributes:
+        build: returns the network; takes ``num_classes`` and the network's own options as keywords.
+        min_crop: smallest crop that the network can compute, in pixels.
+        trains_on_one_image: whether batch normalisation can train on one image of ``min_crop`` pixels. It
+            cannot where that image is reduced to one value per channel.
+    """
+
+    build: Callable[..., nn.Module]
+    min_crop: int
+    trains_on_one_image: bool
+
+
+def _halving_five_times(build: Callable[..., nn.Module]) -> Architecture:
+    """A network that halves the image five times, with batch normalisation to the end."""
+    return Architecture(build, min_crop=32, trains_on_one_image=False)
+
+
+MODELS: dict[str, Architecture] = {
+    "alexnet": Architecture(AlexNet, min_crop=MIN_CROP, trains_on_one_image=True),
+    "resnet18": _halving_five_times(torchvision.models.resnet18),
+    "mobilenet_v3_small": _halving_five_times(torchvision.models.mobilenet_v3_small),
+    "efficientnet_b0": _halving_five_times(torchvision.models.efficientnet_b0),
 }
 
 
@@ -42,12 +65,11 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     Raises:
         ConfigError: if there is no such network, or it has no such option.
     """
-    if name not in MODELS:
-        raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
+    architecture = _find(name)
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: a network needs at least one class")
     try:
-        model = MODELS[name](num_classes=num_classes, **options)
+        model = architecture.build(num_classes=num_classes, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -56,33 +78,34 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
 
 
 def check_crop(name: str, key: str, crop: int) -> None:
-    """Refuse a crop, in pixels, from which the network computes nothing.
+    """Refuse a crop that is too small for the network.
 
     Args:
-        name: of the network.
-        key: that has the crop.
-        crop: its value.
+        name: one of ``MODELS``.
+        key: the configuration key that holds the crop, for the message.
+        crop: side of the crop, in pixels.
 
     Raises:
-        ConfigError: naming the smallest crop that works.
+        ConfigError: if the crop is too small, naming the smallest that works; or if there is no such network.
     """
-    smallest = MIN_CROP if name == "alexnet" else SMALLEST
+    smallest = _find(name).min_crop
     if crop < smallest:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
 
 def check_batch(name: str, images: int, crop: int) -> None:
-    """Refuse a single image at a time where batch normalisation would have one value to normalise.
+    """Refuse to train on one image at a time where batch normalisation would see one value per channel.
 
     Args:
-        name: of the network.
-        images: of a batch, or of the parts that it is divided into.
-        crop: the smallest one, in pixels.
+        name: one of ``MODELS``.
+        images: images per forward pass: the batch, or one of the parts it is accumulated from.
+        crop: side of the smallest crop of the run, in pixels.
 
     Raises:
-        ConfigError: naming the keys.
+        ConfigError: naming the keys to change; or if there is no such network.
     """
-    if images == 1 and crop <= SMALLEST and name != "alexnet":  # which has enough pixels at any crop
+    architecture = _find(name)
+    if images == 1 and crop <= architecture.min_crop and not architecture.trains_on_one_image:
         raise ConfigError(
             f"train.batch_size: {name} gets one image at a time, a crop of {crop} leaves one pixel of it, "
             "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
@@ -97,6 +120,10 @@ def count_parameters(model: nn.Module) -> int:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy a state dict into a network of the same architecture.
 
+    Args:
+        model: the network, on any device.
+        weights: tensors by name, as ``model.state_dict()`` returns them.
+
     Raises:
         CheckpointError: naming the first tensor that does not fit.
     """
@@ -110,3 +137,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 f"{ours or 'absent'} in the network asked for"
             )
     model.load_state_dict(weights)
+
+
+def _find(name: str) -> Architecture:
+    if name not in MODELS:
+        raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
+    return MODELS[name]
