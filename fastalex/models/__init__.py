@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.models.alexnet import MIN_CROP, AlexNet
+from fastalex.models.alexnet import AlexNet
 from fastalex.models.winograd import allow_winograd
 
 __all__ = [
     "MODELS",
     "AlexNet",
-    "Architecture",
     "check_batch",
     "check_crop",
     "count_parameters",
@@ -24,34 +22,20 @@ __all__ = [
     "load_weights",
 ]
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a network is built, and what it needs of its batches.
-
-    Attributes:
-        build: returns the network; takes ``num_classes`` and the network's own options as keywords.
-        min_crop: smallest crop that the network can compute, in pixels.
-        trains_on_one_image: whether batch normalisation can train on one image of ``min_crop`` pixels. It
-            cannot where that image is reduced to one value per channel.
-    """
-
-    build: Callable[..., nn.Module]
-    min_crop: int
-    trains_on_one_image: bool
-
-
-def _halving_five_times(build: Callable[..., nn.Module]) -> Architecture:
-    """A network that halves the image five times, with batch normalisation to the end."""
-    return Architecture(build, min_crop=32, trains_on_one_image=False)
-
-
-MODELS: dict[str, Architecture] = {
-    "alexnet": Architecture(AlexNet, min_crop=MIN_CROP, trains_on_one_image=True),
-    "resnet18": _halving_five_times(torchvision.models.resnet18),
-    "mobilenet_v3_small": _halving_five_times(torchvision.models.mobilenet_v3_small),
-    "efficientnet_b0": _halving_five_times(torchvision.models.efficientnet_b0),
+# Each callable returns a network; it takes num_classes and the network's options as keywords. Two optional
+# attributes of the callable state the network's limits:
+#   min_crop: the smallest crop that the network can compute, in pixels.
+#   trains_on_one_image: whether it can train on one image of min_crop pixels. Batch normalisation cannot if
+#       the image is reduced to one value per channel.
+# The defaults hold for torchvision's networks, which halve the image five times and normalise to the end.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "resnet18": torchvision.models.resnet18,
+    "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+    "efficientnet_b0": torchvision.models.efficientnet_b0,
 }
+_MIN_CROP = 32
+_TRAINS_ON_ONE_IMAGE = False
 
 
 def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
@@ -65,11 +49,11 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     Raises:
         ConfigError: if there is no such network, or it has no such option.
     """
-    architecture = _find(name)
+    build = _find(name)
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: a network needs at least one class")
     try:
-        model = architecture.build(num_classes=num_classes, **options)
+        model = build(num_classes=num_classes, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -88,7 +72,7 @@ def check_crop(name: str, key: str, crop: int) -> None:
     Raises:
         ConfigError: if the crop is too small, naming the smallest that works; or if there is no such network.
     """
-    smallest = _find(name).min_crop
+    smallest = _min_crop(name)
     if crop < smallest:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
@@ -104,8 +88,8 @@ def check_batch(name: str, images: int, crop: int) -> None:
     Raises:
         ConfigError: naming the keys to change; or if there is no such network.
     """
-    architecture = _find(name)
-    if images == 1 and crop <= architecture.min_crop and not architecture.trains_on_one_image:
+    trains_on_one_image = getattr(_find(name), "trains_on_one_image", _TRAINS_ON_ONE_IMAGE)
+    if images == 1 and crop <= _min_crop(name) and not trains_on_one_image:
         raise ConfigError(
             f"train.batch_size: {name} gets one image at a time, a crop of {crop} leaves one pixel of it, "
             "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
@@ -139,7 +123,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def _find(name: str) -> Architecture:
+def _min_crop(name: str) -> int:
+    return getattr(_find(name), "min_crop", _MIN_CROP)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
     if name not in MODELS:
         raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
     return MODELS[name]

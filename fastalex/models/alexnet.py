@@ -22,9 +22,6 @@ LRN_ALPHA = LRN_SIZE * 1e-4
 LRN_BETA = 0.75
 LRN_K = 2.0
 
-# Three stride-2 pools follow a stride-4 convolution: a smaller crop leaves the last pool no 3x3 window.
-MIN_CROP = 63
-
 
 class NormPool(nn.Module):
     """ReLU, normalisation and max pooling, as they follow each of the first two convolutions.
@@ -84,6 +81,12 @@ class AlexNet(nn.Module):
     Raises:
         ConfigError: if an option has a value that is not listed above.
     """
+
+    # Limits that fastalex.models checks. Three stride-2 pools follow a stride-4 convolution: a smaller crop
+    # leaves the last pool no 3x3 window. Batch normalisation is at the first two convolutions, whose outputs
+    # have many pixels.
+    min_crop = 63
+    trains_on_one_image = True
 
     def __init__(
         self,
