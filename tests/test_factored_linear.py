@@ -1,4 +1,4 @@
-"""Gradients kept as factors against those that autograd makes, their steps and norms against PyTorch's."""
+"""Gradients stored as factors, their norms and SGD steps, compared with those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastalex.training.optim import ROWS, create_optimizer
 from fastalex.training.trainer import Trainer
 
 BATCH, CHANNELS, SIZE = 6, 5, 6
-UNITS = ROWS + 7  # two blocks of rows, the second a broken one
+UNITS = ROWS + 7  # two blocks of rows, the second incomplete
 IMAGES = [(1, 1), (2, 2), (1, 3), (6, 6), (9, 11)]  # the weight is pooled for the first three
 
 
 class Network(nn.Module):
-    """Two such layers behind each other, and one that is plain."""
+    """Two factored layers followed by a plain one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 def networks() -> tuple[Network, Network]:
-    """The same twice, in float64."""
+    """Two copies of a network, in float64."""
     torch.manual_seed(0)
     network = Network().double()
     return network, copy.deepcopy(network)
@@ -50,6 +50,7 @@ def images(image: tuple[int, int] = (2, 2)) -> Tensor:
 
 
 def backward(network: Network, x: Tensor) -> Tensor:
+    """Run forward and backward pass; return the gradient of the input."""
     x = x.clone().requires_grad_()
     network(x).square().sum().backward()
     assert x.grad is not None
@@ -58,7 +59,7 @@ def backward(network: Network, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
 @pytest.mark.parametrize("passes", [1, 3])
-def test_the_factors_make_the_gradient_and_its_norm(image: tuple[int, int], passes: int) -> None:
+def test_factors_give_the_gradient_and_its_norm(image: tuple[int, int], passes: int) -> None:
     network, plain = networks()
     with keeping_factors(network.factored):
         for x in images(image).chunk(passes):
@@ -76,8 +77,8 @@ def test_the_factors_make_the_gradient_and_its_norm(image: tuple[int, int], pass
     assert [layer.gradient for layer in network.factored] == [None, None]
 
 
-def test_the_norm_where_images_cancel() -> None:
-    """Like images, whose gradients add up to almost nothing: in fp32 the norm would be its own rounding."""
+def test_the_norm_when_gradients_cancel() -> None:
+    """Similar images whose gradients sum to almost zero: in fp32 the norm would be mostly rounding error."""
     torch.manual_seed(0)
     layer = FactoredLinear(1000, 50)
     images = torch.randn(1, 1000) + 1e-4 * torch.randn(64, 1000)
@@ -90,7 +91,7 @@ def test_the_norm_where_images_cancel() -> None:
     torch.testing.assert_close(found, (gradient.double().t() @ images.double()).square().sum())
 
 
-def test_outside_the_context_the_gradient_is_the_weights_own() -> None:
+def test_after_the_context_the_gradient_goes_to_the_weight() -> None:
     network, plain = networks()
     x = images()
     with pytest.raises(ZeroDivisionError), keeping_factors(network.factored):
@@ -104,7 +105,7 @@ def test_outside_the_context_the_gradient_is_the_weights_own() -> None:
 
 @pytest.mark.parametrize("image", [(2, 2), (6, 6)], ids=str)
 def test_under_autocast(image: tuple[int, int]) -> None:
-    """The outputs are the same bits; the gradients are as near, and in fp32, as PyTorch's are."""
+    """Outputs are bit-identical; gradients are fp32 and agree with PyTorch's to bf16's rounding."""
     network, plain = (network.float() for network in networks())
     x = images(image).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,7 +127,7 @@ def test_under_autocast(image: tuple[int, int]) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("image", [(2, 2), (6, 6)], ids=str)
-def test_steps_are_those_of_sgd(momentum: float, clip_norm: float, image: tuple[int, int]) -> None:
+def test_steps_equal_those_of_sgd(momentum: float, clip_norm: float, image: tuple[int, int]) -> None:
     network, plain = networks()
     optimizer = create_optimizer(network, TrainConfig(lr=0.01, momentum=momentum, weight_decay=0.1))
     expected = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=momentum, weight_decay=0.1)
@@ -150,7 +151,7 @@ def test_steps_are_those_of_sgd(momentum: float, clip_norm: float, image: tuple[
 @pytest.mark.parametrize(
     "frozen", [[], ["1.weight"], ["0.weight", "0.bias"], ["0.weight", "0.bias", "1.bias"]], ids=str
 )
-def test_frozen_parameters_stay_and_others_learn_as_with_sgd(frozen: list[str], bias: bool) -> None:
+def test_frozen_parameters_stay_and_others_are_updated_as_by_sgd(frozen: list[str], bias: bool) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 5), FactoredLinear(5, 6, bias=bias)).double()
     plain = copy.deepcopy(network)
@@ -172,7 +173,7 @@ def test_frozen_parameters_stay_and_others_learn_as_with_sgd(frozen: list[str], 
         assert torch.equal(ours, before[name]) == (name in frozen)
 
 
-def test_a_copied_optimizer_steps_with_the_copied_layers() -> None:
+def test_a_copied_optimizer_updates_the_copied_layers() -> None:
     network, _ = networks()
     optimizer = create_optimizer(network, TrainConfig(lr=0.01))
     copied, its_optimizer = copy.deepcopy((network, optimizer))
@@ -188,6 +189,8 @@ def test_a_copied_optimizer_steps_with_the_copied_layers() -> None:
 
 
 class OneBatch:
+    """A loader of one batch."""
+
     num_samples = BATCH
 
     def __len__(self) -> int:
@@ -201,15 +204,15 @@ class OneBatch:
 
 
 @pytest.mark.parametrize(
-    ("config", "made"), [(TrainConfig(), False), (TrainConfig(optimizer=Optimizer.lars), True)]
+    ("config", "computed"), [(TrainConfig(), False), (TrainConfig(optimizer=Optimizer.lars), True)]
 )
-def test_the_trainer_makes_no_such_gradient(config: TrainConfig, made: bool) -> None:
-    """Except for an optimizer that wants to see it."""
+def test_the_trainer_computes_the_whole_gradient_only_for_lars(config: TrainConfig, computed: bool) -> None:
+    """LARS needs the gradient itself, not its factors."""
     network = Network()
     seen: list[Tensor] = []
     network.second.weight.register_post_accumulate_grad_hook(seen.append)
     before = network.second.weight.detach().clone()
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     Trainer(network, config, OneBatch(), None, runtime).run_epoch()
-    assert bool(seen) == made
+    assert bool(seen) == computed
     assert not torch.equal(network.second.weight, before)

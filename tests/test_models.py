@@ -1,4 +1,4 @@
-"""AlexNet and its variants, against the paper's numbers and plain PyTorch in float64."""
+"""AlexNet and its variants, compared with the paper's numbers and with plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
 from fastalex.kernels import winograd_conv2d
-from fastalex.models import MODELS, AlexNet, check_crop, count_parameters, create_model, winograd
+from fastalex.models import MODELS, AlexNet, check_batch, check_crop, count_parameters, create_model, winograd
 from fastalex.models.winograd import WinogradConv2d, allow_winograd
 from fastalex.runtime import choose_runtime
 
@@ -23,7 +23,7 @@ BIAS_ONE = {"conv2", "conv4", "conv5", "fc6", "fc7"}
 
 
 def plain_alexnet(model: AlexNet, x: Tensor, norm: str, pool: int, groups: int = 1) -> Tensor:
-    """The paper's network, written out in torch.nn.functional with another model's weights."""
+    """The output of the paper's network, in torch.nn.functional, with the weights of `model`."""
     p = dict(model.named_parameters())
 
     def conv(name: str, x: Tensor, groups: int = 1, **kwargs: int) -> Tensor:
@@ -67,7 +67,7 @@ def test_parameter_count(options: dict, parameters: int) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_equals_the_paper_in_float64(options: dict, memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
-    # He's initialisation keeps the activations large enough for the normalisation to matter.
+    # With He's initialisation the activations are large enough for the normalisation to matter.
     model = create_model("alexnet", init="he", **options).double().eval()
     model.to(memory_format=memory_format)
     x = 100 * torch.randn(2, 3, 127, 127, dtype=torch.float64).to(memory_format=memory_format)
@@ -82,7 +82,7 @@ def test_equals_the_paper_in_float64(options: dict, memory_format: torch.memory_
 
 
 def test_equals_the_eager_baseline_with_the_same_weights() -> None:
-    """benchmarks/reference.py imports nothing from here: the fp32 kernels against plain PyTorch."""
+    """The fp32 kernels agree with plain PyTorch: benchmarks/reference.py imports nothing from fastalex."""
     torch.manual_seed(0)
     ours = create_model("alexnet", init="he").eval().to(memory_format=torch.channels_last)
     baseline = reference.AlexNet(num_classes=10).eval()
@@ -103,7 +103,7 @@ def test_equals_the_eager_baseline_with_the_same_weights() -> None:
 
 
 def test_normalisation_changes_the_result() -> None:
-    """The comparison above would notice a missing normalisation."""
+    """The comparisons above would detect a missing normalisation."""
     torch.manual_seed(0)
     model = create_model("alexnet", init="he").double().eval()
     x = 100 * torch.randn(1, 3, 127, 127, dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_he_initialisation_keeps_the_variance() -> None:
 
 
 @pytest.mark.parametrize("crop", [63, 64, 112, 128, 223, 224, 256])
-def test_any_crop_from_the_smallest(crop: int) -> None:
+def test_every_crop_from_the_smallest_works(crop: int) -> None:
     model = create_model("alexnet", num_classes=7).eval()
     check_crop("alexnet", "data.crop", crop)
     assert model(torch.zeros(1, 3, crop, crop)).shape == (1, 7)
@@ -162,7 +162,7 @@ def test_a_smaller_crop_is_refused() -> None:
         check_crop("alexnet", "data.crop", 62)
     model = create_model("alexnet").eval()
     with pytest.raises((ValueError, RuntimeError)):
-        model(torch.zeros(1, 3, 62, 62))  # which is why
+        model(torch.zeros(1, 3, 62, 62))  # the reason for the limit
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
@@ -171,7 +171,29 @@ def test_torchvision_networks(name: str) -> None:
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
-def test_resnet18_is_torchvisions() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_limits_on_a_batch_of_one_image(name: str) -> None:
+    model, smallest = create_model(name), 63 if name == "alexnet" else 32
+    check_batch(name, 1, smallest + 1)
+    model(torch.zeros(1, 3, smallest + 1, smallest + 1))
+    image = torch.zeros(1, 3, smallest, smallest)
+    if name == "alexnet":
+        check_batch(name, 1, smallest)
+        model(image)
+    else:
+        with pytest.raises(ConfigError, match=rf"{name} gets one image at a time, a crop of {smallest}"):
+            check_batch(name, 1, smallest)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(image)
+
+
+def test_checks_of_an_unknown_network_name_it() -> None:
+    for check in (lambda: check_crop("vgg", "data.crop", 224), lambda: check_batch("vgg", 1, 224)):
+        with pytest.raises(ConfigError, match=r"model.name=vgg: no such network"):
+            check()
+
+
+def test_resnet18_has_torchvisions_parameter_count() -> None:
     assert count_parameters(create_model("resnet18", num_classes=1000)) == 11_689_512
 
 
@@ -194,7 +216,7 @@ def test_bad_options_are_named(name: str, options: dict, message: str) -> None:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The output channels of each convolution that Winograd's algorithm computes."""
+    """The output channels of each convolution computed by Winograd's algorithm, in order."""
     channels = []
 
     def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,11 +228,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_winograd_is_as_near_to_float64_as_bf16_is(
+def test_winograd_in_bf16_is_as_accurate_as_bf16(
     groups: int, used: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runtime switches it on on the CPU; in bf16 it serves every ungrouped 3x3 convolution of a batch."""
-    monkeypatch.setattr(winograd, "BF16_PRODUCTS", 0)  # of a large one, and these are two images
+    """The CPU's runtime turns it on; in bf16 it computes every ungrouped 3x3 convolution of a large batch."""
+    monkeypatch.setattr(winograd, "BF16_PRODUCTS", 0)  # the batch has only two images
     torch.manual_seed(0)
     model = create_model("alexnet", groups=groups, init="he").eval()
     images = torch.randn(2, 3, 224, 224)
@@ -233,11 +255,11 @@ def test_winograd_is_as_near_to_float64_as_bf16_is(
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("size", [224, 64])
-def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: int, used: list[int]) -> None:
-    """It serves every ungrouped convolution but the first, at any size.
+def test_winograd_in_fp32_is_as_accurate_as_fp32(size: int, groups: int, used: list[int]) -> None:
+    """It computes every ungrouped convolution but the first, at any size.
 
-    Of the gradients less can be said: where two pixels of a pool are all but equal, rounding decides which
-    of them gets the gradient, and one such pair makes a difference of 0.001, without Winograd as well.
+    The tolerance of the gradients is larger: where two pixels of a pooling window are almost equal, rounding
+    decides which of them gets the gradient. One such pair makes a difference of 0.001, without Winograd too.
     """
     torch.manual_seed(0)
     model = create_model("alexnet", groups=groups, init="he").eval()
@@ -261,8 +283,8 @@ def test_winograd_in_fp32_is_as_near_to_float64_as_fp32_is(size: int, groups: in
     assert used == ([256, 384, 384, 256] if groups == 1 else [384])
 
 
-def test_winograd_serves_resnet18_and_leaves_its_weights_alone(used: list[int]) -> None:
-    """All of its 3x3 convolutions of stride 1: four behind the stem, and three at each further size."""
+def test_winograd_serves_resnet18_and_does_not_change_its_weights(used: list[int]) -> None:
+    """It computes all 3x3 convolutions of stride 1: four after the stem, and three at each further size."""
     torch.manual_seed(0)
     model = create_model("resnet18").eval()
     torch.manual_seed(0)
@@ -292,7 +314,7 @@ CHANGES = {"stride": 2, "kernel_size": 5, "padding": 2, "dilation": 2, "groups":
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) -> None:
+def test_winograd_is_used_only_for_supported_convolutions(changed: str, used: list[int]) -> None:
     plain: dict = {"kernel_size": 3, "padding": 1, "bias": False}
     other = plain | {changed: CHANGES[changed]}
     torch.manual_seed(0)
@@ -304,13 +326,13 @@ def test_winograd_is_only_for_what_it_computes(changed: str, used: list[int]) ->
     assert used == [16]
 
 
-def test_winograd_leaves_to_pytorch_what_it_does_not_take(used: list[int]) -> None:
+def test_pytorch_computes_unsupported_inputs(used: list[int]) -> None:
     torch.manual_seed(0)
     layer = WinogradConv2d(128, 128, 3, padding=1)
     choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(layer)
     image = torch.randn(128, 9, 9)
     exact = F.conv2d(image.double(), layer.weight.double(), layer.bias.double(), padding=1)
-    torch.testing.assert_close(layer(image).double(), exact, rtol=1e-4, atol=1e-4)  # one, without a batch
+    torch.testing.assert_close(layer(image).double(), exact, rtol=1e-4, atol=1e-4)  # no batch dimension
     layer.bfloat16()
     images = image.bfloat16().expand(256, 128, 9, 9)
     assert layer(images).dtype == torch.bfloat16
@@ -319,7 +341,7 @@ def test_winograd_leaves_to_pytorch_what_it_does_not_take(used: list[int]) -> No
 
 @pytest.mark.parametrize(
     ("images", "channels", "pixels", "serves"),
-    [  # ResNet-18's at 224x224, 112x112 and 64x64
+    [  # layers of ResNet-18 at 224x224, 112x112 and 64x64
         (128, 256, 14, True),
         (128, 128, 14, True),
         (128, 512, 4, True),
@@ -328,7 +350,7 @@ def test_winograd_leaves_to_pytorch_what_it_does_not_take(used: list[int]) -> No
         (16, 256, 7, False),
     ],
 )
-def test_winograd_in_bf16_serves_what_was_measured_to_gain(
+def test_winograd_in_bf16_is_used_only_where_it_was_measured_faster(
     images: int, channels: int, pixels: int, serves: bool, used: list[int]
 ) -> None:
     layer = WinogradConv2d(channels, channels, 3, padding=1, bias=False)
@@ -341,7 +363,7 @@ def test_winograd_in_bf16_serves_what_was_measured_to_gain(
 
 @pytest.mark.parametrize("crop", [63, 112, 224])
 def test_alexnet_is_one_graph_under_autocast(crop: int) -> None:
-    """At crops at which its first hidden layer pools the images up, pools the weight, and does neither."""
+    """At crops at which the first hidden layer pools its weight, enlarges its input, and does neither."""
     torch.manual_seed(0)
     model = create_model("alexnet", init="he").eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""The layer that may pool its weight in place of its input, against the two layers it stands for."""
+"""The layer that pools its weight instead of its input, compared with the two layers it replaces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from fastalex.models.pooled_linear import PooledLinear
 
 BATCH, CHANNELS, SIZE, UNITS = 3, 5, 6, 7
 
-# Up from one pixel, from whole and from broken multiples, from another width than height; as it is; down.
+# Enlarged from one pixel, by integer and other factors, from rectangles; unchanged; reduced.
 IMAGES = [(1, 1), (2, 2), (3, 3), (1, 3), (4, 2), (4, 4), (6, 6), (1, 6), (9, 11)]
 
 
 def pooled_then_linear(layer: PooledLinear) -> nn.Sequential:
+    """The same function as two PyTorch layers, with a copy of the weights."""
     linear = nn.Linear(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
     linear.load_state_dict(layer.state_dict())
     return nn.Sequential(nn.AdaptiveAvgPool2d(SIZE), nn.Flatten(), linear)
@@ -42,14 +43,14 @@ def test_equals_pooling_and_a_linear_layer(
 
 
 def test_the_weight_is_pooled_in_its_own_precision() -> None:
-    """Under autocast too: what is rounded is the weight that the product uses, once."""
+    """Also under autocast: the pooled weight is rounded once, for the product."""
     torch.manual_seed(0)
     layer = PooledLinear(CHANNELS, SIZE, UNITS)
     x = torch.randn(BATCH, CHANNELS, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
     assert out.dtype == torch.bfloat16
-    # Each of the four pixels stands for a 3x3 block of the weight.
+    # Each of the four pixels corresponds to a 3x3 block of the weight.
     weight = layer.weight.view(UNITS, CHANNELS, 2, 3, 2, 3).sum((3, 5)).flatten(1)
     rounded = nn.functional.linear(x.flatten(1).bfloat16(), weight.bfloat16(), layer.bias.bfloat16())
     torch.testing.assert_close(out, rounded)
@@ -59,9 +60,9 @@ def test_the_weight_is_pooled_in_its_own_precision() -> None:
 
 
 @pytest.mark.parametrize(("image", "products"), [((2, 2), 4), ((6, 6), 36), ((8, 8), 36)], ids=str)
-def test_products(image: tuple[int, int], products: int) -> None:
-    """Pooling up costs no products of the batch; a weight is pooled only where many are saved."""
-    batch = 1000  # next to which one pooling of the weight is little
+def test_number_of_multiplications(image: tuple[int, int], products: int) -> None:
+    """Enlarging the input would add multiplications; the weight is pooled only if that saves many."""
+    batch = 1000
     layer = PooledLinear(CHANNELS, SIZE, UNITS)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(batch, CHANNELS, *image))
@@ -70,7 +71,7 @@ def test_products(image: tuple[int, int], products: int) -> None:
     assert counter.get_total_flops() == batched + pooling
 
 
-def test_the_weights_are_those_of_a_linear_layer() -> None:
+def test_the_state_dict_is_that_of_a_linear_layer() -> None:
     shapes = [
         {name: tensor.shape for name, tensor in layer.state_dict().items()}
         for layer in (PooledLinear(CHANNELS, SIZE, UNITS), nn.Linear(CHANNELS * SIZE**2, UNITS))

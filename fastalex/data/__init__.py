@@ -1,4 +1,4 @@
-"""Data sets (what) and loaders (how)."""
+"""Data sets, and loaders that turn their images into batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "resolve_loader",
 ]
 
-# Imported when asked for: DALI and FFCV are optional.
+# The class of each loader, in the module of its name. It is imported when needed: DALI and FFCV are optional.
 _LOADERS = {
     "torchvision": "TorchvisionLoader",
     "resident": "ResidentLoader",
@@ -37,15 +37,16 @@ _LOADERS = {
 
 
 def resolve_loader(loader: LoaderConfig, splits: DataSplits, room: int | None) -> LoaderConfig:
-    """Replace ``loader.name=auto`` by ``resident`` where the decoded images of all splits fit the device.
+    """Replace ``loader.name=auto`` by the name of the fastest loader that can hold the data set.
 
-    Where they do not, or are files of many sizes, it becomes ``torchvision``.
+    That is ``resident`` if the decoded images of all splits fit the device, and ``torchvision`` if they do
+    not or if they are files of many sizes.
 
     Args:
-        loader: as it was asked for.
-        splits: of the data set.
-        room: bytes for images on the device (:func:`fastalex.training.memory.room_for_images`); None for
-            a CPU.
+        loader: the loader asked for; returned as it is if its name is not ``auto``.
+        splits: the data set.
+        room: bytes available for images on the device (:func:`fastalex.training.memory.room_for_images`);
+            None for a CPU.
     """
     if loader.name != "auto":
         return loader
@@ -70,14 +71,15 @@ def build_loader(
 
     Args:
         images: the split to load.
-        data: the geometry of the views (resize, crop, flip) and their normalisation.
-        loader: its name, not ``auto`` (see :func:`resolve_loader`), and its options.
-        views: random for training; center or ten_crop for evaluation.
-        batch_size: images a batch, on this rank; with ten_crop a batch has ten views of each.
-        runtime: the device, dtype and memory layout of the batches.
-        world: the ranks that share the epoch, and this one among them.
+        data: geometry of the views (resize, crop, flip), in pixels, and their normalisation.
+        loader: name and options of the loader; the name is not ``auto`` (see :func:`resolve_loader`).
+        views: ``random`` for training; ``center`` or ``ten_crop`` for evaluation.
+        batch_size: images per batch on this rank; with ``ten_crop`` a batch has several views of each image.
+        runtime: device, dtype and memory layout of the batches.
+        world: number of ranks that share the epoch, and the rank of this process.
         seed: decides order, offsets and flips, together with the epoch.
-        network: that the batches are for; one that consumes lazy batches gets them where that is faster.
+        network: the network that consumes the batches; it gets lazy batches if it accepts them and they are
+            faster. None always yields tensors.
 
     Raises:
         ConfigError: no such loader, or a batch larger than the training set.

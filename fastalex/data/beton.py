@@ -1,12 +1,13 @@
-""".beton files, FFCV's format: where one for a set of images lies, how it is written and how it is checked.
+"""The .beton files of FFCV: the file for a set of images, how it is written and how it is checked.
 
-A file holds raw uint8 pixels of one size and the labels. Images in memory, which are of one size, keep it.
-Image files are decoded and resized to ``data.resize`` squared when they are written, rounded to uint8: so a
-batch is within half a grey level of one resized in float, and no training step decodes a JPEG. FFCV's own
-resize while reading (area averaging, up to 102 levels from bilinear) is not used.
+A file holds labels and raw uint8 pixels of one size. Decoded images are stored in their own size. Image files
+are decoded and resized to resize x resize (``data.resize``), rounded to uint8: a batch is within half a grey
+level of one resized in floating point, and training decodes no JPEG. FFCV's own resize while reading (area
+averaging, up to 102 levels from bilinear) is not used.
 
-The file's name is a digest of all that decides its content, so a changed source, another ``data.resize`` or
-another division into training and validation images has another file, and a stale one is never read.
+The file's name is a digest of everything that its contents depend on. A changed source, another
+``data.resize`` or another split into training and validation images gets a file of its own, so that no
+outdated file is read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torchvision.transforms.v2.functional import resize as resize_image
 from tqdm import tqdm
 
 from fastalex.config import DataConfig, LoaderConfig
-from fastalex.data.cache import cache_folder, locked
+from fastalex.data.cache import cache_folder, file_state, locked
 from fastalex.data.decode import decode_image
 from fastalex.data.imageset import ImageSet
 from fastalex.data.workers import map_unordered
@@ -36,7 +37,7 @@ from fastalex.runtime import available_cores
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Undoes what FFCV does: its import and each of its loaders set the process's torch and Numba threads."""
+    """Restore the numbers of torch and Numba threads, which FFCV's import and each of its loaders change."""
     threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -56,17 +57,22 @@ with threads_kept():
             "first, apt-get install --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config)"
         ) from error
 
-_FORMAT = 1  # of our files: raise it whenever what is written for the same images changes
-_CHUNK = 32  # photographs that a process decodes at a time
+_FORMAT = 1  # version of our files; increase it when the contents for the same images change
+_CHUNK = 32  # files per task of a worker process
 
 
 def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Path:
-    """The .beton file of these images, written first if there is none.
+    """Return the path of the .beton file of a split, which is written first if it does not exist.
 
-    Of several processes that ask at once, one writes and the others wait for it.
+    If several processes need it at once, one writes and the others wait.
+
+    Args:
+        images: the split.
+        data: image files are resized to its ``resize``, in pixels.
+        loader: its ``beton`` is the folder of the file; empty: fastalex's cache folder.
 
     Raises:
-        DataError: a photograph cannot be decoded, or the file is damaged.
+        DataError: an image cannot be decoded, or the file is damaged.
         OutputError: the file cannot be written.
     """
     folder = Path(loader.beton).expanduser() if loader.beton else cache_folder() / "beton"
@@ -74,13 +80,13 @@ def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{folder}: cannot be made ({error.strerror}); loader.beton=FOLDER says where .beton files go"
+            f"{folder}: cannot be created ({error.strerror}); loader.beton=FOLDER says where .beton files go"
         ) from None
     path = folder / f"{_digest(images, data.resize)}.beton"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                for leftover in folder.glob(f".{path.name}.*"):  # of a process that was killed
+                for leftover in folder.glob(f".{path.name}.*"):  # from a killed process
                     leftover.unlink(missing_ok=True)
                 with replacing(path) as temporary:
                     _write(images, data.resize, temporary, path)
@@ -90,33 +96,37 @@ def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Pa
 
 
 def check_beton(path: Path, images: ImageSet) -> None:
-    """Finds a file that is cut short, of another kind or about other images; wrong pixels it does not find.
+    """Check that a file is a complete .beton file with the labels of a split. Pixels are not compared.
+
+    Args:
+        path: the file.
+        images: the split.
 
     Raises:
-        DataError: what is wrong with the file.
+        DataError: the file is unreadable, truncated, of another format, or belongs to other images.
     """
     try:
         reader = Reader(os.fspath(path))
         table, metadata = reader.alloc_table, reader.metadata
-        whole = (
+        is_whole = (
             reader.field_names == ["image", "label"]
             and len(table) == len(metadata) == reader.num_samples
             and path.stat().st_size == int(reader.header["alloc_table_ptr"]) + table.nbytes
             and int((table["ptr"] + table["size"]).max()) <= int(reader.header["alloc_table_ptr"])
         )
-        belongs = whole and np.array_equal(metadata["f1"].reshape(-1), images.labels)
+        labels_match = is_whole and np.array_equal(metadata["f1"].reshape(-1), images.labels)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception:  # FFCV's reader trusts what it reads
-        whole = False
-    if not whole:
+    except Exception:  # FFCV's reader does not validate what it reads
+        is_whole = False
+    if not is_whole:
         raise DataError(f"{path} is not a whole .beton file; delete it, and it will be written again")
-    if not belongs:
+    if not labels_match:
         raise DataError(f"{path} was not made from these images; delete it, and it will be written again")
 
 
 def _digest(images: ImageSet, resize: int) -> str:
-    """Names the content: of decoded images their pixels, of files their paths, sizes and times of change."""
+    """Return a digest of the labels and of the pixels, or of the files' paths, sizes and times of change."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(images.labels).data)
     if images.pixels is not None:
@@ -125,25 +135,20 @@ def _digest(images: ImageSet, resize: int) -> str:
         return digest.hexdigest()
     digest.update(f"{resize}\n".encode())
     for path in images.paths or ():
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        digest.update(os.fsencode(path.absolute()))
-        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
+        digest.update(file_state(path, path.absolute()))
     return digest.hexdigest()
 
 
 def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
-    """Writes all images to ``path``, with a progress bar that names the ``final`` path.
+    """Write all images to ``path``, with a progress bar that names the ``final`` path.
 
-    FFCV's own loop spreads the work over processes and waits for ever if one of them dies: of a damaged
-    image or a full disk, for instance. So this is the loop of one of its workers, in this process; what takes
-    time, decoding, is done by others.
+    FFCV's own loop uses several processes and hangs if one of them dies, because of a damaged image or a full
+    disk for instance. This is the loop of one of FFCV's workers, in this process; decoding, which takes most
+    of the time, is done by worker processes.
     """
     height, width = (resize, resize) if images.pixels is None else images.pixels.shape[1:3]
     page_size = 4 * MIN_PAGE_SIZE
-    while page_size < 8 * height * width * 3:  # what is left over at the end of a page is wasted
+    while page_size < 8 * height * width * 3:  # the end of a page that holds no whole image is wasted
         page_size *= 2
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     writer = DatasetWriter(os.fspath(path), fields, page_size=page_size, num_workers=1)
@@ -162,7 +167,7 @@ def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
                     handle_sample(sample, i, writer.metadata_type.names, metadata, allocator, fields)
                     bar.update()
         finally:
-            del metadata  # shared memory with a view on it cannot be closed
+            del metadata  # shared memory cannot be closed while a view of it exists
         writer.finalize(allocator.allocations)
     finally:
         writer.metadata_sm.close()
@@ -170,7 +175,7 @@ def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
 
 
 def _decoded(images: ImageSet, resize: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Each image with its position, in any order."""
+    """Yield each image, uint8 (H, W, 3), with its index, in any order."""
     if images.pixels is not None:
         yield from enumerate(images.pixels)
         return

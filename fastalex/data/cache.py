@@ -1,15 +1,15 @@
-"""Image files read once: small ones are kept decoded, of the others only which are damaged.
+"""A cache of image files: the pixels of small images, and which files are damaged.
 
-Every file of a data set is read in full before training starts, by as many processes as there are cores. If
-all have one size of at most ``SMALL_IMAGE`` decoded bytes, and together they take no more than ``DECODED``
-bytes and a quarter of the machine's memory, their pixels are kept and no file is opened again. Either way a
-damaged file is known by its name before the first step, whatever the loader.
+Every file of a data set is read in full before training starts, by one process per core. If all images have
+the same size, at most ``SMALL_IMAGE`` bytes decoded, and together take at most ``DECODED`` bytes and a
+quarter of the machine's memory, their pixels are stored and no file is opened again. Otherwise only the
+damaged files are recorded. In both cases damaged files are reported before the first step, with every loader.
 
-The result is written under ``$XDG_CACHE_HOME/fastalex`` (``~/.cache/fastalex``), in a folder named after the
-source folder and a digest of all its files' names, sizes, modification and change times: a changed source
-has another name, and the old entry is removed. An entry is written beside its place, synced and renamed, so
-a crash leaves nothing that looks whole; a lock lets one process build while others wait for it. Without a
-writable cache everything works, only the reading is repeated.
+The cache is ``$XDG_CACHE_HOME/fastalex`` (by default ``~/.cache/fastalex``). An entry is a folder named by a
+digest of the source folder and a digest of its files' names, sizes, modification and change times: a changed
+source gets a new entry, and the old one is removed. An entry is written under a temporary name, synced and
+renamed, so that a crash leaves no incomplete entry; under a lock one process builds it while others wait.
+Without a writable cache, files are read again in each run.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError
 from fastalex.runtime import available_cores
 
-SMALL_IMAGE = 64 << 10  # bytes of a decoded image: 147 x 147 pixels
-DECODED = 4 << 30  # bytes of all of them
+SMALL_IMAGE = 64 << 10  # largest decoded image that is stored, in bytes: 147 x 147 pixels
+DECODED = 4 << 30  # largest total of decoded images, in bytes
 
-_FORMAT = 1  # of the cache: raise it whenever decode_image's policy changes
-_CHUNK = 128  # files that a process takes at a time
-_Shape = tuple[int, int]
+_FORMAT = 1  # version of the cache's contents; increase it when decode_image's output changes
+_CHUNK = 128  # files per task of a worker process
+_Shape = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
 class FileContents:
-    """What reading N files gave.
+    """The contents of N files.
 
     Attributes:
-        pixels: uint8 (N, H, W, 3), zero where damaged, read-only where mapped from the cache; None for files
-            too large or of different sizes.
-        damaged: why, by the position of the file.
+        pixels: uint8 (N, H, W, 3), zero for damaged files, read-only if mapped from the cache; None if the
+            images are too large or of different sizes.
+        damaged: the reason for each damaged file, by the file's index.
     """
 
     pixels: NDArray[np.uint8] | None
@@ -58,20 +58,27 @@ class FileContents:
 
 
 def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> FileContents:
-    """Reads all of these files, which lie under ``root``, or recalls what they held.
+    """Return the contents of image files: from the cache, or else by reading all of them.
+
+    Damaged files raise no error; they are part of the result.
+
+    Args:
+        root: the folder that holds all files; its path identifies the cache entry.
+        paths: N files below ``root``.
+        progress: show a progress bar while the files are read.
 
     Raises:
-        DataError: a file cannot be opened. Damaged contents are no error here: they are returned.
+        DataError: a file cannot be opened.
     """
     source = blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     entry = cache_folder() / f"{source}-{_fingerprint(root, paths)}"
     contents = _load(entry, len(paths))
     if contents is not None:
         return contents
-    with suppress(OSError):  # said when the entry is stored
+    with suppress(OSError):  # reported below, when the entry is stored
         entry.parent.mkdir(parents=True, exist_ok=True)
     with locked(entry.with_name(f"{source}.lock")):
-        contents = _load(entry, len(paths))  # another process may have built it meanwhile
+        contents = _load(entry, len(paths))  # another process may have stored it meanwhile
         if contents is None:
             contents = _read(root, paths, progress=progress)
             try:
@@ -79,22 +86,28 @@ def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> F
                 _store(entry, root, contents)
             except OSError as error:
                 warnings.warn(
-                    f"the decoded images are not kept for the next run: {entry.parent} cannot be written "
-                    f"({error.strerror or error}); set XDG_CACHE_HOME to a folder that can",
+                    f"the decoded images are not cached for the next run: {entry.parent} cannot be written "
+                    f"({error.strerror or error}); set XDG_CACHE_HOME to a writable folder",
                     stacklevel=2,
                 )
     return contents
 
 
 def cache_folder() -> Path:
-    """Where entries lie, by the XDG base directory specification."""
+    """Return fastalex's cache folder, by the XDG base directory specification; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "fastalex"  # noqa: PTH117
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock, which the system releases if we are killed; none where that is impossible."""
+    """Hold an exclusive lock on a file. If that is impossible, the block runs without a lock.
+
+    The system releases the lock if the process is killed.
+
+    Args:
+        path: the lock file, which is created if needed.
+    """
     try:
         file = path.open("w")
     except OSError:
@@ -106,16 +119,28 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def file_state(path: Path, name: Path) -> bytes:
+    """Return bytes that change when a file is renamed, replaced or written to, for a digest.
+
+    Args:
+        path: the file.
+        name: the path to include in the bytes.
+
+    Raises:
+        DataError: the file does not exist or is not accessible.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return os.fsencode(name) + f"\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode()
+
+
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
-    """Changes when any file is added, removed, renamed, replaced or written to."""
+    """Return a digest that changes when a file is added, removed, renamed, replaced or written to."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
     for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        digest.update(os.fsencode(path.relative_to(root)))
-        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
+        digest.update(file_state(path, path.relative_to(root)))
     return digest.hexdigest()
 
 
@@ -144,7 +169,10 @@ def _read(root: Path, paths: Sequence[Path], *, progress: bool) -> FileContents:
 def _read_chunk(
     task: tuple[Sequence[Path], _Shape | None],
 ) -> tuple[NDArray[np.uint8] | None, dict[int, str]]:
-    """The pixels of some files (None from the first that is not of this shape on), and what is damaged."""
+    """Read the files of one task: their pixels, and the reasons for damaged files by index.
+
+    After the first image of another shape, the remaining files are only checked and the pixels are None.
+    """
     paths, shape = task
     pixels = None if shape is None else np.zeros((len(paths), *shape, 3), np.uint8)
     damaged = {}
@@ -164,7 +192,7 @@ def _read_chunk(
 
 
 def _common_small_shape(paths: Sequence[Path]) -> _Shape | None:
-    """The size of a few files spread over the list, if it is one and small: the guess to start with."""
+    """Guess from about 16 files spread over the list the common image size; None if images are not stored."""
     shapes = set()
     for path in paths[:: max(1, len(paths) // 16)]:
         try:
@@ -181,7 +209,7 @@ def _common_small_shape(paths: Sequence[Path]) -> _Shape | None:
 
 
 def _load(entry: Path, count: int) -> FileContents | None:
-    """The entry, or None if there is none that is whole."""
+    """Return the contents of a cache entry, or None if it is missing or damaged."""
     try:
         index = json.loads((entry / "index.json").read_text())
         damaged = {int(i): reason for i, reason in index["damaged"].items()}
@@ -221,7 +249,7 @@ def _store(entry: Path, root: Path, contents: FileContents) -> None:
 
 
 def _remove_other_entries(entry: Path, source: str) -> None:
-    """Removes what this source's earlier states, or a crash while one was written, left behind."""
+    """Remove a source's old entries, and temporary ones that a crash has left."""
     for old in entry.parent.glob(f"{source}-*"):
         shutil.rmtree(old, ignore_errors=True)
 

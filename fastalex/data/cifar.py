@@ -1,4 +1,4 @@
-"""CIFAR-10 as its authors' pickles, as a tree of image files, or fetched."""
+"""CIFAR-10 from the published pickles, which can be downloaded, or from a tree of image files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ from fastalex.config import DataConfig
 from fastalex.data.cache import cache_folder, locked
 from fastalex.data.folders import read_parts, scan_classes
 from fastalex.data.imageset import DataSplits, ImageSet
-from fastalex.data.splits import check_labels, divide
+from fastalex.data.splits import check_labels, split
 from fastalex.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _BATCHES = "cifar-10-batches-py"
-_PARTIAL = ".cifar10-"  # how the folder of an unfinished download begins
-_TIMEOUT = 60  # seconds without a byte after which a download is given up
+_PARTIAL = ".cifar10-"  # prefix of the folder of an unfinished download
+_TIMEOUT = 60  # seconds without data after which a download fails
 
 
 class _Batches(CIFAR10):
-    """torchvision's reader, for the folder of the pickles itself."""
+    """torchvision's reader, given the folder of the pickles instead of its parent."""
 
     base_folder = ""
 
 
 def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
-    """CIFAR-10 from ``data.root``: the pickles or ``{train,test}/CLASS/*``, downloaded if it has neither."""
+    """Load CIFAR-10 from ``data.root``: pickles or ``{train,test}/CLASS/*``; download it if there is neither.
+
+    The arguments are those of :func:`fastalex.data.datasets.load_splits`.
+
+    Raises:
+        DataError: files are missing or damaged, or the download fails.
+    """
     root = Path(config.root).expanduser()
     batches = _find_batches(root)
     skipped, source = 0, "CIFAR-10"
@@ -49,9 +55,9 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
         images, skipped = read_parts(root, parts, CLASSES, config, progress=progress)
         train, test = images["train"], images["test"]
         if any(path.suffix.lower() in (".jpg", ".jpeg") for path in parts["test"].paths):
-            source = "CIFAR-10 (JPEG copy)"  # encoded anew: its pixels are not the published ones
+            source = "CIFAR-10 (JPEG copy)"  # re-encoded: its pixels differ from the published ones
     what = f"data.root={config.root}"
-    train, validation = divide(train, config.validation_fraction, seed, classes=CLASSES, what=what)
+    train, validation = split(train, config.validation_fraction, seed, classes=CLASSES, what=what)
     return DataSplits(train, validation, test, CLASSES, skipped, source=source)
 
 
@@ -63,7 +69,7 @@ def _find_batches(root: Path) -> Path | None:
 
 
 def _load_batches(folder: Path, config: DataConfig, *, train: bool) -> ImageSet:
-    """One part of the pickles. torchvision compares their MD5 first: no other pickle is ever opened."""
+    """Load the training or the test pickles. torchvision checks the MD5 of each before it opens any."""
     try:
         batches = _Batches(folder, train=train)
     except (RuntimeError, OSError):
@@ -89,7 +95,7 @@ def _is_whole(path: Path, md5: str) -> bool:
 
 
 def _download(root: Path, config: DataConfig) -> Path:
-    """Fetches the pickles into ``root``, where they appear when they are whole or not at all."""
+    """Download the pickles into ``root``, where they appear complete or not at all."""
     remedy = (
         f"put {_BATCHES} or train/CLASS and test/CLASS folders into data.root, point data.root at them, "
         "or use data=digits, which needs no files"
@@ -97,17 +103,17 @@ def _download(root: Path, config: DataConfig) -> Path:
     if not config.download:
         raise DataError(f"data.root={config.root} holds no CIFAR-10 and data.download=false; {remedy}")
     lock = cache_folder() / "cifar10-download.lock"
-    with suppress(OSError):  # without a lock two downloads at once are a waste, not an error
+    with suppress(OSError):  # without a lock two processes may both download, which does no harm
         lock.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock):
-        batches = _find_batches(root)  # another process may have fetched it while we waited
+        batches = _find_batches(root)  # another process may have downloaded them meanwhile
         if batches is not None:
             return batches
         try:
             with _partial_folder(root) as partial, _socket_timeout():
                 CIFAR10(partial, train=False, download=True)
                 (partial / _BATCHES).rename(root / _BATCHES)
-        except Exception as error:  # by network, disk, archive or checksum: all end the same way
+        except Exception as error:  # network, disk, archive or checksum
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"data.root={config.root} holds no CIFAR-10, and fetching {CIFAR10.url} failed ({reason}); "
@@ -118,26 +124,30 @@ def _download(root: Path, config: DataConfig) -> Path:
 
 @contextmanager
 def _partial_folder(root: Path) -> Iterator[Path]:
-    """A folder inside ``root`` that is gone afterwards, as are a killed download's and a new, empty root."""
+    """Yield a temporary folder inside ``root``, and remove it afterwards.
+
+    The leftovers of a killed download are removed too, as is ``root`` itself if it was created here and has
+    stayed empty.
+    """
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left)
+        for leftover in root.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
         try:
             yield partial
         finally:
             shutil.rmtree(partial)
     finally:
-        for folder in new:  # innermost first; one that is not empty stays
+        for folder in new:  # innermost first; rmdir fails for one that is not empty, which stays
             with suppress(OSError):
                 folder.rmdir()
 
 
 @contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """torchvision's download has no time-out of its own and would wait for a silent server forever."""
+    """Set a time-out for sockets, because torchvision's download would wait forever for a silent server."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)
     try:

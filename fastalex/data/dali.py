@@ -1,16 +1,15 @@
-"""``loader=dali``: NVIDIA DALI decodes and does the geometry, on the CPU or on the GPU.
+"""``loader=dali``: NVIDIA DALI decodes, resizes, crops, flips and normalises, on the CPU or on the GPU.
 
-One pipeline definition serves both, and both kinds of data set: files, which DALI decodes (on a GPU with its
-"mixed" decoder), and decoded arrays in memory. Which images, which crops and which are mirrored comes from
-the epoch's plan through an external source, so that DALI draws nothing itself and yields what every other
-loader yields.
+One pipeline definition serves both devices and both kinds of data set: files, which DALI decodes (on a GPU
+with its "mixed" decoder), and decoded arrays. Images, crops and flips come from the epoch's plan through an
+external source, so that DALI draws no random numbers and yields what every other loader yields.
 
-Two things DALI does its own way are put right here:
+Two differences between DALI and the other loaders are corrected here:
 
-- When it shrinks, the antialiasing filter of the outermost row or column reaches beyond the image.
-  torchvision leaves those taps out and divides by the sum of the rest; DALI repeats the edge pixel instead
-  (up to 16 grey levels apart). See :func:`_resize_as_torchvision`.
-- By default it upsamples JPEG chroma by replication, where Pillow (and everyone else) interpolates.
+- Where DALI shrinks an image, the antialiasing filter at the outermost rows and columns extends beyond the
+  image. torchvision omits those taps and divides by the sum of the rest; DALI repeats the edge pixel instead
+  (a difference of up to 16 grey levels). See :func:`_resize_as_torchvision`.
+- By default DALI upsamples JPEG chroma by replication; Pillow and most other decoders interpolate.
 """
 
 from __future__ import annotations
@@ -40,29 +39,32 @@ except ImportError as error:
         '(on CUDA 13: "fastalex[dali-cuda13]")'
     ) from error
 
-DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # how a JPEG and a PNG file begin
-PREFETCH = 2  # batches in the making while one is consumed
+DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # signatures of JPEG and PNG files
+PREFETCH = 2  # batches that DALI computes ahead
 
 
 _BILINEAR = {"interp_type": types.INTERP_LINEAR, "antialias": True, "dtype": types.FLOAT}
 
 
 class Edges(Enum):
-    """Which crops need the outermost rows and columns that DALI's own resize gets wrong."""
+    """Which crops contain outermost rows or columns, where DALI's own resize differs from torchvision's."""
 
     none = "none"
-    some = "some"  # as the sample's offsets say
+    some = "some"  # depends on the sample's offsets
     all = "all"
 
 
 class DaliLoader(PlannedLoader):
-    """Yields batches that a DALI pipeline made; see :class:`fastalex.data.loader.Loader`.
+    """Loader of a DALI pipeline's batches; :class:`fastalex.data.loader.Loader` is its interface.
 
-    Batches are views of DALI's own output buffers (through DLPack, no copy) unless the dtype is bfloat16,
-    which DALI does not know: then it writes float32 and torch casts. A buffer lives as long as its tensor.
+    Batches are views of DALI's output buffers (through DLPack, without a copy), except in bfloat16, which
+    DALI does not support: it then writes float32 and torch casts. A buffer lives as long as its tensor.
 
-    DALI decodes JPEG and PNG files, on the CPU to what :func:`fastalex.data.decode.decode_image` gives (CMYK
-    and 16-bit files within one grey level), on a GPU nearly so. That function decodes files of other formats.
+    DALI decodes JPEG and PNG files. On the CPU the pixels equal those of
+    :func:`fastalex.data.decode.decode_image` (within one grey level for CMYK and 16-bit files), on a GPU
+    nearly so. Files of other formats are decoded by that function.
+
+    The arguments are those of :func:`fastalex.data.build_loader`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +78,7 @@ class DaliLoader(PlannedLoader):
         plan = self.plan()
         self._rewind()
         self._source.start(plan, self.start_batch)
-        # All of the epoch at once: the host waits for such a copy.
+        # The whole epoch at once, because the host waits for such a copy.
         labels = torch.from_numpy(self.images.labels)[plan.indices].to(self.device)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         for number in range(self.start_batch, len(self)):
@@ -84,7 +86,7 @@ class DaliLoader(PlannedLoader):
             try:
                 (output,) = self._pipeline.run(stream)
             except Exception as error:
-                self._pipeline = None  # DALI's pipelines do not survive an error
+                self._pipeline = None  # a DALI pipeline cannot be used after an error
                 if isinstance(error, RuntimeError):
                     raise _explain(error, self.images, plan.indices[rows]) from error
                 raise
@@ -96,20 +98,20 @@ class DaliLoader(PlannedLoader):
     def _exact_edges(self) -> Edges:
         pixels, margin = self.images.pixels, self.data.resize - self.data.crop
         if pixels is not None and max(pixels.shape[1:3]) <= self.data.resize:
-            return Edges.none  # when it enlarges, DALI agrees with torchvision to the bit
+            return Edges.none  # enlarged images agree with torchvision's bit for bit
         if self.views is Views.center and margin >= 2:
             return Edges.none
         return Edges.some if self.views is Views.random and margin > 0 else Edges.all
 
     def _rewind(self) -> None:
-        """Makes the pipeline ready for an epoch, whatever was left of the one before."""
+        """Prepare the pipeline for an epoch; the one before may have been abandoned."""
         self._source.stop()
         try:
-            while self._pipeline is not None:  # the batches that an abandoned epoch left in the making
+            while self._pipeline is not None:  # discard the batches that were computed ahead
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except RuntimeError:  # one of them was damaged; nobody asked for it any more
+        except RuntimeError:  # a damaged image in a discarded batch
             self._pipeline = None
         if self._pipeline is None:
             self._pipeline = self.build_pipeline(
@@ -117,12 +119,12 @@ class DaliLoader(PlannedLoader):
             )
 
     def build_pipeline(self, device_id: int | None, *, gpu: bool | None = None) -> Any:
-        """The DALI pipeline of this loader.
+        """Build the DALI pipeline of this loader.
 
         Args:
-            device_id: the GPU it runs on, or None.
-            gpu: whether its operators are the GPU's; by default whether there is a ``device_id``. A graph of
-                GPU operators without a device cannot run, but it can be built and serialised, and so tested.
+            device_id: index of the GPU it runs on; None for the CPU.
+            gpu: whether to use GPU operators; None: if there is a ``device_id``. A graph of GPU operators
+                without a device cannot run, but can be built and serialised, which tests do.
         """
         return _pipeline(
             self._source,
@@ -158,7 +160,11 @@ def _pipeline(
     dtype: Any,
     layout: str,
 ) -> Any:
-    """One sample: (crop, crop, 3) if ``layout`` is HWC, with one more axis in front for several views."""
+    """Define the graph of one sample.
+
+    The output is (crop, crop, 3) if ``layout`` is HWC and (3, crop, crop) if it is CHW, with one more axis in
+    front for several views.
+    """
     images, *rest = fn.external_source(
         source=source,
         num_outputs=source.num_outputs,
@@ -179,12 +185,12 @@ def _pipeline(
         resized = _resize_as_torchvision(images, resize)
     else:
         touched = rest[3]
-        if touched:  # a conditional of DALI's, decided sample by sample: the exact way is more work
+        if touched:  # DALI evaluates this per sample; the exact resize is slower
             resized = _resize_as_torchvision(images, resize)
         else:
             resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)
 
-    # A crop's position is its share of the margin; DALI rounds it to a pixel.
+    # A crop's position is a fraction of the margin, which DALI rounds to a pixel.
     def cut(x: Any, y: Any, mirror: Any) -> Any:
         return fn.crop_mirror_normalize(
             resized,
@@ -204,17 +210,17 @@ def _pipeline(
     middle = center_offset(resize, crop) / max(1, resize - crop)
     places = [*corners, (middle, middle)]
     cuts = [cut(x, y, 0) for x, y in places]
-    # TenCrop mirrors the image and then cuts, so what it cuts on the left came from the right.
+    # TenCrop mirrors the image and then crops: its left crops are from the right side of the original.
     cuts += [cut(1.0 - x, y, 1) for x, y in places[: views - 5]]
     return fn.stack(*cuts)
 
 
 def _resize_as_torchvision(images: Any, size: int) -> Any:
-    """``fn.resize`` to size x size with torchvision's treatment of the edges.
+    """Resize to size x size with ``fn.resize``, but with torchvision's treatment of the edges.
 
-    The taps of the filter that lie outside the image are taken from a frame of zeros, so that they add
-    nothing. What weight the filter has left shows where ones are resized in the same frame; dividing by it
-    gives torchvision's result. The filter is separable, so a column and a row of ones are enough.
+    In a frame of zeros around the image, the filter's taps outside the image add nothing. Resizing ones in
+    the same frame gives the sum of the taps inside; dividing by it gives torchvision's result. The filter is
+    separable, so that a column and a row of ones suffice.
     """
     shape = images.shape(dtype=types.INT32)
     height, width, one = shape[0:1], shape[1:2], types.Constant([1], dtype=types.INT32)
@@ -231,13 +237,13 @@ def _resize_as_torchvision(images: Any, size: int) -> Any:
 
 
 def _framed(image: Any, axis: int) -> Any:
-    """A line of zeros at either end of this axis of an (H, W, C) image."""
+    """Add a line of zeros at both ends of an axis of an (H, W, C) image."""
     zeros = fn.zeros_like(image[0:1] if axis == 0 else image[:, 0:1])
     return fn.cat(zeros, image, zeros, axis=axis)
 
 
 def _resize_inside(image: Any, start: list[int], end: Any, height: int, width: int) -> Any:
-    """Resizes the rows and columns from start to end (exclusive); the filter sees what is around them."""
+    """Resize the rows and columns from start to end (exclusive); the filter also reads the pixels around."""
     return fn.resize(
         image,
         roi_start=[float(value) for value in start],
@@ -249,7 +255,15 @@ def _resize_inside(image: Any, start: list[int], end: Any, height: int, width: i
 
 
 class _Source:
-    """What the pipeline is fed: for each batch of the plan the images and how each is to be cut."""
+    """The pipeline's external source: images, crop positions and flips of each batch of the plan.
+
+    Args:
+        images: the split.
+        margin: resize - crop, in pixels.
+        batch_size: images per batch.
+        num_outputs: number of outputs that the pipeline uses, of: images, left and top as fractions of the
+            margin, flip, and whether the crop contains an outermost row or column.
+    """
 
     def __init__(self, images: ImageSet, margin: int, batch_size: int, num_outputs: int) -> None:
         self.num_outputs = num_outputs
@@ -271,12 +285,12 @@ class _Source:
         for number in range(first_batch, -(-len(plan) // self._batch_size)):
             rows = plan.batch(number, self._batch_size)
             top, left = rows.offsets.numpy().T.astype(np.float32)
-            share = np.float32(1 / max(1, self._margin))
+            fraction_per_pixel = np.float32(1 / max(1, self._margin))
             on_edge = (np.minimum(top, left) == 0) | (np.maximum(top, left) == self._margin)
             yield (
                 self._pixels(rows.indices.numpy()),
-                left * share,
-                top * share,
+                left * fraction_per_pixel,
+                top * fraction_per_pixel,
                 rows.flips.numpy().astype(np.int32),
                 on_edge,
             )[: self.num_outputs]
@@ -289,7 +303,7 @@ class _Source:
 
 
 def _encoded(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a JPEG or PNG file; of any other the decoded pixels, as the bytes of a PPM file."""
+    """Return the bytes of a JPEG or PNG file; for other formats, the decoded pixels as a PPM file's bytes."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -301,7 +315,7 @@ def _encoded(path: Path) -> NDArray[np.uint8]:
 
 
 def _explain(error: RuntimeError, images: ImageSet, indices: Tensor) -> Exception:
-    """DALI does not say which file it could not decode: find it."""
+    """Return an error that names the file that DALI could not decode, which DALI's own error does not."""
     if images.paths is None:
         return error
     paths = [images.paths[i] for i in indices.tolist()]

@@ -1,22 +1,22 @@
-"""From an image file to RGB pixels: one policy for every loader and data set.
+"""Decoding of image files to RGB pixels, the same for every loader and data set.
 
 =========================  ==========================================================================
-what the file holds        what comes out, always uint8 (H, W, 3)
+in the file                in the result, always uint8 (H, W, 3)
 =========================  ==========================================================================
 grey (L, 1-bit)            the value in all three channels
 palette                    the palette's colours
 alpha (RGBA, LA, palette)  dropped, not composited: the colour stored under a transparent pixel counts
 CMYK, YCCK, LAB, YCbCr     Pillow's ``convert("RGB")``: no colour profile is applied
 16 bits a channel          the high byte, as libpng and Pillow reduce 48-bit RGB
-32-bit integer or float    refused: no range of such values is agreed on
+32-bit integer or float    refused: there is no standard range of such values
 EXIF orientation           applied; an unreadable EXIF block counts as upright
 several frames             the first
-any size from 1 x 1        as it is; over 179 million pixels is refused (Pillow's guard against bombs)
+any size from 1 x 1        unchanged; over 179 million pixels are refused (Pillow's decompression-bomb limit)
 =========================  ==========================================================================
 
-Pillow does the work, for the formats in ``FORMATS`` (its EPS reader would start Ghostscript). A file is
-*damaged* when Pillow does not recognise it, or when its data end before the picture does. Wrong bytes in
-the middle of a JPEG are no error to libjpeg, hence none here.
+Pillow decodes, limited to the formats in ``FORMATS`` (its EPS reader would start Ghostscript). A file is
+*damaged* if Pillow does not recognise it or if its data are truncated. Wrong bytes in the middle of a JPEG
+are not an error for libjpeg, and so not here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastalex.errors import DataError
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 
 _Transpose = Image.Transpose
-_UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns each orientation upright
+_UPRIGHT = {  # EXIF 2.3, tag 0x0112: the transposition that makes each orientation upright
     2: _Transpose.FLIP_LEFT_RIGHT,
     3: _Transpose.ROTATE_180,
     4: _Transpose.FLIP_TOP_BOTTOM,
@@ -46,7 +46,12 @@ _UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns each orientation upright
 
 
 class DamagedImageError(DataError):
-    """A file is not an image, or only the beginning of one."""
+    """A file is not an image, is truncated, or is of a kind that is refused.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it.
+    """
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(
@@ -55,35 +60,44 @@ class DamagedImageError(DataError):
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it crosses process borders
+    def __reduce__(self) -> tuple[Any, ...]:  # workers pickle it
         return type(self), (self.path, self.reason)
 
 
 def decode_image(path: Path | str) -> NDArray[np.uint8]:
-    """Decodes a file into uint8 (H, W, 3).
+    """Decode a file into uint8 (H, W, 3).
+
+    Args:
+        path: the file.
 
     Raises:
-        DamagedImageError: the file is truncated, not an image, or of a kind refused above.
-        DataError: the operating system does not let us read it.
+        DamagedImageError: the file is truncated, not an image, or of a kind that is refused.
+        DataError: the file does not exist or is not readable.
     """
     return _decode(path, draft=False)[0]
 
 
 def check_image(path: Path | str) -> tuple[int, int]:
-    """Reads a whole file and returns (H, W), or raises what :func:`decode_image` would.
+    """Read a whole file and return its height and width, in pixels.
 
-    A JPEG is decoded at an eighth of its size, which reads every byte at less cost.
+    A JPEG is decoded at an eighth of its size, which reads every byte but takes less time.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DamagedImageError, DataError: as :func:`decode_image`.
     """
     return _decode(path, draft=True)[1]
 
 
 def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """The pixels, at a reduced size if ``draft``, and the full height and width."""
+    """Return the pixels, at a reduced size if ``draft``, and the full height and width."""
     try:
         with Image.open(path, formats=_formats()) as image:
             full = image.size
             if draft:
-                image.draft(None, (1, 1))  # does nothing where the format knows no such thing
+                image.draft(None, (1, 1))  # has no effect for formats other than JPEG
             reduced = image.size != full
             image.load()
             orientation = _orientation(image)
@@ -92,7 +106,7 @@ def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[
             return pixels, (height, width) if reduced else (pixels.shape[0], pixels.shape[1])
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers let many kinds escape: struct.error, SyntaxError, ...
+    except Exception as error:  # Pillow's readers raise many types: struct.error, SyntaxError, ...
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -102,23 +116,23 @@ def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except Exception:  # a damaged EXIF block does not mean damaged pixels
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
+    if image.mode.startswith("I;16"):  # convert() would clip instead of scaling
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"{'integer' if image.mode == 'I' else 'float'} pixels of 32 bits")
-    image.info.pop("transparency", None)  # dropped like any alpha, and Pillow would warn about it
+    image.info.pop("transparency", None)  # dropped as alpha is; convert() would warn about it
     return np.array(image.convert("RGB"))
 
 
 @cache
 def _formats() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow was built with."""
+    """Return the formats in ``FORMATS`` that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

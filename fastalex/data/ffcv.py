@@ -1,8 +1,8 @@
-"""``loader=ffcv``: uint8 pixels from a memory-mapped .beton file; ``augment`` makes the batch on the device.
+"""``loader=ffcv``: uint8 pixels from a memory-mapped .beton file; ``augment`` computes batches on the device.
 
-FFCV gathers the images of a batch in a thread that runs ahead, compiled by Numba. It draws nothing and
-changes no pixel: order, crops and mirror images come from the epoch's plan (FFCV's random augmentations
-ignore their seeds when there are several workers).
+A prefetching thread of FFCV, compiled by Numba, gathers the images of a batch. FFCV draws no random numbers
+and changes no pixel: order, crops and flips come from the epoch's plan, because FFCV's random augmentations
+ignore their seeds when there are several workers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _NUMBERS = types.uint64[::1]
 
 
 class _MemoryMap(OSCacheManager):
-    """FFCV's reading from a memory map, with a type of its own for read-only bytes.
+    """FFCV's reader of a memory map, with a Numba type of its own for read-only bytes.
 
-    FFCV marks Numba's one type for ``uint8[::1]`` as read-only, which changes its hash while other functions'
-    compiled signatures hold it: every kernel that takes uint8 would fail to compile for another dtype.
+    FFCV's own reader marks Numba's shared type ``uint8[::1]`` as read-only. This changes the hash of a type
+    that is part of other functions' compiled signatures: every kernel that takes uint8 would then fail to
+    compile for another dtype.
     """
 
     @property
@@ -55,14 +56,19 @@ class _MemoryMap(OSCacheManager):
         return Compiler.compile(read, _BYTES(types.uint64, self.state_type))
 
 
-loader_module.OSCacheManager = _MemoryMap  # Loader takes no manager, only the choice between its own two
+loader_module.OSCacheManager = _MemoryMap  # FFCV's Loader has no argument for a manager
 
 
 class FfcvLoader(PlannedLoader):
-    """Yields batches from a .beton file; see :class:`fastalex.data.loader.Loader`.
+    """Loader of a .beton file; :class:`fastalex.data.loader.Loader` is its interface.
 
-    The file is written first where there is none: see :mod:`fastalex.data.beton`, and
-    ``python -m fastalex.data.write_beton`` to do that ahead of time.
+    If the file does not exist, it is written first (:mod:`fastalex.data.beton`);
+    ``python -m fastalex.data.write_beton`` does so ahead of time. The arguments are those of
+    :func:`fastalex.data.build_loader`.
+
+    Raises:
+        DataError: an image cannot be decoded, or the file is damaged.
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,7 +78,7 @@ class FfcvLoader(PlannedLoader):
             self._loader = BetonLoader(
                 os.fspath(self.beton),
                 batch_size=self.batch_size,
-                # One core runs the training loop; more threads than Numba has started are an error to FFCV.
+                # FFCV fails with more threads than Numba has started.
                 num_workers=min(max(1, num_workers(self.loader)), numba.config.NUMBA_NUM_THREADS),
                 os_cache=True,
                 pipelines={
@@ -86,43 +92,36 @@ class FfcvLoader(PlannedLoader):
         skipped = self.start_batch * self.batch_size
         if skipped >= len(plan):
             return
-        geometry = {
-            "resize": self.data.resize,
-            "crop": self.data.crop,
-            "mean": self.data.mean,
-            "std": self.data.std,
-            "dtype": self.dtype,
-        }
-        on_device = plan.to(self.device)  # of the whole epoch at once: the host waits for such a copy
+        on_device = plan.to(self.device)  # the whole epoch at once, because the host waits for this copy
         with threads_kept():
             batches = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
-            first = next(batches)  # by then FFCV's thread has done what it does to the process
+            first = next(batches)  # FFCV's thread sets the process's thread counts before its first batch
         try:
             for number in range(self.start_batch, len(self)):
-                # Views of a ring buffer, which FFCV fills again: read, or copied by the host, before the next
-                # batch is asked for.
+                # Views of a ring buffer that FFCV overwrites: they have to be read, or copied by the host,
+                # before the next batch is requested.
                 pixels, labels = first if number == self.start_batch else next(batches)
                 pixels = sent(pixels, self.device)
                 if self.views is Views.ten_crop:
-                    images = ten_crop(pixels, mirror=self.num_views == 10, **geometry)
+                    images = ten_crop(pixels, mirror=self.num_views == 10, **self.geometry)
                 else:
                     rows = on_device.batch(number, self.batch_size)
-                    images = augment(pixels, rows.offsets, rows.flips, **geometry)
+                    images = augment(pixels, rows.offsets, rows.flips, **self.geometry)
                 yield (
                     images if self.channels_last else images.contiguous(),
                     sent(labels.flatten().clone(), self.device),
                 )
         finally:
-            batches.close()  # else an epoch that is left early leaves its thread behind
+            batches.close()  # ends FFCV's thread if the epoch is abandoned
 
 
 class _Epoch(EpochIterator):
-    """FFCV's iterator over any order of samples; an error in its thread is raised here instead of hanging."""
+    """FFCV's iterator over a given order of samples. An error in its thread is raised here, not a hang."""
 
     error: Exception | None = None
 
     def run(self) -> None:
-        if torch.cuda.is_available():  # a thread begins on card 0, and would open a context there
+        if torch.cuda.is_available():  # a new thread is on GPU 0 and would create a context there
             torch.cuda.set_device(self.cuda_streams[0].device)
         try:
             super().run()

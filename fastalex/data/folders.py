@@ -1,9 +1,8 @@
 """Folders of image files: class folders with or without splits, and Tiny ImageNet's layout.
 
-A class is a folder, its images are all the files below it. Names that begin with a dot and what file
-managers leave behind (Thumbs.db, desktop.ini) do not count; any other file that is not an image is an
-error, or is skipped and counted under ``data.on_error=skip``. Classes are numbered in the order of their
-names.
+Each class is a folder; its images are all files below it. Names that begin with a dot and the files of file
+managers (Thumbs.db, desktop.ini) are ignored. Any other file that is not an image is an error, or with
+``data.on_error=skip`` is skipped and counted. Classes are numbered in the order of their names.
 """
 
 from __future__ import annotations
@@ -17,23 +16,35 @@ import numpy as np
 from fastalex.config import DataConfig, OnError
 from fastalex.data.cache import read_files
 from fastalex.data.imageset import DataSplits, ImageSet
-from fastalex.data.splits import TEST_FRACTION, divide
+from fastalex.data.splits import TEST_FRACTION, split
 from fastalex.errors import DataError
 
-_LEFT_BEHIND = {"thumbs.db", "desktop.ini"}
+_IGNORED = {"thumbs.db", "desktop.ini"}
 _VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 @dataclass
 class LabelledFiles:
-    """The files of one split and their labels."""
+    """The files of one split and their labels.
+
+    Attributes:
+        paths: the files.
+        labels: the class of each file.
+    """
 
     paths: list[Path]
     labels: list[int]
 
 
 def find_root(config: DataConfig) -> Path:
-    """``data.root`` as a folder that is there and holds something, or DataError."""
+    """Return ``data.root`` as a path.
+
+    Args:
+        config: holds ``data.root``; the data set's name is for the error message.
+
+    Raises:
+        DataError: it does not exist, is not a folder or is empty.
+    """
     root = Path(config.root).expanduser()
     remedy = f"set data.root to the folder that holds the images of data={config.name}, or use data=digits"
     if not root.exists():
@@ -46,21 +57,26 @@ def find_root(config: DataConfig) -> Path:
 
 
 def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
-    """Class folders, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``.
+    """Load class folders, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``.
 
     ==================  ============================================================================
-    under root          what becomes of it
+    folders in root     how they are used
     ==================  ============================================================================
-    CLASS               a fifth of each class is the test set, the same whatever the seed
-    train, test         as they are
-    train, val          val is the test set: it is the part that others' figures on the data refer to
-    train, val, test    as they are, nothing is drawn
-    train               as CLASS
+    CLASS               a fifth of each class is the test set, the same for every seed
+    train, test         each as its split
+    train, val          val is the test set, because published results are usually on val
+    train, val, test    each as its split
+    train               its class folders as CLASS
     ==================  ============================================================================
 
-    Where there is no validation set yet, ``data.validation_fraction`` of the training images becomes it, by
-    seed. val may be called valid or validation. A test folder without class folders is unlabelled, as
-    competitions have it, and is left alone. Other folders beside train are left alone too.
+    Without a validation set of its own, ``data.validation_fraction`` of the training images is drawn by
+    ``seed``. val may also be called valid or validation. A test folder without class folders, as competitions
+    publish it, has no labels and is ignored, as are other folders beside train.
+
+    The arguments are those of :func:`fastalex.data.datasets.load_splits`.
+
+    Raises:
+        DataError: folders or files are missing, damaged or too few.
     """
     root = find_root(config)
     folders = {folder.name: folder for folder in subfolders(root)}
@@ -88,21 +104,24 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
     images, skipped = read_parts(root, parts, classes, config, progress=progress)
     what = f"data.root={config.root}"
     if "test" not in images:
-        images["train"], images["test"] = divide(
-            images["train"], TEST_FRACTION, 0, classes=classes, what=what
-        )
+        images["train"], images["test"] = split(images["train"], TEST_FRACTION, 0, classes=classes, what=what)
     if "validation" not in images:
-        images["train"], images["validation"] = divide(
+        images["train"], images["validation"] = split(
             images["train"], config.validation_fraction, seed, classes=classes, what=what
         )
     return DataSplits(images["train"], images["validation"], images["test"], classes, skipped)
 
 
 def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
-    """Tiny ImageNet as published: ``train/WNID/images``, ``val/images`` and ``val/val_annotations.txt``.
+    """Load Tiny ImageNet as published: ``train/WNID/images``, ``val/images``, ``val/val_annotations.txt``.
 
-    The labels of its test images were never published, so val is the test set, as in others' figures, and
-    validation images come from train. Classes are named by ``words.txt``, if it is there.
+    The labels of its test images are not public. So val is the test set, as in published results, and the
+    validation images are drawn from train. Class names are from ``words.txt``, if it exists.
+
+    The arguments are those of :func:`fastalex.data.datasets.load_splits`.
+
+    Raises:
+        DataError: folders or files are missing, damaged or too few.
     """
     root = find_root(config)
     if (root / "tiny-imagenet-200").is_dir():
@@ -127,7 +146,7 @@ def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> Data
     parts = {"train": train, "test": _annotated_files(root / "val", wnids, config)}
     images, skipped = read_parts(root, parts, wnids, config, progress=progress)
     what = f"data.root={config.root}"
-    images["train"], images["validation"] = divide(
+    images["train"], images["validation"] = split(
         images["train"], config.validation_fraction, seed, classes=wnids, what=what
     )
     names = _class_words(root / "words.txt", wnids)
@@ -135,18 +154,35 @@ def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> Data
 
 
 def class_names(folder: Path, config: DataConfig) -> tuple[str, ...]:
-    """The names of the class folders, of which there must be two at least."""
+    """Return the names of the class folders, sorted.
+
+    Args:
+        folder: the folder that holds the class folders.
+        config: its ``root`` is for the error message.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
     names = tuple(sub.name for sub in subfolders(folder))
     if len(names) < 2:
         raise DataError(
             f"data.root={config.root}: {folder} has {len(names)} class folders; "
-            "put the images of each class into a folder of its own, two classes at least"
+            "put the images of each class into a folder of its own, at least two classes"
         )
     return names
 
 
 def scan_classes(folder: Path, classes: tuple[str, ...], config: DataConfig) -> LabelledFiles:
-    """The files in the class folders of one split, which must be exactly those of ``classes``."""
+    """Return the files in the class folders of one split.
+
+    Args:
+        folder: the folder that holds the class folders.
+        classes: names of the classes, in the order of the labels.
+        config: its ``root`` is for the error message.
+
+    Raises:
+        DataError: the class folders are not exactly ``classes``, or one has no files.
+    """
     found = {sub.name for sub in subfolders(folder)}
     if found != set(classes):
         name = min(found ^ set(classes))
@@ -174,10 +210,20 @@ def read_parts(
     *,
     progress: bool,
 ) -> tuple[dict[str, ImageSet], int]:
-    """Reads the files of all splits through the cache: the image sets, and how many files were skipped.
+    """Read the files of all splits through the cache.
+
+    Args:
+        root: the folder that holds all files.
+        parts: the files of each split, by the split's name.
+        classes: names of the classes, in the order of the labels.
+        config: says whether damaged files are skipped.
+        progress: show a progress bar while files are read.
+
+    Returns:
+        The images of each split by its name, and the number of files skipped.
 
     Raises:
-        DataError: a file is damaged and ``data.on_error`` is not skip, or a class has no other.
+        DataError: a file is damaged and ``data.on_error`` is not ``skip``, or a class has no whole images.
     """
     paths = [path for part in parts.values() for path in part.paths]
     contents = read_files(root, paths, progress=progress)
@@ -214,12 +260,22 @@ def read_parts(
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones."""
+    """Return the folders in a folder, sorted by name, without hidden ones.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
     return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All files below a folder that could be images, in the order of their paths."""
+    """Return all files below a folder that could be images, sorted folder by folder.
+
+    Symbolic links are followed; hidden files, hidden folders and file managers' files are left out.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}")
@@ -230,7 +286,7 @@ def image_files(folder: Path) -> list[Path]:
         files += [
             Path(parent, name)
             for name in sorted(names)
-            if not name.startswith(".") and name.lower() not in _LEFT_BEHIND
+            if not name.startswith(".") and name.lower() not in _IGNORED
         ]
     return files
 
@@ -243,7 +299,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> LabelledFiles:
-    """The images of ``val`` with the classes that ``val_annotations.txt`` gives them."""
+    """Return the images of ``val`` with their classes from ``val_annotations.txt``."""
     annotations = val / "val_annotations.txt"
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     files = LabelledFiles([], [])
@@ -255,7 +311,7 @@ def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> L
         name, wnid = fields[:2]
         if wnid not in label_of:
             raise DataError(
-                f"{where} gives {name} the class {wnid!r}, which is no folder in train; correct it"
+                f"{where} gives {name} the class {wnid!r}, which has no folder in train; correct it"
             )
         path = val / "images" / name
         if not path.is_file():
@@ -266,7 +322,7 @@ def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> L
 
 
 def _class_words(words: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
-    """The first word for each class, or the wnids where they have no words or share them."""
+    """Return the first word for each class, or the wnids if there is no ``words.txt`` or words repeat."""
     if not words.is_file():
         return wnids
     word_of = dict(line.split("\t", 1) for line in _read_lines(words) if "\t" in line)

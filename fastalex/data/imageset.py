@@ -1,4 +1,4 @@
-"""What a data set is once it is found on disk: labelled images, decoded or still in their files."""
+"""Labelled images, either decoded or still in their files, and the three splits of a data set."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from fastalex.data.decode import decode_image
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One split: N labelled images, of which exactly one of ``pixels`` and ``paths`` is set.
+    """One split: N labelled images. Exactly one of ``pixels`` and ``paths`` is set.
 
     Attributes:
         labels: int64 (N,), the class of each image.
-        pixels: uint8 (N, H, W, 3), where all images are of one small size and decoded; otherwise None.
-        paths: the N files, of any mixture of sizes, to be decoded as they are needed; otherwise None.
+        pixels: uint8 (N, H, W, 3), the decoded images, which all have one small size; None for files.
+        paths: the N files, of any sizes, decoded when they are needed; None for decoded images.
+
+    Raises:
+        ValueError: if both or neither are set, or if there is not one label per image.
     """
 
     labels: NDArray[np.int64]
@@ -39,14 +42,18 @@ class ImageSet:
         return len(self.labels)
 
     def image(self, i: int) -> NDArray[np.uint8]:
-        """The i-th image, uint8 (H, W, 3). Raises DataError, naming the file, where it cannot be decoded."""
+        """Return image i, uint8 (H, W, 3).
+
+        Raises:
+            DataError: its file, which is named, cannot be decoded.
+        """
         if self.pixels is not None:
             return self.pixels[i]
         assert self.paths is not None
         return decode_image(self.paths[i])
 
     def select(self, indices: NDArray[np.int64]) -> ImageSet:
-        """The images at these indices, in this order; pixels are copied."""
+        """Return the images at the given indices, int64 (n,), in this order; pixels are copied."""
         if self.pixels is not None:
             return ImageSet(self.labels[indices], pixels=self.pixels[indices])
         assert self.paths is not None
@@ -55,13 +62,17 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """A data set divided into the images that train, those that choose and those that judge.
+    """A data set split into images for training, for validation (choosing a model) and for testing it.
 
     Attributes:
-        classes: the names, in the order of the labels.
-        skipped: how many damaged files ``data.on_error=skip`` left out.
-        is_measurable: whether an error figure on this data means anything; False for synthetic data.
-        source: what the images are and where they were found, as a run reports it.
+        train: training images.
+        validation: validation images.
+        test: test images.
+        classes: names of the classes, in the order of the labels.
+        skipped: number of damaged files that ``data.on_error=skip`` left out.
+        is_measurable: whether error rates on the data mean anything; False for synthetic data.
+        source: what the images are and where they were found, as a run reports it; empty for the default,
+            ``data.name`` and ``data.root``.
     """
 
     train: ImageSet

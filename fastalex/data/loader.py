@@ -1,11 +1,11 @@
-"""What every loader is and has in common."""
+"""The interface of every loader, and what their implementations share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,45 +27,58 @@ from fastalex.runtime import Runtime
 class Views(Enum):
     """Which crops of an image a loader yields."""
 
-    random = "random"  # training: one, at a random place, mirrored as data.flip says
-    center = "center"  # evaluation: the centre
-    ten_crop = (
-        "ten_crop"  # evaluation: corners and centre, and their mirror images (none of those if flip=none)
-    )
+    random = "random"  # training: one crop at a random place, flipped as data.flip says
+    center = "center"  # evaluation: the centre crop
+    ten_crop = "ten_crop"  # evaluation: corners and centre, then their mirror images unless data.flip=none
 
 
 class Loader(Protocol):
     """An iterable over the batches of one epoch: pairs of images and labels, on the device.
 
-    Images are (B * V, 3, crop, crop), resized to resize x resize as torchvision's bilinear ``antialias=True``
-    does, cropped, flipped and then (x / 255 - mean) / std; labels are int64 (B,), or as CutMixLoader says. V
-    is 1, but with ``Views.ten_crop`` 10, in the order of torchvision's TenCrop, or its first 5 if data.flip
-    is ``none``: a network that never saw a mirror image must not be asked about one. The views of one image
-    are adjacent.
+    Images are (B * V, 3, crop, crop) in the runtime's dtype: resized to resize x resize as torchvision's
+    bilinear resize with ``antialias=True``, cropped, flipped, and normalised as (x / 255 - mean) / std.
+    Labels are int64 (B,), unless CutMix has mixed the batch (:class:`fastalex.data.wrappers.CutMixLoader`).
+    V is the number of views per image, which are adjacent: 1, or with ``Views.ten_crop`` 10 in the order of
+    torchvision's TenCrop. With ``data.flip=none`` it is TenCrop's first 5: the network has never been trained
+    on mirror images.
 
-    Where the network consumes lazy batches faster (:func:`fastalex.data.resident.can_fold`), images are a
-    :class:`fastalex.kernels.LazyBatch`.
+    Images are a :class:`fastalex.kernels.LazyBatch` if the network consumes lazy batches faster
+    (:func:`fastalex.data.resident.can_fold`).
+
+    Attributes:
+        num_samples: number of images that this rank yields per epoch.
     """
 
-    num_samples: int  # the images that this rank yields each epoch
+    num_samples: int
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Return the number of batches of a whole epoch on this rank."""
         ...
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Chooses the epoch that the next iterations yield, without its first ``start_batch`` batches."""
+        """Choose what the next iterations yield.
+
+        Args:
+            epoch: the epoch, from 0.
+            start_batch: number of batches to skip at the epoch's beginning.
+        """
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
+        """Yield the batches of the chosen epoch: images and labels."""
+        ...
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device, as it is now, without waiting for what the device is still busy with.
+    """Return a copy of a CPU tensor on the device, without waiting for the work queued there.
 
-    A copy to a GPU waits for it unless it is from pinned memory. That is memory of its own even where the
-    tensor is pinned: the tensor may be overwritten before the device has read it, and PyTorch keeps this
-    until then.
+    A copy to a GPU is asynchronous only from pinned memory. The tensor is copied to pinned memory of its own
+    first, even if it is pinned itself: the caller may overwrite it at once, and PyTorch keeps the pinned copy
+    until the device has read it.
+
+    Args:
+        tensor: on the CPU, of any shape and dtype.
+        device: where to copy it; for the CPU the tensor itself is returned.
     """
     if device.type == "cuda":
         tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
@@ -73,7 +86,10 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class PlannedLoader(ABC):
-    """The part of a loader that is the same in all of them: the arguments, and the plan of an epoch."""
+    """Base class of the loaders: their arguments and the plan of an epoch.
+
+    The arguments are those of :func:`fastalex.data.build_loader`; the interface is :class:`Loader`.
+    """
 
     def __init__(
         self,
@@ -117,16 +133,33 @@ class PlannedLoader(ABC):
 
     @property
     def num_views(self) -> int:
-        """V: how many crops of each image."""
+        """Number of views per image, V in :class:`Loader`."""
         if self.views is not Views.ten_crop:
             return 1
         return 5 if self.data.flip is Flip.none else 10
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments of :func:`fastalex.kernels.augment` that are the same for every batch."""
+        return {
+            "resize": self.data.resize,
+            "crop": self.data.crop,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "dtype": self.dtype,
+        }
 
     def _evaluation_plan(self) -> Tensor:
         return evaluation_plan(len(self.images), rank=self.world.rank, world_size=self.world.size)
 
     def plan(self, device: torch.device | str = "cpu") -> EpochPlan:
-        """This rank's whole current epoch, drawn on ``device``; ten_crop needs only its indices."""
+        """Return the plan of this rank's whole current epoch.
+
+        With ``Views.ten_crop`` only its indices are of use.
+
+        Args:
+            device: where the plan is drawn; a CPU and a GPU draw different numbers.
+        """
         if self.views is Views.random:
             return training_plan(
                 len(self.images),

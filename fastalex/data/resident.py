@@ -1,11 +1,11 @@
-"""``loader=resident``: decoded images stay on the device as uint8, and one kernel makes each batch of them.
+"""``loader=resident``: all decoded images stay on the device as uint8; one kernel computes each batch.
 
-Order, offsets and flips are drawn on the device too, so after the first batch nothing crosses to it but
-kernel launches. On the CPU the images are used where they lie, without a copy.
+Order, offsets and flips are drawn on the device too, so that after the first batch only kernel launches are
+sent to it. On the CPU the images are not copied.
 
-Nothing runs ahead of the training loop: a GPU queues `augment` behind the step before it, and on two CPU
-cores a batch takes under 1% of a training step (``benchmarks/test_augment.py``): less than a thread that
-competes for the same cores would cost.
+There is no prefetching. A GPU queues ``augment`` after the previous step; on two CPU cores a batch takes less
+than 1% of a training step (``benchmarks/test_augment.py``), less than a prefetching thread would cost by
+competing for the cores.
 """
 
 from __future__ import annotations
@@ -30,47 +30,50 @@ from fastalex.kernels.augment import ten_crop_views
 
 
 def fits(splits: DataSplits, room: int | None) -> bool:
-    """Whether a data set can be resident: decoded, of one size, and all of it in so many bytes.
+    """Return whether all images of a data set are decoded and fit the device together.
+
+    All splits count: training and validation images stay on the device during the final test.
 
     Args:
-        splits: all of them, for they are on the device together: a run keeps the images that it trained and
-            validated on while it is tested.
-        room: bytes for images; None where they are in memory already, as on a CPU.
+        splits: the data set.
+        room: bytes available for images; None for a CPU, whose memory holds the decoded images already.
     """
     pixels = [images.pixels for images in (splits.train, splits.validation, splits.test)]
-    decoded = {id(array): array.nbytes for array in pixels if array is not None}  # splits may share theirs
+    decoded = {id(array): array.nbytes for array in pixels if array is not None}  # splits may share an array
     return all(array is not None for array in pixels) and (room is None or sum(decoded.values()) <= room)
 
 
 def can_fold(
     network: nn.Module | None, images: ImageSet, data: DataConfig, loader: LoaderConfig, device: torch.device
 ) -> bool:
-    """Whether the network takes lazy batches of these images, and is faster for it.
+    """Return whether the network accepts lazy batches of these images and is faster with them.
 
-    Its first convolution must be able to consume them, from the resident loader, on the CPU; and each image
-    must be enlarged by a whole multiple of the convolution's stride, or a crop has too many kinds of outputs.
+    It requires the resident loader, a CPU, a network with an attribute ``stride_over_crops``, and a resize
+    that is a multiple of each image side times this stride: otherwise the outputs of a crop need too many
+    different folded weights.
 
     Args:
-        network: that the batches are for; None for none in particular.
-        images: of one split.
-        data: gives the size that images are enlarged to.
-        loader: may forbid it (``loader.fold=false``).
-        device: of the batches.
+        network: the network that consumes the batches, or None.
+        images: the split to load.
+        data: its ``resize`` is the size to which images are enlarged, in pixels.
+        loader: ``loader.fold=false`` turns lazy batches off.
+        device: the device of the batches.
     """
     stride = getattr(network, "stride_over_crops", None)
     if stride is None or images.pixels is None or device.type != "cpu":
         return False
-    whole = all(data.resize % (side * stride) == 0 for side in images.pixels.shape[1:3])
-    return loader.fold and loader.name == "resident" and whole
+    is_multiple = all(data.resize % (side * stride) == 0 for side in images.pixels.shape[1:3])
+    return loader.fold and loader.name == "resident" and is_multiple
 
 
 class ResidentLoader(PlannedLoader):
-    """See :class:`fastalex.data.loader.Loader` for what it yields.
+    """Loader of images on the device; :class:`fastalex.data.loader.Loader` is its interface.
 
-    Loaders over the same split share its images on the device.
+    Loaders over the same split share its images on the device. The arguments are those of
+    :func:`fastalex.data.build_loader`.
 
     Raises:
-        DataError: the images are files of several sizes, still to be decoded.
+        DataError: the images are not decoded: they are files of several sizes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +96,7 @@ class ResidentLoader(PlannedLoader):
                 images = self._crops(rows)
             elif self.views is Views.ten_crop:
                 images = ten_crop(
-                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **self._geometry
+                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **self.geometry
                 )
             else:
                 images = self._crops(rows).materialize()
@@ -108,25 +111,15 @@ class ResidentLoader(PlannedLoader):
             offsets, flips = ten_crop_views(self.data.resize, self.data.crop, mirror, self.device)
             offsets, flips = offsets.repeat(len(rows), 1), flips.repeat(len(rows))
             indices = indices.repeat_interleave(self.num_views)
-        return LazyBatch(self._pixels.tensor, indices, offsets, flips, **self._geometry)
-
-    @property
-    def _geometry(self) -> dict[str, Any]:
-        return {
-            "resize": self.data.resize,
-            "crop": self.data.crop,
-            "mean": self.data.mean,
-            "std": self.data.std,
-            "dtype": self.dtype,
-        }
+        return LazyBatch(self._pixels.tensor, indices, offsets, flips, **self.geometry)
 
 
 class _DevicePixels:
-    """A split's images on a device; holds the array too, so that its id stays its own."""
+    """A split's images on a device. It keeps the array alive, so that no other array gets its id."""
 
     def __init__(self, pixels: NDArray[np.uint8], device: torch.device) -> None:
         self.pixels = pixels
-        with warnings.catch_warnings():  # images may be mapped read-only; nothing here writes
+        with warnings.catch_warnings():  # images may be mapped read-only; nothing here writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
 
@@ -135,7 +128,7 @@ _resident: WeakValueDictionary[tuple[int, torch.device], _DevicePixels] = WeakVa
 
 
 def _on_device(pixels: NDArray[np.uint8], device: torch.device) -> _DevicePixels:
-    """The images on the device, moved there by the first loader that asks and dropped with the last."""
+    """Return the images on the device: copied for the first loader, freed with the last."""
     key = id(pixels), device
     found = _resident.get(key)
     if found is None:

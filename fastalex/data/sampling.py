@@ -1,6 +1,6 @@
-"""What an epoch consists of: which images, where each is cut and whether it is mirrored.
+"""The plan of an epoch: which images in which order, where each is cropped and whether it is flipped.
 
-Every loader draws its epoch here, so that all give the same pixels in the same order.
+Every loader draws its epochs here, so that all yield the same pixels in the same order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastalex.errors import ConfigError
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The samples of one rank's epoch, in order: row i says how the i-th is made.
+    """The n samples of one rank's epoch, in order.
 
     Attributes:
-        indices: int64 (n,), the image.
-        offsets: int32 (n, 2), the top and left of the crop within the resized image, in pixels.
+        indices: int64 (n,), the image of each sample.
+        offsets: int32 (n, 2), top and left of its crop within the resized image, in pixels.
         flips: bool (n,), whether the crop is mirrored.
     """
 
@@ -33,17 +33,23 @@ class EpochPlan:
         return len(self.indices)
 
     def to(self, device: torch.device) -> EpochPlan:
-        """The same rows on a device."""
+        """Return the same plan on a device."""
         return EpochPlan(self.indices.to(device), self.offsets.to(device), self.flips.to(device))
 
     def batch(self, number: int, batch_size: int) -> EpochPlan:
-        """The rows of one batch; the last may be short."""
+        """Return the plan of batch ``number``, from 0; the last batch may be shorter than ``batch_size``."""
         rows = slice(number * batch_size, (number + 1) * batch_size)
         return EpochPlan(self.indices[rows], self.offsets[rows], self.flips[rows])
 
 
 def training_samples(num_images: int, *, flip: Flip, batch_size: int, world_size: int = 1) -> int:
-    """How many samples :func:`training_plan` gives each rank: whole batches, the same number on every rank.
+    """Return the number of samples per rank of :func:`training_plan`: whole batches, equal on every rank.
+
+    Args:
+        num_images: number of images of the split.
+        flip: with ``Flip.both`` each image counts twice.
+        batch_size: images per batch on each rank.
+        world_size: number of ranks.
 
     Raises:
         ConfigError: there are too few images for one batch on each rank.
@@ -70,16 +76,27 @@ def training_plan(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> EpochPlan:
-    """Draws one rank's training epoch.
+    """Draw one rank's training epoch.
 
-    Every image comes once (``Flip.both``: twice, once each way), in an order that seed and epoch decide,
-    with offsets uniform over 0..max_offset. Every step has batch_size images on every rank, so that its loss
-    means the same and no rank waits for another: the last, incomplete batch is dropped, other images each
-    epoch. Step i of all ranks together takes the same samples whatever the number of ranks, if batch_size
-    times world_size is the same.
+    Every image occurs once (``Flip.both``: twice, once flipped), in an order that seed and epoch decide, with
+    offsets uniform over 0..max_offset. Every step has batch_size images on every rank, so that losses are
+    comparable and no rank waits for another: the last, incomplete batch is dropped, which leaves out other
+    images each epoch. Step i has the same samples, over all ranks, for any number of ranks with the same
+    batch_size times world_size.
 
-    The numbers come from a torch.Generator on ``device``: the same seed gives the same plan on the same kind
-    of device (a CPU and a GPU draw different numbers).
+    Random numbers come from a torch.Generator on ``device``: the same seed gives the same plan on the same
+    kind of device, but a CPU and a GPU draw different numbers.
+
+    Args:
+        num_images: number of images of the split.
+        flip: which samples are mirrored.
+        max_offset: largest top or left of a crop, in pixels: resize - crop.
+        seed: any integer; seed and epoch together decide the plan.
+        epoch: number of the epoch, from 0.
+        batch_size: images per batch on each rank.
+        rank: this rank, from 0.
+        world_size: number of ranks.
+        device: where the plan is drawn and stored.
 
     Raises:
         ConfigError: there are too few images for one batch on each rank.
@@ -101,24 +118,40 @@ def training_plan(
         indices, flips = order, torch.randint(2, (samples,), generator=generator, device=device).bool()
     else:
         indices, flips = order, torch.zeros(samples, dtype=torch.bool, device=device)
-    # All ranks draw the whole epoch and take turns at it: disjoint, with nothing to communicate.
+    # Every rank draws the whole epoch and takes every world_size-th sample: disjoint, without communication.
     rows = slice(rank, kept * world_size, world_size)
     return EpochPlan(indices[rows].contiguous(), offsets[rows].contiguous(), flips[rows].contiguous())
 
 
 def evaluation_plan(num_images: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
-    """The images that this rank evaluates, int64 (n,): over all ranks each image once, with no padding.
+    """Return the images that this rank evaluates, int64 (n,): over all ranks each image once, no padding.
 
-    Ranks may differ by one image, so their numbers of batches may too: sum counts over ranks at the end only.
+    Numbers of images, and so of batches, may differ by one between ranks: counts can be summed over the ranks
+    only at the end.
+
+    Args:
+        num_images: number of images of the split.
+        rank: this rank, from 0.
+        world_size: number of ranks.
     """
     return torch.arange(num_images)[rank::world_size]
 
 
 def center_offset(resize: int, crop: int) -> int:
-    """Top and left of the centre crop, rounded as torchvision's ``center_crop`` does (half to even)."""
+    """Return top and left of the centre crop, in pixels, rounded half to even as torchvision rounds it.
+
+    Args:
+        resize: side of the resized image, in pixels.
+        crop: side of the crop, in pixels.
+    """
     return round((resize - crop) / 2)
 
 
 def mix(seed: int, epoch: int) -> int:
-    """A generator seed from both numbers, such that (seed, epoch + 1) has nothing of (seed + 1, epoch)."""
+    """Return a generator seed for a pair of numbers; similar pairs give unrelated seeds.
+
+    Args:
+        seed: any integer; taken modulo 2**64.
+        epoch: an integer from 0 to 2**64 - 1, such as an epoch or a rank.
+    """
     return int(np.random.SeedSequence((seed % 2**64, epoch)).generate_state(1, np.uint64)[0] >> 1)

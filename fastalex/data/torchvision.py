@@ -1,8 +1,8 @@
-"""The reference loader: torch's DataLoader over torchvision's transforms.
+"""``loader=torchvision``, the reference: torch's DataLoader over torchvision's transforms.
 
-Its workers resize, crop and flip uint8 images, as torchvision recommends: the resized image is rounded to
-whole grey levels, so the result is within one level of the loaders that resize in floating point. The uint8
-crops cross to the device, a quarter of the bytes, and are normalised there.
+Worker processes resize, crop and flip uint8 images, as torchvision recommends: the resized image is rounded
+to whole grey levels, so that the result is within one level of the loaders that resize in floating point. The
+uint8 crops, a quarter of the bytes of fp32, are copied to the device and normalised there.
 """
 
 from __future__ import annotations
@@ -26,38 +26,39 @@ from fastalex.data.sampling import EpochPlan
 from fastalex.data.workers import num_workers
 from fastalex.errors import DataError
 
-_Row = tuple[int, int, int, bool]  # of the epoch's plan: image, top, left, flip
+_Row = tuple[int, int, int, bool]  # one sample of the epoch's plan: image, top, left, flip
 _Item = tuple[Tensor, int]  # uint8 (V, crop, crop, 3) and label
 
 
 class TorchvisionLoader(PlannedLoader):
-    """See :class:`fastalex.data.loader.Loader` for what it yields.
+    """Loader with worker processes; :class:`fastalex.data.loader.Loader` is its interface.
 
-    The worker processes live from the first iteration until the loader is collected or the program ends.
+    The workers start with the first iteration and end when the loader is freed or the program ends. The
+    arguments are those of :func:`fastalex.data.build_loader`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         workers = num_workers(self.loader)
-        self._rows = _Rows()
+        self._sampler = _PlanSampler()
         self._batches: DataLoader[_Item] = DataLoader(
-            _ViewsOfImages(self.images, self.data, self.views),
-            batch_sampler=self._rows,
+            _ViewDataset(self.images, self.data, self.views),
+            batch_sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
-            worker_init_fn=_leave_interrupts_to_the_parent,
-            generator=torch.Generator(),  # its own: the global one belongs to the network's dropout
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # DataLoader would draw from the global one, which dropout uses
         )
-        # Here and not with each batch: the host waits for such a copy. (channels, 1, 1)
+        # Copied once and not per batch, because the host waits for such a copy. Each is (channels, 1, 1).
         mean, std = torch.tensor([self.data.mean, self.data.std], dtype=torch.float32)[..., None, None]
         self._mean, self._std = mean.to(self.device), std.to(self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan()
-        self._rows.batches = [plan.batch(i, self.batch_size) for i in range(self.start_batch, len(self))]
-        with _sigchld_handler_kept():
+        self._sampler.batches = [plan.batch(i, self.batch_size) for i in range(self.start_batch, len(self))]
+        with _preserve_sigchld_handler():
             batches = iter(self._batches)
         while True:
             try:
@@ -65,8 +66,8 @@ class TorchvisionLoader(PlannedLoader):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # Damaged images are returned, not raised, and what else goes wrong within a worker comes as
-                # "Caught ...": any other error, whichever it happens to be, is of reading from a dead one.
+                # Damaged images are returned, not raised, and DataLoader re-raises any other error of a
+                # worker as "Caught ...". So every other error comes from reading from a dead worker.
                 if self._batches.num_workers == 0 or str(error).startswith("Caught "):
                     raise
                 first_line = (str(error) or type(error).__name__).splitlines()[0]
@@ -78,7 +79,8 @@ class TorchvisionLoader(PlannedLoader):
                 try:
                     raise batch
                 finally:
-                    del batch  # the error holds this frame: were it held in turn, the workers would live on
+                    # The error's traceback refers to this frame; a cycle would keep the workers alive.
+                    del batch
             yield self._on_device(*batch)
 
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,11 +94,11 @@ class TorchvisionLoader(PlannedLoader):
         )
 
 
-class _Rows:
-    """The rows of the plan, a batch at a time: what tells the workers which views to make.
+class _PlanSampler:
+    """Batch sampler: the samples of the epoch's plan, one list per batch.
 
-    They come from the parent at each iteration, so workers that persist need not know the epoch. It knows
-    nothing of its loader: in a cycle the loader would outlive its last use, and its workers with it.
+    The parent sets the batches before each iteration, so that persistent workers need not know the epoch. It
+    has no reference to its loader: a reference cycle would keep the loader and its workers alive after use.
     """
 
     def __init__(self) -> None:
@@ -108,10 +110,10 @@ class _Rows:
             yield list(zip(batch.indices.tolist(), top, left, batch.flips.tolist(), strict=True))
 
 
-class _ViewsOfImages(Dataset[_Item]):
-    """Maps a row of the plan to the views it describes.
+class _ViewDataset(Dataset[_Item]):
+    """Maps a sample of the plan to its views and its label.
 
-    A DataError is returned, not raised: a worker would wrap it in a traceback.
+    A DataError is returned, not raised: DataLoader would add a worker's traceback to its message.
     """
 
     def __init__(self, images: ImageSet, data: DataConfig, views: Views) -> None:
@@ -123,11 +125,11 @@ class _ViewsOfImages(Dataset[_Item]):
         index, top, left, flip = row
         size, crop = [self.data.resize] * 2, self.data.crop
         try:
-            # Copied only where it is a view of images that are mapped read-only.
+            # Copies only an image of a read-only mapped array.
             pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
         except DataError as error:
             return error
-        # With channels innermost in memory torchvision resizes faster than it does planes.
+        # torchvision resizes channels-last images faster than planar ones.
         image = F.resize(pixels.permute(2, 0, 1), size, antialias=True)
         if self.views is not Views.ten_crop:
             view = F.crop(image, top, left, crop, crop)
@@ -140,15 +142,15 @@ class _ViewsOfImages(Dataset[_Item]):
 
 
 @contextmanager
-def _sigchld_handler_kept() -> Iterator[None]:
-    """Context after which SIGCHLD is handled as before it.
+def _preserve_sigchld_handler() -> Iterator[None]:
+    """Restore the SIGCHLD handler on exit.
 
-    torch's DataLoader installs a handler that raises a dead worker's error in whichever line the main thread
-    has reached: in the middle of a training step, or of reporting the worker before. Without it the next
-    batch that is waited for raises the error, within seconds.
+    torch's DataLoader installs a handler that raises a dead worker's error wherever the main thread happens
+    to be: in the middle of a training step, or while another worker's death is being reported. Without the
+    handler, waiting for the next batch raises the error within seconds.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where torch installs none
+        yield  # torch installs no handler here
         return
     before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     try:
@@ -157,13 +159,13 @@ def _sigchld_handler_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent finishes its step first, and needs us for it."""
+def _ignore_interrupts(worker: int) -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes: the parent needs workers to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list[_Item | DataError]) -> tuple[Tensor, Tensor] | DataError:
-    """uint8 (B * V, crop, crop, 3) and int64 (B,), or the first error."""
+    """Return images, uint8 (B * V, crop, crop, 3), and labels, int64 (B,), or the first error."""
     images, labels = [], []
     for item in items:
         if isinstance(item, DataError):

@@ -1,4 +1,4 @@
-"""Processes that help: how many, and work spread over them."""
+"""Worker processes: their number, and a map over a pool of them."""
 
 from __future__ import annotations
 
@@ -22,41 +22,50 @@ _Out = TypeVar("_Out")
 
 
 def num_workers(loader: LoaderConfig) -> int:
-    """``loader.workers``, where -1 means one for each core beyond the first."""
+    """Return the number of workers of a loader; ``loader.workers=-1`` is one for each core but the first."""
     return available_cores() - 1 if loader.workers < 0 else loader.workers
 
 
 def map_unordered(
     function: Callable[[_In], _Out], items: Sequence[_In], workers: int
 ) -> Iterator[tuple[int, _Out]]:
-    """Yields (i, function(items[i])) as each is done, in worker processes, or in this one if workers < 2.
+    """Apply a function to each item in worker processes; yield ``(i, function(items[i]))`` as each finishes.
 
-    Processes, because Pillow holds the interpreter lock for most of a small image: two threads are slower
-    than one. The function must be one that pickle finds by its name.
+    Threads would not do: Pillow holds the interpreter lock most of the time on small images, and two threads
+    are slower than one.
+
+    Args:
+        function: a function that can be pickled, that is, one defined at the top level of a module.
+        items: its arguments.
+        workers: number of processes; with fewer than 2 the work is done in this process.
+
+    Raises:
+        DataError: a worker was killed.
+        Exception: whatever the function raises.
     """
-    if (
-        workers < 2 or len(items) < 2 or multiprocessing.current_process().daemon
-    ):  # a daemon may have no children
+    is_daemon = multiprocessing.current_process().daemon  # which may not have children
+    if workers < 2 or len(items) < 2 or is_daemon:
         yield from ((i, function(item)) for i, item in enumerate(items))
         return
     pool = ProcessPoolExecutor(min(workers, len(items)), initializer=_start_worker)
     try:
         futures = {pool.submit(function, item): i for i, item in enumerate(items)}
         for future in as_completed(futures):
-            yield futures.pop(future), future.result()  # popped: a result must not outlive its use
+            yield futures.pop(future), future.result()  # popped, so that the result can be freed
     except BrokenProcessPool:
         raise DataError(
             "a process that was decoding images was killed, perhaps for lack of memory; "
-            "free some and start again"
+            "free some memory and start again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Ctrl-C is for the parent to handle, and a worker whose parent was killed has no reason to live.
+    """Initialise a worker: leave Ctrl-C to the parent, and exit when the parent is gone.
 
-    One thread a worker, as in torch's DataLoader: after a fork OpenMP would wait forever for the others.
+    Each worker has one thread, as in torch's DataLoader: OpenMP's threads do not survive the fork, and it
+    would wait for them forever.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Loaders around other loaders: one for each stage of a run, CutMix, and epochs of a given length."""
+"""Loaders that wrap other loaders: one loader per stage of a run, CutMix, and epochs of a given length."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastalex.kernels import LazyBatch
 
 
 class StagedLoader:
-    """Yields from one of several loaders, whichever the epoch belongs to.
+    """A loader for each stage of a run; yields the batches of the loader whose stage the epoch belongs to.
 
     Args:
-        loaders: in order, each over the same samples and in batches of the same size.
-        epochs: of each loader but the last, which takes all epochs after those.
+        loaders: one per stage, in order, over the same samples and with the same batch size.
+        epochs: length of each stage but the last, which has no end.
     """
 
     def __init__(self, loaders: Sequence[Loader], epochs: Sequence[int]) -> None:
@@ -38,20 +38,23 @@ class StagedLoader:
 
 
 class CutMixLoader:
-    """Yields another loader's batches, some of them mixed by torchvision's ``CutMix`` (Yun et al., 2019).
+    """Yields another loader's batches, some of them mixed by torchvision's ``CutMix``.
 
-    The rectangle is the same in all images of a batch; its share of them is uniform over 0..1 before it is
-    cut off at the border. Labels of a mixed batch are float32 (B, classes): the share of each in the image.
-    The draws are from torch's global generator of the CPU, as dropout's are there.
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", 2019.
+
+    In a mixed batch each image has a rectangle of another one, at the same place in all images. The
+    rectangle's fraction of the area is uniform over 0..1 before it is clipped at the border. The labels of a
+    mixed batch are float32 (B, classes): each class's fraction of the image's area. Random numbers come from
+    torch's global CPU generator, as those of dropout on a CPU do.
 
     Args:
-        loader: of training batches; one that is to be mixed is made, if it was not.
-        classes: of the data set.
-        share: the probability that a batch is mixed.
+        loader: the loader of training batches. A lazy batch is materialized if it is mixed.
+        classes: number of classes of the data set.
+        share: probability that a batch is mixed.
     """
 
     def __init__(self, loader: Loader, classes: int, share: float) -> None:
-        from torchvision.transforms.v2 import CutMix  # a second, which reading data need not take
+        from torchvision.transforms.v2 import CutMix  # takes a second to import
 
         self._loader = loader
         self._mix = CutMix(num_classes=classes)
@@ -73,11 +76,11 @@ class CutMixLoader:
 
 
 class FirstBatches:
-    """Yields epochs of ``count`` batches from another loader, across its own epochs where one is too short.
+    """Yields epochs of ``count`` batches; if another loader's epoch is shorter, its next epochs follow.
 
     Args:
-        loader: that the batches come from.
-        count: batches an epoch; may be changed between epochs.
+        loader: the loader that yields the batches.
+        count: number of batches per epoch; the attribute may be changed between epochs.
     """
 
     def __init__(self, loader: Loader, count: int) -> None:

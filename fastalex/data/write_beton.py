@@ -1,7 +1,7 @@
 """``python -m fastalex.data.write_beton key=value ...``: write a data set's .beton files before training.
 
-``loader=ffcv`` writes what it does not find, so this is for writing at another time or on another machine:
-training with the same ``data``, ``seed`` and ``loader.beton`` finds the files.
+``loader=ffcv`` writes missing files itself; this command writes them at another time or on another machine.
+Training with the same ``data``, ``seed`` and ``loader.beton`` finds the files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from fastalex.errors import ConfigError
 
 
 def run(config: BetonConfig) -> dict[str, Path]:
-    """Write the files of all three splits and return their paths by the name of the split."""
+    """Write the files of all three splits.
+
+    Args:
+        config: the data set, the seed of its split, and the folder of the files.
+
+    Returns:
+        The path of each file by the name of its split.
+
+    Raises:
+        ConfigError: ``data.resize`` is not positive.
+        DataError, OutputError: as for :func:`fastalex.data.beton.ensure_beton`.
+    """
     from fastalex.data.beton import ensure_beton
 
     if config.data.resize < 1:

@@ -1,4 +1,4 @@
-"""Networks by name: AlexNet and its variants from here, the networks it is compared with from torchvision."""
+"""Networks by name: AlexNet and its variants, and the torchvision networks it is compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.models.alexnet import MIN_CROP, AlexNet
+from fastalex.models.alexnet import AlexNet
 from fastalex.models.winograd import allow_winograd
 
 __all__ = [
@@ -22,13 +22,20 @@ __all__ = [
     "load_weights",
 ]
 
-SMALLEST = 32  # crop: torchvision's networks halve it five times
+# Each callable returns a network; it takes num_classes and the network's options as keywords. Two optional
+# attributes of the callable state the network's limits:
+#   min_crop: the smallest crop that the network can compute, in pixels.
+#   trains_on_one_image: whether it can train on one image of min_crop pixels. Batch normalisation cannot if
+#       the image is reduced to one value per channel.
+# The defaults hold for torchvision's networks, which halve the image five times and normalise to the end.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "resnet18": torchvision.models.resnet18,
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
     "efficientnet_b0": torchvision.models.efficientnet_b0,
 }
+_MIN_CROP = 32
+_TRAINS_ON_ONE_IMAGE = False
 
 
 def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
@@ -42,12 +49,11 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     Raises:
         ConfigError: if there is no such network, or it has no such option.
     """
-    if name not in MODELS:
-        raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
+    build = _find(name)
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: a network needs at least one class")
     try:
-        model = MODELS[name](num_classes=num_classes, **options)
+        model = build(num_classes=num_classes, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -56,33 +62,34 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
 
 
 def check_crop(name: str, key: str, crop: int) -> None:
-    """Refuse a crop, in pixels, from which the network computes nothing.
+    """Refuse a crop that is too small for the network.
 
     Args:
-        name: of the network.
-        key: that has the crop.
-        crop: its value.
+        name: one of ``MODELS``.
+        key: the configuration key that holds the crop, for the message.
+        crop: side of the crop, in pixels.
 
     Raises:
-        ConfigError: naming the smallest crop that works.
+        ConfigError: if the crop is too small, naming the smallest that works; or if there is no such network.
     """
-    smallest = MIN_CROP if name == "alexnet" else SMALLEST
+    smallest = _min_crop(name)
     if crop < smallest:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
 
 def check_batch(name: str, images: int, crop: int) -> None:
-    """Refuse a single image at a time where batch normalisation would have one value to normalise.
+    """Refuse to train on one image at a time where batch normalisation would see one value per channel.
 
     Args:
-        name: of the network.
-        images: of a batch, or of the parts that it is divided into.
-        crop: the smallest one, in pixels.
+        name: one of ``MODELS``.
+        images: images per forward pass: the batch, or one of the parts it is accumulated from.
+        crop: side of the smallest crop of the run, in pixels.
 
     Raises:
-        ConfigError: naming the keys.
+        ConfigError: naming the keys to change; or if there is no such network.
     """
-    if images == 1 and crop <= SMALLEST and name != "alexnet":  # which has enough pixels at any crop
+    trains_on_one_image = getattr(_find(name), "trains_on_one_image", _TRAINS_ON_ONE_IMAGE)
+    if images == 1 and crop <= _min_crop(name) and not trains_on_one_image:
         raise ConfigError(
             f"train.batch_size: {name} gets one image at a time, a crop of {crop} leaves one pixel of it, "
             "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
@@ -97,6 +104,10 @@ def count_parameters(model: nn.Module) -> int:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy a state dict into a network of the same architecture.
 
+    Args:
+        model: the network, on any device.
+        weights: tensors by name, as ``model.state_dict()`` returns them.
+
     Raises:
         CheckpointError: naming the first tensor that does not fit.
     """
@@ -110,3 +121,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 f"{ours or 'absent'} in the network asked for"
             )
     model.load_state_dict(weights)
+
+
+def _min_crop(name: str) -> int:
+    return getattr(_find(name), "min_crop", _MIN_CROP)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    if name not in MODELS:
+        raise ConfigError(f"model.name={name}: no such network; choose from {', '.join(MODELS)}")
+    return MODELS[name]

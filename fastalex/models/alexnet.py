@@ -1,4 +1,4 @@
-"""AlexNet as the paper describes it, on one device, and the variants that it is compared with.
+"""AlexNet as in the paper, on one device, and the variants that it is compared with.
 
 Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
 """
@@ -22,18 +22,18 @@ LRN_ALPHA = LRN_SIZE * 1e-4
 LRN_BETA = 0.75
 LRN_K = 2.0
 
-# Three stride-2 pools behind a stride-4 convolution: anything smaller leaves the last pool no 3x3 window.
-MIN_CROP = 63
-
 
 class NormPool(nn.Module):
-    """What follows each of the first two convolutions: ReLU, normalisation, max pooling.
+    """ReLU, normalisation and max pooling, as they follow each of the first two convolutions.
 
     Args:
-        channels: of the convolution's output.
-        norm: ``"lrn"`` after the ReLU, as in the paper; ``"batch"`` in front of it, as batch normalisation
-            is used; or ``"none"``.
-        overlapping_pool: 3x3 windows with stride 2, or 2x2 windows with stride 2.
+        channels: output channels of the convolution.
+        norm: ``"lrn"`` after the ReLU, as in the paper; ``"batch"`` before it, as is usual for batch
+            normalisation; or ``"none"``.
+        overlapping_pool: 3x3 windows with stride 2 if true, 2x2 windows with stride 2 if false.
+
+    Shape:
+        input ``(N, channels, H, W)``; output the same with H and W pooled.
     """
 
     def __init__(self, channels: int, norm: str, overlapping_pool: bool) -> None:
@@ -44,7 +44,7 @@ class NormPool(nn.Module):
 
     @property
     def is_fused(self) -> bool:
-        """Whether one kernel does all of it."""
+        """Whether one kernel computes ReLU, normalisation and pooling."""
         return self.norm == "lrn" and self.pool_size == 3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,26 +61,32 @@ class NormPool(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """AlexNet without the split over two GPUs, unless ``groups=2`` asks for its connectivity.
+    """AlexNet; with ``groups=2`` its convolutions are connected as on the paper's two GPUs.
 
     Args:
         num_classes: width of the output layer.
-        groups: 2 connects the second, fourth and fifth convolutions as the paper's two GPUs were.
-        norm: ``"lrn"``, ``"batch"`` or ``"none"`` behind the first two convolutions.
-        overlapping_pool: 3x3 stride-2 max pooling (the paper's), or 2x2 stride-2. Both give the same sizes
-            at 224x224.
-        dropout: probability with which a hidden unit of the two fully connected layers is dropped.
+        groups: groups of the second, fourth and fifth convolutions: 1, or the paper's 2.
+        norm: ``"lrn"``, ``"batch"`` or ``"none"`` after the first two convolutions.
+        overlapping_pool: 3x3 stride-2 max pooling (the paper's) if true, 2x2 stride-2 if false. Both give
+            the same sizes at 224x224.
+        dropout: probability of dropping each hidden unit of the fully connected layers; 0 <= dropout < 1.
         init: ``"default"`` is PyTorch's; ``"paper"`` is N(0, 0.01) with bias 1 on the second, fourth and
             fifth convolutions and the hidden fully connected layers, and 0 elsewhere (section 5 of the
             paper); ``"he"`` is N(0, 2/fan_in) with zero bias and an output layer of N(0, 0.01).
 
     Shape:
         input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
-        The input may be unmade: :class:`fastalex.kernels.LazyBatch`.
+        The input may be a lazy batch: :class:`fastalex.kernels.LazyBatch`.
 
     Raises:
-        ConfigError: for an option that does not exist or cannot work.
+        ConfigError: if an option has a value that is not listed above.
     """
+
+    # Limits that fastalex.models checks. Three stride-2 pools follow a stride-4 convolution: a smaller crop
+    # leaves the last pool no 3x3 window. Batch normalisation is at the first two convolutions, whose outputs
+    # have many pixels.
+    min_crop = 63
+    trains_on_one_image = True
 
     def __init__(
         self,
@@ -117,12 +123,12 @@ class AlexNet(nn.Module):
 
     @property
     def hidden_layers(self) -> tuple[str, str]:
-        """Names of the layers that ``distributed.strategy=hybrid`` divides over the processes."""
+        """Names of the layers that ``distributed.strategy=hybrid`` shards over the ranks."""
         return "fc6", "fc7"
 
     @property
     def stride_over_crops(self) -> int:
-        """Says that batches may come unmade, and how far the first convolution moves over them."""
+        """Stride of the first convolution. A network with this attribute accepts lazy batches."""
         return self.conv1.stride[0]
 
     def _first_block(self, images: Tensor | LazyBatch) -> Tensor:
@@ -145,7 +151,7 @@ class AlexNet(nn.Module):
 
 
 def _init_default(model: AlexNet) -> None:
-    """PyTorch initialised each layer when it was made."""
+    """Keep PyTorch's initialisation, which each layer's constructor has done."""
 
 
 def _init_paper(model: AlexNet) -> None:

@@ -1,4 +1,4 @@
-"""A fully connected layer behind adaptive average pooling, which may be computed without pooling up."""
+"""Adaptive average pooling followed by a fully connected layer, computed without upsampling the image."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.nn import functional as F
 
 from fastalex.models.factored_linear import FactoredLinear
 
-# How many times fewer pixels must come in than are pooled up to: short of that, reading and writing the whole
-# weight takes the time that is saved. benchmarks/test_pooled_linear.py has the figures.
-WORTH_POOLING = 4
+# The weight is pooled if the input has at least this many times fewer pixels than the pool's output. Below
+# that, reading and writing the whole weight takes as long as it saves (benchmarks/test_pooled_linear.py).
+MIN_PIXEL_RATIO = 4
 
 
 class PooledLinear(FactoredLinear):
-    """``Linear(flatten(adaptive_avg_pool2d(x, size)))``, in the fewer products of the two orders.
+    """``Linear(flatten(adaptive_avg_pool2d(x, size)))``, in the order that takes fewer multiplications.
 
-    Pooling an image up, which happens at a smaller crop than the network is made for, repeats its pixels, and
-    the layer then multiplies each of them several times. Both steps are linear, so the weight can be pooled
-    instead, once for the batch: ``W (P x) = (W P) x``, where P is the matrix of the pooling.
+    At a smaller crop than the network is designed for, the pool enlarges the image: it repeats pixels, and
+    the layer multiplies each of them several times. Both steps are linear, so the weight can be pooled
+    instead, once per batch: ``W (P x) = (W P) x``, where P is the pooling matrix.
 
     Args:
-        channels: of the image.
-        size: height and width to which it is pooled.
-        out_features: of the layer; its ``weight`` is ``(out_features, channels * size * size)``.
+        channels: channels of the image.
+        size: height and width of the pool's output, in pixels.
+        out_features: width of the layer; its ``weight`` is ``(out_features, channels * size * size)``.
 
     Shape:
         input ``(N, channels, H, W)``, output ``(N, out_features)``.
@@ -40,28 +40,28 @@ class PooledLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         weight, pooling = self.weight, None
-        # At size x size the pool is an identity. A part of the weight, which is what a DTensor is of, would
-        # have to be pooled where it lies.
+        # At size x size the pool is the identity. A DTensor holds a shard of the weight, which would have to
+        # be pooled on the rank that holds it.
         if (height, width) != (self.size, self.size):
-            if height * width * WORTH_POOLING <= self.size**2 and not isinstance(weight, DTensor):
+            if height * width * MIN_PIXEL_RATIO <= self.size**2 and not isinstance(weight, DTensor):
                 pooling = self._pooling(height, width)
                 weight = self._pooled_weight(pooling)
             else:
                 x = F.adaptive_avg_pool2d(x, self.size)
-        # flatten() walks a channels-last tensor in NCHW order: the weights mean the same in both layouts.
+        # flatten() reads a channels-last tensor in NCHW order: the weights mean the same in both layouts.
         return self.linear(x.flatten(1), weight, pooling)
 
     def _pooling(self, height: int, width: int) -> Tensor:
-        """Return P, transposed: a row for each pixel, what the pool makes of it."""
+        """Return P transposed, ``(height * width, size * size)``: row i is the pooled image of pixel i."""
         pixels = torch.eye(height * width, dtype=self.weight.dtype, device=self.weight.device)
         return F.adaptive_avg_pool2d(pixels.view(-1, 1, height, width), self.size).flatten(1)
 
     def _pooled_weight(self, pooling: Tensor) -> Tensor:
-        """Return W P, ``(out_features, channels * height * width)``, in the weight's own precision."""
+        """Return W P, ``(out_features, channels * height * width)``, in the weight's own dtype."""
         device = self.weight.device.type
-        # On "meta", where operations are counted, nothing is cast. Asking PyTorch whether a device casts
-        # would break torch.compile's graph before torch 2.14.
-        uncast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-        with uncast:
+        # "meta", on which operations are counted, has no autocast. Asking PyTorch whether a device has it
+        # breaks torch.compile's graph before torch 2.14.
+        without_autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+        with without_autocast:
             pooled = self.weight.view(-1, self.size**2) @ pooling.t()
         return pooled.view(self.out_features, -1)

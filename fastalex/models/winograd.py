@@ -1,4 +1,4 @@
-"""Convolutions that may be computed by Winograd's algorithm, in AlexNet and in torchvision's networks."""
+"""Convolutions that can use Winograd's algorithm, in AlexNet and in torchvision's networks."""
 
 from __future__ import annotations
 
@@ -7,40 +7,47 @@ from torch import Tensor, nn
 
 from fastalex.kernels import winograd_conv2d
 
-# Where Winograd's algorithm is faster in bf16 (benchmarks/test_winograd.py): 1.1 to 1.5 times in layers of so
-# many channels and products, counted for one tap of the weight. With fewer products, transforming the weight
-# outweighs what it saves, and with fewer channels transforming the tiles does.
-BF16_CHANNELS = 128
-BF16_PRODUCTS = 2**28
+# In bf16 Winograd's algorithm is faster, by 1.1 to 1.5 times, from these numbers on (measured with
+# benchmarks/test_winograd.py). With fewer products the cost of transforming the weight exceeds the saving,
+# with fewer channels the cost of transforming the tiles.
+BF16_CHANNELS = 128  # input channels
+BF16_PRODUCTS = 2**28  # multiplications for one tap of the weight
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 or 5x5 convolution that may be computed by Winograd's algorithm: ``fastalex.kernels.winograd``.
+    """A 3x3 or 5x5 convolution that can use Winograd's algorithm (:mod:`fastalex.kernels.winograd`).
+
+    The arguments are those of ``nn.Conv2d``.
 
     Attributes:
-        winograd: whether it is, on the CPU where that is faster. The runtime sets it.
+        winograd: whether Winograd's algorithm is used where it applies and is faster, on the CPU. The runtime
+            sets it.
     """
 
     winograd = False
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = x.dim() == 4 and self.weight.dtype == torch.float32  # what the operator takes
-        if self.winograd and x.is_cpu and batch and self.groups == 1 and self._is_faster(x):
+        is_supported = x.dim() == 4 and self.weight.dtype == torch.float32 and self.groups == 1
+        if self.winograd and x.is_cpu and is_supported and self._is_faster(x):
             return winograd_conv2d(x, self.weight, self.bias)
         return super().forward(x)
 
     def _is_faster(self, x: Tensor) -> bool:
         if x.dtype == torch.bfloat16:
             products = x.numel() * self.out_channels
-            many = self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
-            return self.kernel_size == (3, 3) and many
+            is_large = self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
+            return self.kernel_size == (3, 3) and is_large
         return x.dtype == torch.float32
 
 
 def allow_winograd(model: nn.Module) -> nn.Module:
-    """Make each 3x3 convolution that Winograd's algorithm can compute one that may be: its class changes.
+    """Change the class of each convolution that Winograd's algorithm can compute to :class:`WinogradConv2d`.
 
-    Weights, their names and the generator of random numbers stay as they are.
+    These are the 3x3 convolutions of stride 1 and zero padding 1, without groups or dilation. Weights, their
+    names and the random generator's state stay unchanged.
+
+    Args:
+        model: the network; it is changed in place.
 
     Returns:
         The same network.

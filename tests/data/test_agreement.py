@@ -1,7 +1,7 @@
-"""The four loaders against each other and against float64: the same pixels, the same epochs.
+"""The four loaders agree with each other and with float64: the same pixels, the same epochs.
 
-Grey levels are of 0..255. Where a loader resizes in float, a batch differs from float64 by rounding; where it
-rounds the resized image to uint8 (torchvision, and FFCV for files), by one level at most.
+Tolerances are in grey levels, 0..255. If a loader resizes in floating point, a batch differs from float64 by
+rounding; if it rounds the resized image to uint8 (torchvision, and FFCV for files), by at most one level.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.sampling import center_offset
 from tests.runtimes import loader_on
 
-FLOAT = 2e-3  # levels: float32 sums over the taps of a strong reduction
-UINT8 = 1.0 + FLOAT
+FLOAT_TOLERANCE = 2e-3  # for float32 sums over the many taps of a strong reduction
+UINT8_TOLERANCE = 1.0 + FLOAT_TOLERANCE
+
+
+def array_tolerance(name: str) -> float:
+    """The tolerance for decoded images."""
+    return UINT8_TOLERANCE if name == "torchvision" else FLOAT_TOLERANCE
 
 
 def _is_installed(package: str) -> bool:
-    """Also where its parent, as the namespace `nvidia`, is missing or shared with other packages."""
+    """Return whether a package is installed; its parent, such as `nvidia`, may be missing or a namespace."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -50,11 +55,6 @@ LOADERS = [
 pytestmark = [pytest.mark.parametrize("name", LOADERS)]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def build(
     name: str, images: ImageSet, views: Views = Views.random, *, data: DataConfig, **options: object
 ) -> Loader:
@@ -67,14 +67,14 @@ def config(**options: object) -> DataConfig:
 
 
 def numbered(count: int, size: tuple[int, int] = (32, 32)) -> ImageSet:
-    """Images of noise, each with a label of its own, which so names it."""
+    """Images of noise; each image's label is its index."""
     rng = np.random.default_rng(count)
     return ImageSet(np.arange(count), pixels=rng.integers(0, 256, (count, *size, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """Files of many sizes and kinds: colour, grey, CMYK, rotated by EXIF, a pixel wide or high, PNG, BMP."""
+    """Files of many sizes and kinds: colour, grey, CMYK, EXIF-rotated, one pixel wide or high, PNG, BMP."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     sizes = [(60, 90), (90, 61), (24, 30), (1, 50), (50, 1), (1, 1), (41, 40), (200, 35), (40, 40)]
@@ -100,7 +100,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 
 def expected(image: np.ndarray, data: DataConfig, top: int, left: int, flip: bool) -> Tensor:
-    """One crop in float64: (3, crop, crop), normalised."""
+    """One crop, normalised, float64 (3, crop, crop)."""
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
     resized = interpolate(planes, (data.resize, data.resize), mode="bilinear", antialias=True)[0]
     crop = resized[:, top : top + data.crop, left : left + data.crop]
@@ -109,7 +109,7 @@ def expected(image: np.ndarray, data: DataConfig, top: int, left: int, flip: boo
 
 
 def views_of(image: np.ndarray, data: DataConfig, views: Views, row: tuple[int, int, bool]) -> Tensor:
-    """What a loader must yield for one image, float64 (V, 3, crop, crop)."""
+    """The views that a loader must yield for one image, float64 (V, 3, crop, crop)."""
     if views is not Views.ten_crop:
         return expected(image, data, *row)[None]
     far, middle = data.resize - data.crop, center_offset(data.resize, data.crop)
@@ -121,20 +121,20 @@ def views_of(image: np.ndarray, data: DataConfig, views: Views, row: tuple[int, 
     )
 
 
-def worst_level(loader: Loader, images: ImageSet, data: DataConfig, views: Views) -> float:
+def largest_error(loader: Loader, images: ImageSet, data: DataConfig, views: Views) -> float:
     """The largest difference from float64 in one epoch, in grey levels."""
     plan = loader.plan()  # type: ignore[attr-defined]
     std = torch.tensor(data.std, dtype=torch.float64)[:, None, None]
-    worst, row = 0.0, 0
+    largest, row = 0.0, 0
     for batch, labels in loader:
         for label, found in zip(labels.tolist(), batch.unflatten(0, (len(labels), -1)).double(), strict=True):
             assert label == plan.indices[row]
             place = (*plan.offsets[row].tolist(), bool(plan.flips[row]))
             difference = (found - views_of(images.image(label), data, views, place)) * std * 255
-            worst = max(worst, float(difference.abs().max()))
+            largest = max(largest, float(difference.abs().max()))
             row += 1
     assert row == loader.num_samples
-    return worst
+    return largest
 
 
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
@@ -142,7 +142,7 @@ def worst_level(loader: Loader, images: ImageSet, data: DataConfig, views: Views
 def test_pixels_of_arrays(name: str, size: tuple[int, int], views: Views) -> None:
     images, data = numbered(19, size), config()
     loader = build(name, images, views, data=data)
-    assert worst_level(loader, images, data, views) < (UINT8 if name == "torchvision" else FLOAT)
+    assert largest_error(loader, images, data, views) < array_tolerance(name)
 
 
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
@@ -153,7 +153,7 @@ def test_pixels_of_photographs(name: str, photographs: ImageSet, views: Views, c
     data = config(crop=crop)
     loader = build(name, photographs, views, data=data)
     # DALI's own CMYK conversion may round differently before the resize.
-    assert worst_level(loader, photographs, data, views) < UINT8
+    assert largest_error(loader, photographs, data, views) < UINT8_TOLERANCE
 
 
 @pytest.mark.parametrize("flip", [Flip.none, Flip.both], ids=lambda flip: flip.value)
@@ -161,12 +161,12 @@ def test_flips_as_configured(name: str, flip: Flip) -> None:
     images, data = numbered(9), config(flip=flip)
     for views in (Views.random, Views.ten_crop):
         loader = build(name, images, views, data=data, batch_size=3)
-        assert worst_level(loader, images, data, views) < (UINT8 if name == "torchvision" else FLOAT)
+        assert largest_error(loader, images, data, views) < array_tolerance(name)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_batches_have_the_layout_and_types_asked_for(
+def test_batches_have_the_requested_layout_and_dtype(
     name: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
     images, data = numbered(8), config()
@@ -197,14 +197,14 @@ def test_training_visits_each_image_once(name: str, world_size: int) -> None:
     batches = 50 // (4 * world_size)
     for epoch in range(2):
         parts = [epoch_labels(loader, epoch) for loader in loaders]
-        assert [len(part) for part in parts] == [batches * 4] * world_size  # whole batches, equally many
+        assert [len(part) for part in parts] == [batches * 4] * world_size  # whole batches, the same number
         visited = Counter(label for part in parts for label in part)
         assert max(visited.values()) == 1
     assert [loader.num_samples for loader in loaders] == [batches * 4] * world_size
     assert [len(loader) for loader in loaders] == [batches] * world_size
 
 
-def test_training_without_a_remainder_leaves_nothing_out(name: str) -> None:
+def test_training_on_whole_batches_drops_no_image(name: str) -> None:
     loader = build(name, numbered(24), data=config())
     assert sorted(epoch_labels(loader)) == list(range(24))
 
@@ -233,7 +233,7 @@ def test_seed_and_epoch_decide_the_order(name: str) -> None:
     loader = build(name, images, data=data)
     first, second = epoch_labels(loader, 0), epoch_labels(loader, 1)
     assert first != second
-    assert epoch_labels(loader, 0) == first  # back again
+    assert epoch_labels(loader, 0) == first  # epochs can be repeated
     assert epoch_labels(build(name, images, data=data), 1) == second
     assert epoch_labels(build(name, images, data=data, seed=6), 0) != first
 
@@ -259,10 +259,10 @@ def test_an_abandoned_epoch_does_not_spoil_the_next(name: str) -> None:
         for _ in range(taken):
             next(batches)
     del batches
-    assert worst_level(loader, images, data, Views.random) < UINT8
+    assert largest_error(loader, images, data, Views.random) < UINT8_TOLERANCE
 
 
-def test_batches_stay_as_they_are_while_later_ones_are_made(name: str) -> None:
+def test_later_batches_do_not_overwrite_earlier_ones(name: str) -> None:
     loader = build(name, numbered(80), data=config())
     kept = [(images, labels, images.clone(), labels.clone()) for images, labels in loader]
     kept += [(images, labels, images.clone(), labels.clone()) for images, labels in loader]
@@ -292,5 +292,5 @@ def test_memory_does_not_grow_over_fifty_epochs(name: str) -> None:
     before = resident_bytes()
     run(iter(range(10, 50)))
     gc.collect()
-    # One batch lost an epoch would be 40 of them.
+    # A leak of one batch per epoch would be 40 batches.
     assert resident_bytes() - before < 20 * batch_bytes

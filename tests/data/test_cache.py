@@ -1,4 +1,4 @@
-"""Files read once: what is kept, when it is forgotten, and what crashes and rivals leave."""
+"""The cache of image files: its contents, when an entry is replaced, crashes and concurrent processes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "fastalex"
+@pytest.fixture
+def folder(cache_root: Path) -> Path:
+    """fastalex's cache folder."""
+    return cache_root / "fastalex"
 
 
 def write_images(root: Path, count: int = 5, size: tuple[int, int] = (6, 7)) -> list[Path]:
@@ -47,19 +47,19 @@ def read(root: Path, paths: list[Path]) -> cache.FileContents:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows whenever files are really read."""
+    """The number of files of each read that the cache did not serve."""
     calls: list[int] = []
-    read_anew = cache._read
+    original = cache._read
 
     def counted(root: Path, paths: list[Path], *, progress: bool) -> cache.FileContents:
         calls.append(len(paths))
-        return read_anew(root, paths, progress=progress)
+        return original(root, paths, progress=progress)
 
     monkeypatch.setattr(cache, "_read", counted)
     return calls
 
 
-@pytest.mark.parametrize("count", [1, 5, 300])  # 300: more than a chunk, so by several processes
+@pytest.mark.parametrize("count", [1, 5, 300])  # 300: more than one task, so in several processes
 def test_pixels_of_small_files(tmp_path: Path, reads: list[int], count: int) -> None:
     paths = write_images(tmp_path / "images", count)
     expected = np.stack([decode_image(path) for path in paths])
@@ -72,7 +72,7 @@ def test_pixels_of_small_files(tmp_path: Path, reads: list[int], count: int) -> 
     assert not again.pixels.flags.writeable
 
 
-def test_damage_is_remembered_by_position(tmp_path: Path, reads: list[int]) -> None:
+def test_damaged_files_are_cached_by_index(tmp_path: Path, reads: list[int]) -> None:
     paths = write_images(tmp_path / "images", 200)
     paths[0].write_text("no image")
     paths[150].write_bytes(paths[150].read_bytes()[:60])
@@ -88,7 +88,7 @@ def test_damage_is_remembered_by_position(tmp_path: Path, reads: list[int]) -> N
 
 def test_mixed_sizes_are_only_checked(tmp_path: Path, reads: list[int]) -> None:
     paths = write_images(tmp_path / "images", 200)
-    Image.new("RGB", (9, 9)).save(paths[101])  # not among the few that the guess is made from
+    Image.new("RGB", (9, 9)).save(paths[101])  # not among the files from which the size is guessed
     paths[199].write_text("no image")
     for _ in range(2):
         contents = read(tmp_path, paths)
@@ -105,12 +105,12 @@ def test_large_images_are_only_checked(
     monkeypatch.setattr(cache, limit, value - 1)
     assert read(tmp_path, paths).pixels is None
     monkeypatch.setattr(cache, limit, value)
-    Image.new("RGB", (7, 6)).save(paths[0])  # another source, another entry
+    Image.new("RGB", (7, 6)).save(paths[0])  # a changed source gets another entry
     assert read(tmp_path, paths).pixels is not None
 
 
-def _rewrite_in_secret(paths: list[Path]) -> list[Path]:
-    """Other pixels in a file of the same size and modification time."""
+def _rewrite_unnoticeably(paths: list[Path]) -> list[Path]:
+    """Write other pixels to a file, with the same size and modification time."""
     stat, data = paths[2].stat(), paths[2].read_bytes()
     paths[2].write_bytes(paths[3].read_bytes().ljust(len(data), b"\0")[: max(len(data), 1)])
     os.utime(paths[2], ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -136,7 +136,7 @@ def _exchange(paths: list[Path]) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("change", [_rewrite_in_secret, _remove, _add, _exchange])
+@pytest.mark.parametrize("change", [_rewrite_unnoticeably, _remove, _add, _exchange])
 def test_a_changed_source_is_noticed(
     tmp_path: Path, folder: Path, reads: list[int], change: Callable[[list[Path]], list[Path]]
 ) -> None:
@@ -149,10 +149,10 @@ def test_a_changed_source_is_noticed(
     for i, path in enumerate(paths):
         if i not in contents.damaged:
             assert np.array_equal(contents.pixels[i], decode_image(path))
-    assert len(entries(folder)) == 1  # the old one is gone
+    assert len(entries(folder)) == 1  # the old entry is removed
 
 
-def test_two_sources_keep_an_entry_each(tmp_path: Path, folder: Path, reads: list[int]) -> None:
+def test_each_source_has_an_entry(tmp_path: Path, folder: Path, reads: list[int]) -> None:
     sources = [(tmp_path / name, write_images(tmp_path / name)) for name in ("a", "b")]
     for root, paths in sources * 2:
         read(root, paths)
@@ -162,7 +162,7 @@ def test_two_sources_keep_an_entry_each(tmp_path: Path, folder: Path, reads: lis
 
 @pytest.mark.parametrize("name", ["pixels.npy", "index.json"])
 @pytest.mark.parametrize("data", [None, b"", b"{}", b"[1]", b"\x93NUMPY\x01\x00"])
-def test_a_damaged_entry_is_made_anew(
+def test_a_damaged_entry_is_rebuilt(
     tmp_path: Path, folder: Path, reads: list[int], name: str, data: bytes | None
 ) -> None:
     paths = write_images(tmp_path / "images")
@@ -199,7 +199,7 @@ def test_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(reads) == 2
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_entry(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_images(tmp_path / "images")
 
     def full(*_: object) -> None:
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, folder: Path, monkeypatch: p
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
-    for value in ("", "relative"):  # which the XDG specification says to ignore
+    for value in ("", "relative"):  # the XDG specification says to ignore these
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert cache_folder() == Path("/somewhere/.cache/fastalex")
 
@@ -226,7 +226,7 @@ def test_a_file_that_vanished(tmp_path: Path) -> None:
         read(tmp_path, paths)
 
 
-# Runs in another process: read the files of a folder, slowly, and say when reading starts or writing stops.
+# Runs in another process: reads the files of a folder slowly; prints when reading starts or writing stops.
 _SLOWLY = """
 import sys, time
 from pathlib import Path
@@ -263,17 +263,17 @@ def test_killed_while_writing(tmp_path: Path, folder: Path, reads: list[int]) ->
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert len(entries(folder)) == 1  # what it left ...
+    assert len(entries(folder)) == 1  # an incomplete entry ...
     contents = read(tmp_path / "images", paths)
-    assert len(reads) == 1  # ... does not pass for an entry ...
+    assert len(reads) == 1  # ... is not used ...
     assert np.array_equal(contents.pixels, np.stack([decode_image(path) for path in paths]))
     assert [sorted(path.name for path in entry.iterdir()) for entry in entries(folder)] == [
         ["index.json", "pixels.npy"]
-    ]  # ... and is gone
+    ]  # ... and is removed
 
 
 def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
-    """One reads and the other waits for it."""
+    """One reads while the other waits."""
     paths = write_images(tmp_path / "images")
     processes = [start_slowly(tmp_path / "images", "no") for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
@@ -308,23 +308,23 @@ def test_map_unordered(workers: int) -> None:
 
 
 def test_a_worker_may_use_torch_after_the_parent_did() -> None:
-    """OpenMP's threads do not survive a fork: a worker that waits for them waits forever."""
+    """OpenMP's threads do not survive a fork; a worker that waits for them would hang."""
     expected = _threaded(1_000_000)
     assert list(dict(map_unordered(_threaded, [1_000_000] * 2, 2)).values()) == pytest.approx([expected] * 2)
 
 
-def test_a_killed_worker_is_no_hang() -> None:
+def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(DataError, match="was killed"):
         list(map_unordered(_die, range(4), 2))
 
 
-# Runs in another process: workers that would take forever; prints who they are.
+# Runs in another process: workers that never finish and print their process ids.
 _ENDLESS = """
 import os, sys, time
 from fastalex.data.workers import map_unordered
 sys.modules["endless"] = sys.modules["__main__"]
 def endless(i):
-    os.write(1, b"%d\\n" % os.getpid())  # in one piece, beside the other worker's
+    os.write(1, b"%d\\n" % os.getpid())  # one write, so that the workers' lines do not mix
     time.sleep(600)
 list(map_unordered(endless, range(2), 2))
 """
@@ -336,7 +336,7 @@ def test_workers_die_with_their_parent() -> None:
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert process.stdout.read() == ""  # returns when the last of them has closed it
+    assert process.stdout.read() == ""  # returns when the last worker has closed it
     process.stdout.close()
     for worker in workers:
         while Path(f"/proc/{worker}").exists() and _state(worker) != "Z":

@@ -1,4 +1,8 @@
+"""CutMix: the pixels and labels of mixed batches, and how often batches are mixed."""
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +34,7 @@ def mixed(share: float, batch_size: int = 64) -> CutMixLoader:
     return CutMixLoader(loader(batch_size), CLASSES, share)
 
 
-def test_each_image_has_a_rectangle_of_another_and_labels_are_shares_of_the_area() -> None:
+def test_each_image_has_a_rectangle_of_another_and_labels_are_fractions_of_the_area() -> None:
     classes = np.arange(CLASSES)
     pixels = np.broadcast_to(classes[:, None, None, None], (CLASSES, 16, 16, 3)).astype(np.uint8)
     levels = DataConfig("flat", resize=16, crop=16, flip=Flip.none, mean=[0.0] * 3, std=[1 / 255] * 3)
@@ -50,11 +54,11 @@ def test_each_image_has_a_rectangle_of_another_and_labels_are_shares_of_the_area
             sides = [int(pasted.any(dim=axis).sum()) for axis in ((0, 1), (0, 2))]
             assert pasted.sum() == 3 * sides[0] * sides[1]
         areas.append(1 - seen[range(CLASSES), own].mean())
-    assert torch.stack(areas).std() > 0.05  # of rectangles of all sizes
+    assert torch.stack(areas).std() > 0.05  # rectangles of many sizes
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.25, 0.15, 0.35), (0.75, 0.65, 0.85)])
-def test_the_share_of_the_batches_is_mixed(share: float, low: float, high: float) -> None:
+def test_the_requested_share_of_the_batches_is_mixed(share: float, low: float, high: float) -> None:
     epoch = mixed(share, batch_size=5)
     batches = list(epoch)
     assert len(batches) == len(epoch) > 200
@@ -68,7 +72,7 @@ def test_the_share_of_the_batches_is_mixed(share: float, low: float, high: float
             assert torch.equal(labels, classes)
 
 
-def test_it_yields_the_epoch_that_was_chosen() -> None:
+def test_it_yields_the_chosen_epoch() -> None:
     epoch, plain = mixed(1.0), loader()
     assert epoch.num_samples == plain.num_samples
     for each in (epoch, plain):
@@ -80,10 +84,13 @@ def test_it_yields_the_epoch_that_was_chosen() -> None:
     assert corners.any(dim=1).all()
 
 
-def test_only_batches_that_are_mixed_are_made() -> None:
+def test_only_mixed_batches_are_materialized() -> None:
+    data = replace(DATA, resize=8 * Folding.stride_over_crops)  # a multiple, so that batches are lazy
     torch.manual_seed(0)
-    folded = list(CutMixLoader(loader(fold=True), CLASSES, 0.5))
-    for (images, labels), (others, classes) in zip(folded, mixed(0.5), strict=True):
+    folded = list(CutMixLoader(loader(fold=True, data=data), CLASSES, 0.5))
+    torch.manual_seed(0)
+    plain = CutMixLoader(loader(data=data), CLASSES, 0.5)
+    for (images, labels), (others, classes) in zip(folded, plain, strict=True):
         assert isinstance(images, LazyBatch) == (labels.dim() == 1)
         torch.testing.assert_close(images.materialize() if isinstance(images, LazyBatch) else images, others)
         assert torch.equal(labels, classes)

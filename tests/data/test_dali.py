@@ -1,4 +1,4 @@
-"""What the DALI loader promises beyond the agreement of all loaders (test_agreement.py)."""
+"""Properties of the DALI loader alone; those of all loaders are in test_agreement.py."""
 
 from __future__ import annotations
 
@@ -39,16 +39,7 @@ def arrays(size: tuple[int, int], count: int = 8) -> ImageSet:
     return ImageSet(np.arange(count), pixels=pixels)
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> ImageSet:
-    rng = np.random.default_rng(0)
-    paths = [tmp_path / f"{i}.jpg" for i in range(12)]
-    for i, path in enumerate(paths):
-        Image.fromarray(rng.integers(0, 256, (50 + i, 60, 3), dtype=np.uint8)).save(path)
-    return ImageSet(np.arange(12), paths=tuple(paths))
-
-
-def test_enlarging_is_float32_torch() -> None:
+def test_enlarging_equals_torch_in_float32() -> None:
     images, data = arrays((32, 32)), DataConfig(name="test", resize=256, crop=256, mean=[0.0] * 3)
     planes = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float()
     expected = interpolate(planes, (256, 256), mode="bilinear", antialias=True)
@@ -57,7 +48,7 @@ def test_enlarging_is_float32_torch() -> None:
 
 
 def test_dalis_own_resize_differs_at_the_edges_only() -> None:
-    """Why `_resize_as_torchvision` exists: if this fails, DALI has changed and it may go."""
+    """The reason for `_resize_as_torchvision`: if this fails, DALI has changed and it can be removed."""
 
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def plain() -> Any:
@@ -83,7 +74,7 @@ def test_dalis_own_resize_differs_at_the_edges_only() -> None:
 
 
 def operators(pipeline: Any) -> Counter[tuple[str, str]]:
-    """Kind and device of every operator in a graph; DALI checks it all when it serialises it."""
+    """Kind and device of every operator in a graph; DALI checks the graph when it serialises it."""
     assert pipeline.serialize()
     return Counter(
         (re.sub(r"_*(\w+?)_\d+", r"\1", operator.name), operator.outputs[0].device)
@@ -157,7 +148,7 @@ def test_a_damaged_file_is_named(
     victim.write_bytes(damage(whole))
     with pytest.raises(DataError, match=r"victim\.\w+ is not a whole image"):
         list(loader)
-    victim.write_bytes(whole)  # and the loader is none the worse for it
+    victim.write_bytes(whole)  # the loader works again
     assert sum(len(labels) for _, labels in loader) == 12
 
 
@@ -169,13 +160,13 @@ def test_a_vanished_file_is_named(files: ImageSet) -> None:
 
 
 def test_float32_batches_are_not_copied(files: ImageSet) -> None:
-    """The batch is a view of a DALI buffer: torch did not allocate it, and it is not one of torch's own."""
+    """The batch is a view of a DALI buffer, which torch did not allocate."""
     (batch, _), *_ = dali_loader(files)
     assert batch._is_view()
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "fastalex.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "fastalex\[dali\]"') as caught:

@@ -1,4 +1,4 @@
-"""The data sets: what is found, how it is divided, and what is said when it cannot be used."""
+"""The data sets: what is found, how it is split, and the errors when it cannot be used."""
 
 from __future__ import annotations
 
@@ -28,11 +28,6 @@ from fastalex.errors import ConfigError, DataError
 CIFAR10_COPY = Path(__file__).parents[3] / "shared/data/cifar10"
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "images"
@@ -43,7 +38,7 @@ def load(name: str, root: Path | str = "nowhere", seed: int = 0, **options: obje
 
 
 def refused(name: str, root: Path, *parts: str, **options: object) -> None:
-    """Loading must fail with one line that names the key and its value, and holds all of these parts."""
+    """Check that loading fails with one line that names data.root and its value and contains all parts."""
     with pytest.raises(DataError) as caught:
         load(name, root, **options)
     message = str(caught.value)
@@ -53,7 +48,7 @@ def refused(name: str, root: Path, *parts: str, **options: object) -> None:
 
 
 def write_tree(root: Path, classes: list[str] | tuple[str, ...], count: int, *, sizes: bool = False) -> None:
-    """Class folders of `count` images each; every image has its own colour."""
+    """Write class folders of `count` images each; every image has its own colour."""
     for name in classes:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -67,7 +62,7 @@ def identities(images: ImageSet) -> list[bytes]:
 
 
 def check_splits(splits: DataSplits, sizes: tuple[int, int, int]) -> None:
-    """Of these sizes, without a common image, and with every class in each in proportion."""
+    """Check that the splits have these sizes, no common image, and every class in proportion."""
     parts = (splits.train, splits.validation, splits.test)
     assert tuple(map(len, parts)) == sizes
     everything = [image for part in parts for image in identities(part)]
@@ -83,7 +78,7 @@ def same_images(a: ImageSet, b: ImageSet) -> bool:
     return identities(a) == identities(b) and np.array_equal(a.labels, b.labels)
 
 
-# What needs no files
+# Data sets without files
 
 
 def test_digits() -> None:
@@ -162,7 +157,7 @@ def test_class_folders_alone(root: Path, sizes: bool) -> None:
         (("train", "validation"), (40, 10, 50)),
     ],
 )
-def test_splits_of_its_own(root: Path, folders: tuple[str, ...], sizes: tuple[int, int, int]) -> None:
+def test_split_folders(root: Path, folders: tuple[str, ...], sizes: tuple[int, int, int]) -> None:
     for folder in folders:
         write_tree(root / folder, ["cat", "dog"], 25)
     splits = load("imagefolder", root)
@@ -174,7 +169,7 @@ def test_splits_of_its_own(root: Path, folders: tuple[str, ...], sizes: tuple[in
         assert set(identities(splits.test)) == given
 
 
-def test_an_unlabelled_test_folder_is_left_alone(root: Path) -> None:
+def test_an_unlabelled_test_folder_is_ignored(root: Path) -> None:
     for folder in ("train", "val"):
         write_tree(root / folder, ["cat", "dog"], 10)
     (root / "test").mkdir()
@@ -187,7 +182,7 @@ def test_a_class_called_train(root: Path) -> None:
     assert load("imagefolder", root).classes == ("plane", "train")
 
 
-def test_nested_files_and_what_does_not_count(root: Path) -> None:
+def test_nested_files_count_and_hidden_files_do_not(root: Path) -> None:
     write_tree(root, ["cat", "dog"], 10)
     write_tree(root / "cat", ["indoors", ".thumbnails"], 5)
     write_tree(root, [".git"], 5)
@@ -240,7 +235,7 @@ def test_ambiguous_splits(root: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_images_to_divide(root: Path, count: int) -> None:
+def test_too_few_images_to_split(root: Path, count: int) -> None:
     write_tree(root, ["cat", "dog"], 20)
     write_tree(root, ["eel"], count)
     refused("imagefolder", root, "class 'eel' has", "at least two")
@@ -254,7 +249,7 @@ def test_more_classes_than_validation_images(root: Path) -> None:
 
 @pytest.mark.parametrize(("fraction", "parts"), [(0.1, "91 and 11"), (0.95, "5 and 97")])
 def test_a_class_too_small_for_both_parts(root: Path, fraction: float, parts: str) -> None:
-    """Its share of the 102 images rounds to none of one part."""
+    """In proportion, one part would have none of the class's two images."""
     write_tree(root / "train", ["cat"], 100)
     write_tree(root / "train", ["eel"], 2)
     write_tree(root / "test", ["cat", "eel"], 1)
@@ -268,7 +263,7 @@ def test_damaged_files(root: Path, sizes: bool) -> None:
     whole = (root / "dog" / "003.png").read_bytes()
     (root / "cat" / "007.png").write_text("no image")
     (root / "dog" / "003.png").write_bytes(whole[: len(whole) // 2])
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # first from the files, then from the cache
         refused("imagefolder", root, str(root / "cat" / "007.png"), "and 1 more", "data.on_error=skip")
     splits = load("imagefolder", root, on_error=OnError.skip)
     assert splits.skipped == 2
@@ -293,7 +288,7 @@ def test_a_class_of_damaged_files_only(root: Path) -> None:
 def test_an_unreadable_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(root, ["cat", "dog"], 5)
 
-    def refuse(*_: object) -> None:  # the tests may run as root, whom no permission stops
+    def refuse(*_: object) -> None:  # chmod would not do: tests may run as root
         raise PermissionError(13, "Permission denied", str(root))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
@@ -390,7 +385,7 @@ def test_cifar10_tree_errors(root: Path) -> None:
 
 
 class _Trap:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -400,7 +395,7 @@ class _Trap:
 
 
 def write_pickles(folder: Path, labels: Callable[[int], int] = lambda i: i % 10) -> dict[str, str]:
-    """CIFAR-10's files with 20 images each: their MD5 by name."""
+    """Write CIFAR-10's files with 20 images each; return their MD5 by name."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -412,7 +407,7 @@ def write_pickles(folder: Path, labels: Callable[[int], int] = lambda i: i % 10)
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, md5: dict[str, str]) -> None:
-    """Makes torchvision take these for the published files."""
+    """Make torchvision accept files with these MD5 as the published ones."""
     train = [[name, value] for name, value in sorted(md5.items()) if name.startswith("data_batch")]
     monkeypatch.setattr(CIFAR10, "train_list", train)
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
@@ -421,7 +416,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, md5: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("below", ["cifar-10-batches-py", ""])
 def test_cifar10_pickles(root: Path, monkeypatch: pytest.MonkeyPatch, below: str) -> None:
-    """In the folder, or as the folder itself."""
+    """data.root holds the folder of the pickles, or is that folder."""
     publish(monkeypatch, write_pickles(root / below))
     splits = load("cifar10", root)
     check_splits(splits, (80, 20, 20))
@@ -447,7 +442,7 @@ def test_a_changed_pickle_is_never_opened(
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(_Trap(tmp_path / "sprung")))
-    assert (tmp_path / "sprung").exists()  # the trap does work
+    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -459,7 +454,7 @@ def test_a_label_out_of_range(root: Path, monkeypatch: pytest.MonkeyPatch, label
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An archive on a server of our own that torchvision takes for the published one."""
+    """An archive on a local server, which torchvision accepts as the published one."""
     publish(monkeypatch, write_pickles(tmp_path / "packed" / "cifar-10-batches-py"))
     archive = tmp_path / "served" / "cifar-10-python.tar.gz"
     archive.parent.mkdir()
@@ -479,7 +474,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_download(archive: Path, root: Path, there: bool) -> None:
     root = root / "a" / "b"
     if there:
-        (root / ".cifar10-left").mkdir(parents=True)  # by a download that was killed
+        (root / ".cifar10-left").mkdir(parents=True)  # from a killed download
     check_splits(load("cifar10", root), (80, 20, 20))
     assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
     archive.unlink()
@@ -505,8 +500,7 @@ def test_a_failed_download_leaves_nothing(
         (root / "notes.txt").touch()
     before = sorted(tmp_path.rglob("*"))
     refused("cifar10", root / "deeper", CIFAR10.url, "cifar-10-batches-py", "data=digits")
-    after = [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.relative_to(tmp_path).parts]
-    assert after == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_download_forbidden(root: Path) -> None:

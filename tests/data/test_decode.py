@@ -1,4 +1,4 @@
-"""Every kind of image file, against pixels known beforehand."""
+"""Decoding of every kind of image file, compared with known pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def noise(height: int, width: int, *channels: int) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """What JPEG keeps to within a few levels."""
+    """A smooth image, which JPEG preserves to within a few levels."""
     y, x = np.mgrid[:height, :width]
     return np.stack([y * 200 // height, x * 200 // width, np.full_like(x, 90)], axis=-1).astype(np.uint8)
 
@@ -73,7 +73,7 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_colour_keeps_the_high_byte(tmp_path: Path) -> None:
-    """A PNG of 48-bit RGB, which Pillow reads but does not write."""
+    """A PNG of 48-bit RGB, which Pillow can read but not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -165,7 +165,7 @@ def test_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32)])
-def test_without_a_range_refused(tmp_path: Path, value: np.ndarray) -> None:
+def test_pixels_without_a_standard_range_are_refused(tmp_path: Path, value: np.ndarray) -> None:
     path = tmp_path / "a.tiff"
     Image.fromarray(value).save(path)
     for read in (decode_image, check_image):
@@ -212,7 +212,7 @@ def test_any_bytes_give_pixels_or_a_data_error(tmp_path: Path, kind: str) -> Non
     path = tmp_path / "fuzzed"
     for _ in range(60):
         data = whole.copy()
-        # Mostly the header, where each byte means something.
+        # Mostly in the header, where every byte matters.
         places = rng.integers(0, min(len(data), rng.choice([64, 700, len(data)])), rng.integers(1, 8))
         data[places] = rng.integers(0, 256, len(places))
         path.write_bytes(data.tobytes())
@@ -223,13 +223,13 @@ def test_any_bytes_give_pixels_or_a_data_error(tmp_path: Path, kind: str) -> Non
             assert (pixels.dtype, pixels.shape) == (np.uint8, (height, width, 3))
 
 
-def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, reason in ((tmp_path / "missing.jpg", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(DataError, match=reason) as caught:
             decode_image(path)
         assert not isinstance(caught.value, DamagedImageError)
 
-    def refuse(*_: object, **__: object) -> None:  # the tests may run as root, whom no permission stops
+    def refuse(*_: object, **__: object) -> None:  # chmod would not do: tests may run as root
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Image, "open", refuse)
@@ -238,7 +238,7 @@ def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytes
     assert not isinstance(caught.value, DamagedImageError)
 
 
-def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     path = tmp_path / "a.png"
     Image.fromarray(noise(6, 5, 3)).save(path)
@@ -246,7 +246,7 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         decode_image(path)
 
 
-def test_the_error_crosses_processes() -> None:
+def test_the_error_can_be_pickled() -> None:
     error = DamagedImageError("a.jpg", "cut")
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.path, copy.reason) == (str(error), "a.jpg", "cut")

@@ -1,4 +1,4 @@
-"""What the FFCV loader and its files promise beyond the agreement of all loaders (test_agreement.py)."""
+"""Properties of the FFCV loader and its files alone; those of all loaders are in test_agreement.py."""
 
 from __future__ import annotations
 
@@ -42,18 +42,9 @@ def arrays(count: int = 20, seed: int = 0) -> ImageSet:
     return ImageSet(np.arange(count), pixels=pixels)
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> ImageSet:
-    rng = np.random.default_rng(0)
-    paths = [tmp_path / f"{i}.jpg" for i in range(12)]
-    for i, path in enumerate(paths):
-        Image.fromarray(rng.integers(0, 256, (50 + i, 60, 3), dtype=np.uint8)).save(path)
-    return ImageSet(np.arange(12), paths=tuple(paths))
-
-
 @installed
-def test_threads_are_left_as_they_were(tmp_path: Path) -> None:
-    """In a process of its own, because only the first import of FFCV counts; even with too many workers."""
+def test_thread_counts_are_preserved(tmp_path: Path) -> None:
+    """Also with too many workers. In a process of its own, because FFCV sets them at its first import."""
     program = f"""
 import numba, numpy as np, torch
 from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
@@ -80,9 +71,9 @@ print("kept")
 
 
 @installed
-def test_numbas_own_types_are_left_as_they_were(tmp_path: Path) -> None:
-    """FFCV's reader marks the one uint8[::1] type as read-only, under the feet of all that is compiled."""
-    shared = types.uint8[::1]  # Numba hands out the same object for as long as somebody holds it
+def test_numbas_shared_types_are_unchanged(tmp_path: Path) -> None:
+    """FFCV's own reader would mark Numba's shared type uint8[::1] as read-only."""
+    shared = types.uint8[::1]  # Numba returns the same object as long as a reference to it exists
     before = hash(shared)
     for _ in ffcv_loader(arrays(), tmp_path):
         pass
@@ -91,28 +82,28 @@ def test_numbas_own_types_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 @installed
-def test_an_epoch_left_early_leaves_no_thread(tmp_path: Path) -> None:
+def test_an_abandoned_epoch_leaves_no_thread(tmp_path: Path) -> None:
     from ffcv.loader.epoch_iterator import EpochIterator
 
-    def running() -> int:  # not active_count(), which takes in what pytest and other tests started
+    def running() -> int:  # not active_count(), which includes threads of pytest and of other tests
         return sum(isinstance(thread, EpochIterator) for thread in threading.enumerate())
 
     loader = ffcv_loader(arrays(80), tmp_path)
     epoch = iter(loader)
     next(epoch)
-    assert running()  # else nothing below could fail
+    assert running()  # otherwise nothing below could fail
     epoch.close()
     for _ in range(3):
         for _ in loader:
             break
     deadline = time.monotonic() + 10
     while running() and time.monotonic() < deadline:
-        time.sleep(0.05)  # FFCV's thread looks every half second whether it is still wanted
+        time.sleep(0.05)  # FFCV's thread checks every half second whether to stop
     assert running() == 0
 
 
 @installed
-def test_an_error_in_ffcvs_thread_is_raised_not_waited_for(
+def test_an_error_in_ffcvs_thread_is_raised_and_does_not_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -128,7 +119,7 @@ def test_an_error_in_ffcvs_thread_is_raised_not_waited_for(
 
 @installed
 def test_files_are_resized_once_and_rounded(files: ImageSet, tmp_path: Path) -> None:
-    """Half a grey level at most, on whole levels: the pixels of the .beton are the resized image, rounded."""
+    """The pixels of a .beton file are whole grey levels, within half a level of the resized image."""
     data = DataConfig(name="test", resize=40, crop=40, mean=[0.0] * 3)
     found = torch.cat([batch for batch, _ in ffcv_loader(files, tmp_path, data=data)]).double() * 255
     for i, pixels in enumerate(found):
@@ -139,7 +130,7 @@ def test_files_are_resized_once_and_rounded(files: ImageSet, tmp_path: Path) -> 
 
 
 @installed
-def test_a_file_is_written_once_and_found_again(tmp_path: Path) -> None:
+def test_a_file_is_written_once_and_reused(tmp_path: Path) -> None:
     path = ffcv_loader(arrays(), tmp_path).beton
     written = path.stat().st_mtime_ns, path.stat().st_ino
     again = ffcv_loader(arrays(), tmp_path, views=Views.random, batch_size=7).beton
@@ -166,7 +157,7 @@ def test_a_changed_source_has_another_file(files: ImageSet, tmp_path: Path) -> N
 
 @installed
 @pytest.mark.parametrize("kept", [0, 10, 1000, 10_000, 2_000_000, -1])
-def test_a_file_cut_short_is_refused(kept: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
     path = ffcv_loader(arrays(), tmp_path).beton
     os.truncate(path, kept if kept >= 0 else path.stat().st_size - 1)
     with pytest.raises(DataError, match=rf"{path} is not a whole \.beton file; delete it"):
@@ -186,7 +177,7 @@ def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
 
 
 @installed
-def test_a_damaged_photograph_is_named_and_nothing_left(files: ImageSet, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_and_leaves_no_file(files: ImageSet, tmp_path: Path) -> None:
     files.paths[5].write_bytes(files.paths[5].read_bytes()[:500])
     folder = tmp_path / "beton"
     with pytest.raises(DataError, match=r"5\.jpg is not a whole image"):
@@ -195,7 +186,7 @@ def test_a_damaged_photograph_is_named_and_nothing_left(files: ImageSet, tmp_pat
 
 
 @installed
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     images = arrays(4000)  # 12 MB
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, before[1]))
@@ -210,13 +201,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 @installed
 def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"file/beton: cannot be made .*; loader\.beton=FOLDER"):
+    with pytest.raises(OutputError, match=r"file/beton: cannot be created .*; loader\.beton=FOLDER"):
         ffcv_loader(arrays(), tmp_path / "file" / "beton")
 
 
 WRITE = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT by default
 import sys, time
 import numpy as np
 from fastalex.config import DataConfig, LoaderConfig
@@ -238,7 +229,7 @@ print(beton.ensure_beton(images, data, LoaderConfig(name="ffcv", beton=folder)))
 
 @installed
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
-def test_an_interrupted_write_leaves_nothing_that_looks_whole(sent: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_no_incomplete_file(sent: signal.Signals, tmp_path: Path) -> None:
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITE, "0.2", tmp_path], stdout=subprocess.PIPE, text=True
     )
@@ -251,14 +242,14 @@ def test_an_interrupted_write_leaves_nothing_that_looks_whole(sent: signal.Signa
     hidden = list(tmp_path.glob(".*.beton"))
     assert len(hidden) == (1 if sent == signal.SIGKILL else 0)
     assert not [path for path in tmp_path.glob("*.beton") if path not in hidden]
-    loader = ffcv_loader(arrays(), tmp_path)  # the next one writes it, and clears up
+    loader = ffcv_loader(arrays(), tmp_path)  # the next loader writes the file and removes the leftovers
     assert list(tmp_path.glob("*.beton")) == [loader.beton]
     assert not list(tmp_path.glob(".*.beton"))
     assert sum(len(labels) for _, labels in loader) == 20
 
 
 @installed
-def test_of_several_processes_one_writes(tmp_path: Path) -> None:
+def test_only_one_of_several_processes_writes(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITE, "0.05", tmp_path], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -289,7 +280,7 @@ def test_the_command_writes_what_the_loader_reads(tmp_path: Path) -> None:
     assert again.stderr.count("\n") == 1
 
 
-def test_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("fastalex.data.ffcv", "fastalex.data.beton", "ffcv.fields", "ffcv.loader", "ffcv.reader"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "ffcv", None)

@@ -1,4 +1,4 @@
-"""What only the resident loader promises; the rest is in test_agreement.py."""
+"""Properties of the resident loader alone; those of all loaders are in test_agreement.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build(split: ImageSet, views: Views = Views.random, **options: Any) -> Resid
 
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
 @pytest.mark.parametrize("flip", list(Flip), ids=lambda flip: flip.value)
-def test_yields_what_the_reference_makes_of_the_plan(views: Views, flip: Flip) -> None:
+def test_yields_the_reference_result_for_the_plan(views: Views, flip: Flip) -> None:
     split = images()
     loader = build(split, views, flip=flip, seed=3)
     plan = loader.plan()
@@ -69,7 +69,7 @@ def test_does_not_copy_the_pixels_on_the_cpu() -> None:
     assert after[0, 0].unique().numel() == 1
 
 
-def test_takes_pixels_that_are_mapped_read_only(tmp_path: Path) -> None:
+def test_accepts_pixels_mapped_read_only(tmp_path: Path) -> None:
     split = images()
     assert split.pixels is not None
     np.save(tmp_path / "pixels.npy", split.pixels)
@@ -82,7 +82,7 @@ def test_takes_pixels_that_are_mapped_read_only(tmp_path: Path) -> None:
         assert torch.equal(labels, expected_labels)
 
 
-def test_loaders_over_one_split_share_it_and_the_last_lets_go() -> None:
+def test_loaders_over_one_split_share_its_pixels_and_the_last_frees_them() -> None:
     split = images()
     train, test = build(split), build(split, Views.ten_crop)
     other = build(images())
@@ -97,7 +97,7 @@ def test_loaders_over_one_split_share_it_and_the_last_lets_go() -> None:
     assert pixels() is None
 
 
-def test_files_of_their_own_sizes_are_refused(tmp_path: Path) -> None:
+def test_files_of_different_sizes_are_refused(tmp_path: Path) -> None:
     files = ImageSet(np.zeros(2, np.int64), paths=(tmp_path / "a.jpg", tmp_path / "b.jpg"))
     with pytest.raises(DataError, match=r"loader.name=resident .* use loader=torchvision or loader=dali"):
         build(files, Views.center)
@@ -107,8 +107,8 @@ def splits(train: ImageSet, validation: ImageSet, test: ImageSet) -> DataSplits:
     return DataSplits(train, validation, test, classes=tuple("abcdefg"))
 
 
-def test_auto_is_resident_where_all_splits_fit_together(tmp_path: Path) -> None:
-    """Each alone would fit: a third is too little room, and a byte too little as well."""
+def test_auto_is_resident_if_all_splits_fit_together(tmp_path: Path) -> None:
+    """Each split alone fits; with one byte less than all of them take, the data set does not."""
     parts = images(20), images(8), images(5)
     size = 33 * 8 * 10 * 3
 
@@ -117,13 +117,13 @@ def test_auto_is_resident_where_all_splits_fit_together(tmp_path: Path) -> None:
 
     for room, expected in ((size, "resident"), (size - 1, "torchvision"), (-1, "torchvision")):
         assert chosen(splits(*parts), room) == expected
-    assert chosen(splits(*parts), None) == "resident"  # a CPU's memory has them already
+    assert chosen(splits(*parts), None) == "resident"  # a CPU's memory holds them already
     files = ImageSet(np.zeros(1, np.int64), paths=(tmp_path / "a.jpg",))
     for room in (None, 2 * size):
         assert chosen(splits(*parts[:2], files), room) == "torchvision"
 
 
-def test_images_that_splits_share_count_once() -> None:
+def test_images_shared_by_splits_count_once() -> None:
     test = images(8)
     auto = LoaderConfig(name="auto")
     assert resolve_loader(auto, splits(images(20), test, test), 28 * 240).name == "resident"

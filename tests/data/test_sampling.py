@@ -1,4 +1,4 @@
-"""The plan of an epoch, against what an epoch is said to be."""
+"""The plan of an epoch: each image once, distributions, ranks and seeds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_image_once(flip: Flip) -> None:
     assert sorted(plan(flip=flip).indices.tolist()) == list(range(24))
 
 
-def test_both_ways_once_each() -> None:
+def test_flip_both_uses_each_image_once_each_way() -> None:
     both = plan(flip=Flip.both)
     assert Counter(zip(both.indices.tolist(), both.flips.tolist(), strict=True)) == {
         (image, flip): 1 for image in range(24) for flip in (False, True)
@@ -61,7 +61,7 @@ def test_types_and_ranges() -> None:
     )
     places = Counter(map(tuple, drawn.offsets.tolist()))
     assert set(places) == {(top, left) for top in range(4) for left in range(4)}
-    # Binomial(5000, 1/16) and Binomial(5000, 1/2): more than five standard deviations is not chance.
+    # Binomial(5000, 1/16) and Binomial(5000, 1/2), within five standard deviations.
     assert all(abs(count - 5000 / 16) < 5 * 17.2 for count in places.values())
     assert abs(int(drawn.flips.sum()) - 2500) < 5 * 35.4
     assert not plan(flip=Flip.none).flips.any()
@@ -71,7 +71,7 @@ def test_types_and_ranges() -> None:
 @pytest.mark.parametrize("flip", list(Flip))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_epoch(flip: Flip, world_size: int) -> None:
-    """Disjoint, of equal length, in whole batches, and nothing is lost that would make one more batch."""
+    """Disjoint, of equal length, in whole batches; the dropped samples are fewer than one more batch."""
     num_images, batch_size = 50, 4
     samples = num_images * (2 if flip is Flip.both else 1)
     ranks = [
@@ -120,7 +120,7 @@ def test_batches_are_slices() -> None:
     assert torch.equal(drawn.batch(1, 4).offsets, drawn.offsets[4:8])
 
 
-def test_a_batch_larger_than_the_data() -> None:
+def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.batch_size=25 .* train.batch_size=24 or less"):
         plan(24, batch_size=25)
     with pytest.raises(ConfigError, match=r"train.batch_size=32 .* train.batch_size=24 or less"):

@@ -1,4 +1,4 @@
-"""The resolution schedule: which loader an epoch gets."""
+"""The resolution schedule: which loader serves an epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastalex.data import StagedLoader, Views, load_splits
 from tests.runtimes import loader_on
 
 
-def test_the_crop_grows_and_the_samples_stay() -> None:
+def test_the_crop_grows_and_the_number_of_samples_stays() -> None:
     data = DataConfig(name="synthetic", images=40, resize=80, crop=72)
     images = load_splits(data, 0).train
     loaders = [

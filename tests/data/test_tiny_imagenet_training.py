@@ -1,4 +1,4 @@
-"""Training on a generated tree of Tiny ImageNet's layout, whose classes are two colours."""
+"""Training on a generated data set in Tiny ImageNet's layout, with two classes of different colours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_tree(root: Path, per_class: int = 40) -> None:
 
 def test_training_learns_the_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
     write_tree(tmp_path / "tiny-imagenet-200")
     overrides = [
         "data=tiny_imagenet",
@@ -45,7 +45,7 @@ def test_training_learns_the_colours(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "data.crop=64",
         "model=resnet18",
         "train.batch_size=8",
-        "train.epochs=6",  # 48 steps: after 16, batch normalisation's averages have not settled
+        "train.epochs=6",  # 48 steps: after 16, batch normalisation's running averages have not converged
         "runtime.precision=fp32",
         "hydra.run.dir=run",
     ]
@@ -53,7 +53,7 @@ def test_training_learns_the_colours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     train.main()
     summary = json.loads(Path("run/summary.json").read_text())
     assert (summary["train_images"], summary["validation_images"]) == (64, 16)
-    assert summary["ten_crop"]["images"] == 20  # the published val, which is the test set here
+    assert summary["ten_crop"]["images"] == 20  # val, which is the test set
     # Chance is 0.5; the classes differ by eight standard deviations in every pixel.
     assert summary["top1_error"] <= 0.1
     assert summary["best_on_validation"]["validation_top1_error"] <= 0.1

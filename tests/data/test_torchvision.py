@@ -1,4 +1,4 @@
-"""The reference loader against torchvision's own transforms, and what its worker processes may not do."""
+"""The torchvision loader agrees with torchvision's own transforms, and its workers end and fail cleanly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [1.0, 0.5, 0.25]
 
 
 def noise(count: int, size: int = 12) -> ImageSet:
-    """Images whose label is their number."""
+    """Images of noise; each image's label is its index."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size + 1, 3), dtype=np.uint8)
     return ImageSet(np.arange(count), pixels=pixels)
 
@@ -56,7 +56,7 @@ def resized(images: ImageSet, i: int, size: int = 20) -> Tensor:
 
 @pytest.mark.parametrize("flip", list(Flip))
 @pytest.mark.parametrize("workers", [0, 2])
-def test_random_views_are_the_plans(flip: Flip, workers: int) -> None:
+def test_random_views_follow_the_plan(flip: Flip, workers: int) -> None:
     images = noise(10)
     found, labels = epoch(build(images, workers=workers, flip=flip, seed=7), 3)
     plan = training_plan(10, flip=flip, max_offset=4, seed=7, epoch=3, batch_size=4)
@@ -122,7 +122,7 @@ def test_counts() -> None:
         assert len(list(loader)) == batches
 
 
-def test_the_middle_of_an_epoch() -> None:
+def test_an_epoch_can_start_in_its_middle() -> None:
     loader = build(noise(20), workers=1)
     images, labels = epoch(loader, 2)
     rest_images, rest_labels = epoch(loader, 2, start_batch=3)
@@ -132,7 +132,7 @@ def test_the_middle_of_an_epoch() -> None:
     assert len(epoch(loader, 3)[1]) == 20
 
 
-def test_an_abandoned_epoch_leaves_no_trace() -> None:
+def test_an_abandoned_epoch_does_not_affect_the_next() -> None:
     loader = build(noise(40), workers=2)
     _, labels = epoch(loader, 1)
     for _ in range(3):
@@ -150,7 +150,7 @@ def test_ranks_are_disjoint(views: Views) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_generator_is_left_alone(workers: int) -> None:
-    """A resumed run must draw the same dropout masks, whichever loader it has."""
+    """A resumed run must draw the same dropout masks with every loader."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     loader = build(noise(8), workers=workers)
@@ -181,7 +181,7 @@ def test_files_of_many_sizes(photographs: ImageSet, workers: int) -> None:
 
 
 def data_error(loader: Loader) -> DataError:
-    """What an epoch fails with, without its traceback, which would keep the loader alive."""
+    """The error of an epoch, without its traceback, which would keep the loader alive."""
     try:
         list(loader)
     except DataError as error:
@@ -194,7 +194,7 @@ def data_error(loader: Loader) -> DataError:
 def test_a_file_damaged_since_it_was_checked(
     photographs: ImageSet, capfd: pytest.CaptureFixture[str], workers: int, damage: str
 ) -> None:
-    """Named in one line; neither a hang nor a worker's traceback."""
+    """It is named in one line; there is neither a hang nor a worker's traceback."""
     assert photographs.paths is not None
     path = photographs.paths[6]
     if damage == "cut":
@@ -205,30 +205,30 @@ def test_a_file_damaged_since_it_was_checked(
         path.unlink()
     before = set(multiprocessing.active_children())
     loader = build(photographs, Views.center, workers=workers)
-    for _ in range(2):  # the workers live on ...
+    for _ in range(2):  # the workers survive the error ...
         error = data_error(loader)
         assert str(path) in str(error)
         assert "\n" not in str(error)
         assert error.__cause__ is None
     del loader
-    assert set(multiprocessing.active_children()) == before  # ... but not longer than the loader
+    assert set(multiprocessing.active_children()) == before  # ... but not the loader
     assert capfd.readouterr().err == ""
 
 
 # Processes
 
 
-@pytest.mark.parametrize("when", ["before a batch is asked for", "meanwhile"])
-def test_a_killed_worker_is_no_hang_and_no_error_elsewhere(when: str) -> None:
+@pytest.mark.parametrize("when", ["before a batch is requested", "meanwhile"])
+def test_a_killed_worker_is_reported_with_the_next_batch_and_nowhere_else(when: str) -> None:
     loader = build(noise(4000), workers=2)
     batches = iter(loader)
     next(batches)
     workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
-    if when == "before a batch is asked for":
+    if when == "before a batch is requested":
         for worker in workers:
-            worker.join()  # as a training step would go on: no error is raised here
+            worker.join()  # stands for a training step; no error is raised here
     with pytest.raises(DataError, match=r"loader.workers=2: a worker process died") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
@@ -240,7 +240,7 @@ def test_no_worker_outlives_its_loader() -> None:
     epoch(loader)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
-    gc.disable()  # a loader in a reference cycle would live until the collector runs, perhaps in a child
+    gc.disable()  # the garbage collector would hide a reference cycle around the loader
     try:
         del loader
         for worker in workers:
@@ -250,7 +250,7 @@ def test_no_worker_outlives_its_loader() -> None:
         gc.enable()
 
 
-# Runs in another process: all threads at work before workers are forked, nothing tidied up at the end.
+# Runs in another process: all threads are busy before workers are forked; nothing is closed at the end.
 _AFTER_THREADS = """
 import numba, numpy as np, torch
 from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
@@ -289,7 +289,7 @@ if __name__ == "__main__":
 
 
 def test_workers_after_threads_and_a_clean_exit(tmp_path: Path) -> None:
-    """OpenMP's threads do not survive the fork; nor may the workers survive the program."""
+    """OpenMP's threads do not survive the fork, which may not hang; workers may not survive the program."""
     script = tmp_path / "script.py"
     script.write_text(_AFTER_THREADS)
     process = subprocess.Popen(
