@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writing of files, and removal of partial files and empty folders."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastalex.errors import OutputError
 def replacing(
     path: Path, before: Callable[[], None] = lambda: None, *, durable: bool = True
 ) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` to write to; on success it takes the place of ``path``.
+    """Context that yields a temporary path to write to, and on success renames it to ``path``.
 
-    The file is flushed to the disk before it is renamed, and the folder after, so that a crash at any moment
-    leaves the old file or the new one. If the block raises, the temporary file is removed.
+    The file is flushed to disk before the rename and the folder after it, so that a crash at any moment
+    leaves either the old file or the new one. If the block raises, the temporary file is removed.
 
     Args:
         path: of the file.
-        before: called when the new file is whole and on the disk, and the old one still in its place.
-        durable: flush as said. Without, a crash of the machine may cost the file, that of a process may not;
-            and nobody waits for the disk.
+        before: called between the flush and the rename.
+        durable: flush to disk. If False, nothing waits for the disk, and the file survives a crash of the
+            process, but perhaps not of the machine.
 
     Raises:
-        OutputError: if the file cannot be written; ``path`` is then as it was.
+        OutputError: the file cannot be written; ``path`` is unchanged.
     """
     try:
         descriptor, name = tempfile.mkstemp(
@@ -41,7 +41,7 @@ def replacing(
         yield temporary
         if durable:
             _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are their owner's alone
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private to their owner
         before()
         temporary.replace(path)
         if durable and os.name == "posix":
@@ -55,23 +55,36 @@ def replacing(
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a text file as a whole, as :func:`replacing` does it."""
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        path: of the file.
+        text: the new content.
+        durable: as in :func:`replacing`.
+
+    Raises:
+        OutputError: the file cannot be written; ``path`` is unchanged.
+    """
     with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left; nobody may be writing now."""
+    """Remove temporary files of :func:`replacing` left by killed processes.
+
+    Args:
+        folder: the folder to clean; no process may be writing to it.
+    """
     for path in folder.glob(".*.partial-*"):
         path.unlink(missing_ok=True)
 
 
 def remove_empty(folder: Path, keep: Collection[Path] = ()) -> None:
-    """Remove a folder and those above it, as far as they are empty.
+    """Remove a folder and then its parents, until one is not empty.
 
     Args:
-        folder: to begin with.
-        keep: resolved paths; there it ends, as it does at the current folder.
+        folder: the innermost folder.
+        keep: resolved paths of folders to keep, with all their parents; the current folder is kept as well.
     """
     for candidate in (folder, *folder.parents):
         if candidate.resolve() in (Path.cwd(), *keep):

@@ -1,4 +1,4 @@
-"""The figures of a run and of an evaluation."""
+"""Plots of a run and of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ TRAIN, VALIDATION = "tab:blue", "tab:orange"
 
 
 def losses(epochs: Sequence[Epoch], path: Path) -> None:
-    """Draw loss, error and learning rate over the epochs, one panel each."""
+    """Plot loss, error and learning rate over the epochs, one panel each.
+
+    Args:
+        epochs: the run's epochs, in order.
+        path: of the PNG file.
+
+    Raises:
+        OutputError: the file cannot be written, as in the other functions here.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     loss, error, rate = figure.subplots(1, 3)
     x = [epoch.epoch for epoch in epochs]
@@ -39,7 +47,7 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
         loss.plot(x_validated, [epoch.validation_loss for epoch in validated], label="validation", **style)
         error.plot(x_validated, validation, label="validation top-1", **style)
         best = int(validation.argmin())
-        # A ring and a line of the legend: a label beside the point would lie on the curves of some runs.
+        # A ring and a legend entry: a label beside the point would overlap the curves of some runs.
         ring = {"color": "black", "marker": "o", "mfc": "none", "ms": 7, "ls": ""}
         error.plot(x_validated[best], validation[best], label=f"best {validation[best]:.2%}", **ring)
     loss.set(title="Cross-entropy", ylabel="nats")
@@ -48,7 +56,7 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
     rate.plot(x, [epoch.learning_rate for epoch in epochs], color="tab:green", marker=marker, ms=3)
     rate.set(title="Learning rate at the end of the epoch")
     for panel in (loss, error, rate):
-        panel.set_ylim(0, 1.05 * panel.dataLim.y1 or None)  # a constant, too, is drawn below the border
+        panel.set_ylim(0, 1.05 * panel.dataLim.y1 or None)  # so that a constant is not drawn on the border
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
@@ -58,11 +66,11 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw how often class i (row) was taken for class j (column), as shares of each row.
+    """Plot how often class i (row) was predicted as class j (column), coloured by its share of the row.
 
     Args:
-        matrix: counts ``(classes, classes)``.
-        classes: their names.
+        matrix: counts, integer ``(classes, classes)``.
+        classes: names of the classes.
         path: of the PNG file.
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -73,7 +81,8 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if labelled:
         ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)  # a name may have a $
+        # parse_math=False, because a class name may contain a $.
+        axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)
         axes.set_yticks(ticks, classes, parse_math=False)
         for (row, column), count in np.ndenumerate(matrix):
             if count:
@@ -85,11 +94,11 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
 
 
 def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
-    """Draw the most confident mistakes, most confident first.
+    """Show misclassified images with captions.
 
     Args:
-        images: up to twelve uint8 arrays ``(H, W, 3)``.
-        captions: one for each.
+        images: RGB images, each uint8 ``(H, W, 3)``; the most confident mistake first.
+        captions: one for each image.
         path: of the PNG file.
     """
     columns = 4
@@ -106,7 +115,13 @@ def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) 
 
 
 def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw training and validation loss over the epochs, from the lines of ``metrics.jsonl``."""
+    """Plot training and validation loss over the epochs.
+
+    Args:
+        epochs: the lines of ``metrics.jsonl``.
+        title: of the plot.
+        path: of the PNG file.
+    """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     marker = "o" if len(epochs) <= 40 else ""
@@ -122,5 +137,14 @@ def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure atomically.
+
+    Args:
+        figure: the figure.
+        path: of the file, whose suffix names the format.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -1,4 +1,4 @@
-"""Where the network runs and in what arithmetic: chosen from the hardware, printed, overridable."""
+"""The device, dtype and compilation of a run, chosen from the hardware unless configured."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the arithmetic on it.
+    """A device, and how the network computes on it.
 
     Attributes:
-        device: where parameters and batches live.
-        dtype: of activations, and of the batches that a loader makes; master weights stay fp32.
-        memory_format: of batches and of convolution weights.
+        device: the device of parameters and batches.
+        dtype: of activations, and of the batches that loaders yield; master weights stay fp32.
+        memory_format: of batches and convolution weights.
         compile: whether the network runs under ``torch.compile``.
-        winograd: whether convolutions that can be computed by Winograd's algorithm are.
-        threads: of the CPU.
-        hardware: the processor's or the card's name.
+        winograd: whether convolutions use Winograd's algorithm where they can.
+        threads: number of CPU threads.
+        hardware: name of the CPU or GPU.
     """
 
     device: torch.device
@@ -43,11 +43,12 @@ class Runtime:
 
     @property
     def needs_loss_scaling(self) -> bool:
-        """Whether small gradients would underflow: fp16 has five bits of exponent."""
+        """Whether small gradients would underflow without loss scaling: fp16 has five exponent bits."""
         return self.dtype == torch.float16
 
     @property
     def channels_last(self) -> bool:
+        """Whether the memory format is channels-last."""
         return self.memory_format == torch.channels_last
 
     def autocast(self) -> AbstractContextManager:
@@ -55,38 +56,42 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device in its memory format, and tell it how to compute."""
+        """Move a network to the device and the memory format, and switch Winograd on or off in it.
+
+        Args:
+            model: the network; it is modified.
+        """
         for module in model.modules():
             if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
                 module.winograd = self.winograd  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
-        """Return the network to call in the loop; it shares its parameters with ``model``.
+        """Return the network to call, compiled if ``compile`` is set; it shares ``model``'s parameters.
 
-        What was compiled before is forgotten: a second run in one process begins as the first did.
+        Earlier compilations are discarded, so that a second run in one process starts like the first.
 
         Args:
-            model: on the device.
-            variants: how many combinations of batch shape, mode and gradient mode it will be called with.
-                Each is compiled; one more raises ``torch._dynamo.exc.FailOnRecompileLimitHit``, because all
-                later calls would otherwise run uncompiled, after a single warning.
-            graphs: whether a GPU may record a pass as a CUDA graph. What a pass returns, gradients included,
-                is then overwritten by the next pass, so a caller that keeps gradients over several passes has
-                to say no.
+            model: the network, on the device.
+            variants: number of combinations of batch shape, training mode and gradient mode in which it will
+                be called. Each is compiled. A call in one more raises
+                ``torch._dynamo.exc.FailOnRecompileLimitHit``; by default, PyTorch would warn once and run all
+                later calls uncompiled.
+            graphs: whether a GPU may record a pass as a CUDA graph. The next pass then overwrites the
+                outputs and gradients of the last, so pass False to keep gradients over several passes.
         """
         if not self.compile:
             return model
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = variants
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # One size of batch, and of crop, lasts for many steps: specialise on it. On a GPU, CUDA graphs launch
+        # Batch and crop keep their size for many steps, so specialise on it. On a GPU, a CUDA graph launches
         # all kernels of a pass at once.
         mode = "reduce-overhead" if self.device.type == "cuda" and graphs else "default"
         return cast(nn.Module, torch.compile(model, dynamic=False, mode=mode))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it; a CPU always has."""
+        """Wait until the device has finished all work; does nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -99,20 +104,20 @@ class Runtime:
 
 
 def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
-    """Choose what ``auto`` leaves open, and set the process's threads and allocator accordingly.
+    """Choose the runtime, and set this process's thread count, allocator and current GPU accordingly.
 
     Args:
-        config: what is not left open.
-        world: the processes that share the machine; each takes a GPU, or its part of the cores.
+        config: the configuration; ``auto`` and null values are chosen from the hardware.
+        world: the ranks that share the machine; each takes one GPU, or its share of the cores.
 
     Raises:
-        ConfigError: if the device does not exist or cannot compute in the precision asked for.
+        ConfigError: the device does not exist, or does not support the precision.
     """
     device = _device(config.device)
     if device.type == "cuda" and world.size > 1 and device.index is None:
         device = _device(f"cuda:{world.local_rank}")
     if device.type == "cuda" and device.index is not None:
-        # Else what names no card, such as memory that is pinned, opens a context of 500 MB on the first one.
+        # Otherwise calls that name no GPU, such as pinning memory, create a 500 MB context on the first one.
         torch.cuda.set_device(device)
     threads = config.threads
     if not threads and world.local_size > 1:  # torchrun leaves each process one thread
@@ -168,34 +173,38 @@ def _precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def available_cores() -> int:
-    """The cores this process may use, which in a container or under taskset are not all there are."""
+    """Return the number of cores this process may use; in a container or under taskset, not all of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    """Whether the CPU has bf16 instructions; without them, bf16 is slower than fp32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cpu_name() -> str:
-    """Return the processor's name as PyTorch reads it."""
+    """Return the processor's name as PyTorch reports it, else the platform's."""
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
 def keep_pages() -> None:
-    """Stop glibc's malloc from handing freed memory back to the kernel between steps.
+    """Stop glibc's malloc from returning freed memory to the kernel between steps.
 
-    By default every activation above 32 MiB is mapped afresh, and its first touch faults in each of its
-    pages, which takes a good part of a step's time. Other C libraries are left alone.
+    By default glibc maps each activation above 32 MiB anew, and the first touch of each page faults, which
+    takes a large part of a step's time. Does nothing with other C libraries.
     """
-    set_malloc_thresholds(2**31 - 1)  # an int: mapped only from 2 GiB on
+    set_malloc_thresholds(2**31 - 1)  # the largest int: only blocks of 2 GiB or more are mapped
 
 
 def set_malloc_thresholds(size: int) -> None:
-    """Have glibc map blocks of ``size`` bytes and more on their own, and give back no less from its heap."""
+    """Set glibc's thresholds for mapping a block on its own and for trimming the heap.
+
+    Args:
+        size: both thresholds, in bytes.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

@@ -1,7 +1,7 @@
-"""Whole runs as each rank takes part in them, one under each option that adds a collective.
+"""Complete runs on several ranks, one under each option that adds a collective.
 
-``torchrun --nproc-per-node=2 tests/rank_runs.py FOLDER`` leaves each run in FOLDER/NAME, and what it returned
-on each rank in FOLDER/RANK.json.
+``torchrun --nproc-per-node=2 tests/rank_runs.py FOLDER`` trains on FOLDER/images, and writes each run to
+FOLDER/NAME and the runs' return values on each rank to FOLDER/RANK.json.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fastalex.config import (
-    AlexNetConfig,
     CheckpointConfig,
     Compression,
     Config,
@@ -32,13 +32,15 @@ from fastalex.config import (
 )
 from fastalex.distributed.processes import World, joined
 from fastalex.errors import FastalexError, StoppedError
+from fastalex.models import MODELS
 from fastalex.runs.launch import Request, train_on
 from fastalex.runs.signals import StopSignals
-from tests import tiny
+from fastalex.training import flops
+from tests import ranks, tiny
 
 
 def a_config(images: Path) -> Config:
-    """A run of two epochs on the images, 16x16 pixels in two classes."""
+    """Two epochs on a folder of images, 16x16 pixels in two classes."""
     return Config(
         model=ModelConfig("tiny"),
         data=DataConfig("imagefolder", root=str(images), resize=36, crop=32, flip=Flip.none),
@@ -50,7 +52,7 @@ def a_config(images: Path) -> Config:
 
 
 def hybrid(config: Config) -> None:
-    config.model = AlexNetConfig(dropout=0.0)
+    config.model = ModelConfig("narrow_alexnet")
     config.data.resize, config.data.crop = 64, 63
     config.distributed = DistributedConfig(Strategy.hybrid)
     config.checkpoint.every_steps = 2
@@ -68,8 +70,8 @@ def set_in(section: str, **values: Any) -> Callable[[Config], None]:
     return change
 
 
-# What each changes of a_config. With CutMix the ranks draw for themselves, and no process alone takes the
-# same steps.
+# The changes that each option makes to a_config. With CutMix each rank draws its own mixes, so its steps are
+# not those of a single process.
 OPTIONS: dict[str, Callable[[Config], None]] = {
     "plain": lambda config: None,
     "averaged weights": set_in("train", ema_decay=0.5),
@@ -87,15 +89,27 @@ DIVERGES = "divergence"
 
 
 def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
-    """Run under an option; an error becomes its exit status."""
+    """Train under an option.
+
+    Args:
+        name: key of :data:`OPTIONS`.
+        images: folder of the images.
+        folder: parent of the run's folder.
+        world: the ranks; with one process, ``distributed`` has its defaults.
+
+    Returns:
+        What the run returned; after an error, its class and exit status.
+    """
     tiny.register(dropout=0.0)
+    MODELS["narrow_alexnet"] = ranks.narrow_alexnet
     config = a_config(images)
     OPTIONS[name](config)
-    if world.size == 1:  # the hybrid takes several processes, and computes what one does
+    if world.size == 1:  # the hybrid needs several processes, and computes the same as one
         config.distributed = DistributedConfig()
     request = Request(config, folder / name, True, {})
     try:
-        with StopSignals() as signals:
+        # Half of a run's time would be the measurement of the peak rate, by products of this size.
+        with mock.patch.dict(flops.MATMUL_SIZE, cpu=64), StopSignals() as signals:
             return train_on(world, request, signals, time.perf_counter())
     except (FastalexError, StoppedError) as error:
         return {"error": type(error).__name__, "status": error.exit_status}

@@ -1,6 +1,6 @@
-"""What each process of ``tests/test_distributed.py`` does; alone, it is what they are compared with.
+"""Short training runs and collectives for ``tests/test_distributed.py``, on several ranks or one process.
 
-``torchrun --nproc-per-node=2 tests/ranks.py FOLDER`` leaves each process's results in FOLDER.
+``torchrun --nproc-per-node=2 tests/ranks.py FOLDER`` writes each rank's results to FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
 
-BATCH, CROP, VALIDATION = 16, 63, 27  # 14 images in one process, 13 in the other, in batches of 7
+BATCH, CROP, VALIDATION = 16, 63, 27  # of 27 images, rank 0 validates 14 and rank 1 13, in batches of 7
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Case:
     """A short training run.
 
     Attributes:
-        recipe: of one epoch.
+        recipe: the recipe, of one epoch.
         network: options of AlexNet.
-        steps: in the epoch.
-        distributed: how it is divided.
-        precision: of its arithmetic.
+        steps: number of steps in the epoch.
+        distributed: the strategy.
+        precision: of the forward and backward pass.
     """
 
     recipe: TrainConfig
@@ -75,7 +75,14 @@ CASES = {
 
 
 class Batches:
-    """This process's part of batches of noise, whose mean tells the class."""
+    """A rank's share of batches of noise whose mean depends on the class.
+
+    Args:
+        world: the ranks.
+        sizes: images in each batch, over all ranks.
+        per_rank: images in a batch of this rank; what is more becomes further batches.
+        dtype: of the images.
+    """
 
     def __init__(self, world: World, sizes: list[int], per_rank: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -99,11 +106,12 @@ class Batches:
         return iter(self.batches)
 
 
-def network(**options: Any) -> nn.Module:
-    """AlexNet with fewer hidden units: what is divided is the same, and takes a tenth of the time."""
+def narrow_alexnet(num_classes: int = 10, **options: Any) -> nn.Module:
+    """AlexNet with 256 hidden units: sharded like the full one, in a tenth of the time."""
     torch.manual_seed(0)
     model = create_model("alexnet", init="he", dropout=0.0, **options)
-    model.fc6, model.fc7, model.fc8 = PooledLinear(256, 6, 256), nn.Linear(256, 256), nn.Linear(256, 10)
+    model.fc6, model.fc7 = PooledLinear(256, 6, 256), nn.Linear(256, 256)
+    model.fc8 = nn.Linear(256, num_classes)
     for layer in (model.fc6, model.fc7):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.normal_(model.fc8.weight, std=0.01)
@@ -113,7 +121,7 @@ def network(**options: Any) -> nn.Module:
 def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=case.precision, threads=1, winograd=False))
     trainer = Trainer(
-        runtime.place(network(**case.network)),
+        runtime.place(narrow_alexnet(**case.network)),
         case.recipe,
         Batches(world, [BATCH] * case.steps, BATCH // world.size, runtime.dtype),
         Batches(world, [VALIDATION], 14 // world.size, runtime.dtype),
@@ -124,7 +132,7 @@ def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
     )
 
     def on_step(step: int, loss: float | None) -> None:
-        assert step == trainer.step  # it and the trainer refer to each other, as the program's do
+        assert step == trainer.step  # a reference cycle with the trainer, as in the program
         assert loss is not None
         losses.append(loss)
 
@@ -133,7 +141,7 @@ def a_trainer(case: Case, world: World, losses: list[float]) -> Trainer:
 
 
 def run(case: Case, world: World) -> dict[str, Any]:
-    """Train, and return the losses, the figures of the epoch and the whole weights at its end."""
+    """Train; return the losses, the epoch's figures and the gathered weights."""
     losses: list[float] = []
     trainer = a_trainer(case, world, losses)
     epoch = trainer.run_epoch()
@@ -153,7 +161,7 @@ def run(case: Case, world: World) -> dict[str, Any]:
 
 
 def resumed(case: Case, world: World) -> bool:
-    """Whether a trainer that goes on from another's state takes the same steps to the same bits."""
+    """Whether a trainer resumed from another's state reaches bit-identical weights."""
     first = a_trainer(case, world, [])
     first.run_epoch()
     state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(first.weights())
@@ -162,13 +170,13 @@ def resumed(case: Case, world: World) -> bool:
     second.load_state_dict(state, None)
     first.run_epoch()
     second.run_epoch()
-    ours = second.weights()
+    resumed_weights = second.weights()
     moved = any(not torch.equal(value, weights[name]) for name, value in first.weights().items())
-    return moved and all(torch.equal(value, ours[name]) for name, value in first.weights().items())
+    return moved and all(torch.equal(value, resumed_weights[name]) for name, value in first.weights().items())
 
 
 def collectives(world: World) -> dict[str, Any]:
-    """What the processes tell each other."""
+    """Call each collective; return the results."""
     rows = torch.arange(7).view(7, 1).expand(7, 2)[world.rank :: world.size]
     return {
         "sum": world.sum(world.rank + 1, 0.5),
@@ -181,15 +189,15 @@ def collectives(world: World) -> dict[str, Any]:
 
 
 def gloo_threads() -> set[int]:
-    """The threads of this process that exchange tensors."""
+    """Return the ids of this process's gloo threads."""
     threads = Path("/proc/self/task").iterdir()
     return {int(thread.name) for thread in threads if (thread / "comm").read_text() == "pt_gloo_runloop\n"}
 
 
 def main(folder: Path) -> None:
-    gc.disable()  # what is collected is then what joined() sees to, and nothing by chance
+    gc.disable()  # so that only joined() collects garbage
     with joined(60) as world:
-        world.sum(1)  # which the threads begin with
+        world.sum(1)  # starts the threads
         own = gloo_threads()
         results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
         for name in ("ddp", "hybrid", "batch normalisation, hybrid"):

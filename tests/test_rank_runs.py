@@ -1,4 +1,4 @@
-"""Under each option that adds a collective, two ranks finish a run, and what they record is one process's."""
+"""Under each option that adds a collective, two ranks complete a run and record what one process does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastalex.distributed.processes import ALONE
 from tests import rank_runs
 from tests.test_distributed import torchrun
 
-ENDING = [name for name in rank_runs.OPTIONS if name != rank_runs.DIVERGES]
+COMPLETING = [name for name in rank_runs.OPTIONS if name != rank_runs.DIVERGES]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of two ranks, beside their images."""
+    """The folder with the images and the runs of two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     for name, level in (("dark", 60), ("light", 190)):
@@ -33,12 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What the runs returned on each rank."""
+    """The return values of the runs, by rank."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ENDING)
-def test_rank_0_alone_writes_and_reports(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", COMPLETING)
+def test_only_rank_0_writes_and_reports(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
     zero, one = (rank[name] for rank in ranks)
     written = json.loads((folder / name / "summary.json").read_text())
     assert zero == written
@@ -48,21 +48,22 @@ def test_rank_0_alone_writes_and_reports(name: str, folder: Path, ranks: list[di
     assert not (folder / "other").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in ENDING if name != "CutMix"])
-def test_the_losses_are_those_of_one_process(name: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in COMPLETING if name != "CutMix"])
+def test_losses_match_one_process(name: str, folder: Path, tmp_path: Path) -> None:
     rank_runs.run(name, folder / "images", tmp_path, ALONE)
-    ours, alone = (
+    two_ranks, one = (
         [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
         for runs in (folder / name, tmp_path / name)
     )
-    assert len(ours) == len(alone) == 2
-    # Sums are added up in another order; gradients in bf16 have eight bits.
+    assert len(two_ranks) == len(one) == 2
+    # Sums differ in order; bf16 gradients have eight bits.
     tolerance = 2e-2 if name == "compressed gradients" else 1e-4
     for key in ("train_loss", "validation_loss", "learning_rate"):
-        assert [epoch[key] for epoch in ours] == pytest.approx([epoch[key] for epoch in alone], rel=tolerance)
+        expected = [epoch[key] for epoch in one]
+        assert [epoch[key] for epoch in two_ranks] == pytest.approx(expected, rel=tolerance)
 
 
-def test_a_divergence_ends_both_ranks(ranks: list[dict[str, Any]]) -> None:
+def test_divergence_ends_both_ranks(ranks: list[dict[str, Any]]) -> None:
     zero, one = (rank[rank_runs.DIVERGES] for rank in ranks)
     assert zero == {"error": "DivergedError", "status": 1}
     assert one == {"error": "ReportedError", "status": 1}

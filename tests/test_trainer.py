@@ -424,7 +424,9 @@ def test_gradients_that_are_kept_over_passes_are_in_no_cuda_graph(
     accumulate: int, processes: int, mode: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph's next pass overwrites what its last one returned."""
-    monkeypatch.setattr("fastalex.distributed.strategies.divide", lambda model, *rest: nn.Sequential(model))
+    monkeypatch.setattr(
+        "fastalex.distributed.strategies.parallelize", lambda model, *rest: nn.Sequential(model)
+    )
     card = replace(fp32(), compile=True, device=torch.device("cuda"))
     config = TrainConfig(accumulate=accumulate)
     loader = of_sizes(8, crop=8)

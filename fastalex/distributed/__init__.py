@@ -1,1 +1,1 @@
-"""Several processes that train one network: what they tell each other, and how they divide the work."""
+"""Training on several processes: their collectives, and the strategies that share the work."""

@@ -1,8 +1,8 @@
-"""Several processes that train one network: who they are, and what they tell each other.
+"""The processes that train one network together, and their collectives.
 
-``torchrun --nproc-per-node=N -m fastalex.train ...`` starts them. They take the same steps: the batch is
-divided among them, and each keeps the same weights, or its part of them
-(:mod:`fastalex.distributed.strategies`). Rank 0 alone writes files and prints.
+``torchrun --nproc-per-node=N -m fastalex.train ...`` starts them. All take the same steps: each trains on its
+share of the batch and keeps the same weights, or its shard of them
+(:mod:`fastalex.distributed.strategies`). Only rank 0 writes files and prints.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fastalex.errors import FastalexError, LostProcessError, ReportedError, Stop
 
 T = TypeVar("T")
 
-# What gloo, NCCL and the reducer of DistributedDataParallel say when another process does not answer.
+# Messages of gloo, NCCL and DistributedDataParallel's reducer when another process does not answer.
 _NO_ANSWER = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and this one among them; alone, it talks to nobody.
+    """The processes of a run, and this one's place among them. A world of size 1 does not communicate.
 
-    Every method but the properties is collective: all processes must call it, in the same order.
+    Every method except the properties is collective: all ranks must call it, in the same order.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many there are.
-        local_rank: among those on this machine, which is also the number of its GPU.
-        local_size: how many are on this machine.
-        timeout: seconds that one waits for the others.
+        rank: rank of this process, from 0.
+        size: the world size: number of processes.
+        local_rank: rank among the processes on this machine, also the index of this process's GPU.
+        local_size: number of processes on this machine.
+        timeout: seconds that a process waits for the others.
     """
 
     rank: int = 0
@@ -50,15 +50,18 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function in the first process; return to all what it returned.
+        """Call a function on rank 0, and return its result on all ranks.
+
+        Args:
+            function: the function; its result must be picklable.
 
         Raises:
-            FastalexError: the function's in the first process; ReportedError in the others.
-            StoppedError: in the first process, as it was stopped in the function.
+            FastalexError: on rank 0, as raised by the function; ReportedError on the others.
+            StoppedError: on rank 0, as raised by the function; ReportedError on the others.
         """
         if self.size == 1:
             return function()
@@ -79,17 +82,23 @@ class World:
         return value
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """Call a function in the first process, and then in the others: the first fills the caches.
+        """Call a function on rank 0 and then on the others, so that rank 0 alone fills caches.
+
+        Args:
+            function: the function, called once on each rank.
+
+        Returns:
+            What the function returned on this rank.
 
         Raises:
-            FastalexError: as for :meth:`on_main`.
+            FastalexError: as in :meth:`on_main`.
         """
         value: list[T] = []
         self.on_main(lambda: value.append(function()))
         return value[0] if self.main else function()
 
     def sum(self, *values: float) -> list[float]:
-        """Add numbers up over the processes, in float64."""
+        """Return the sum of each value over all ranks, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -97,11 +106,11 @@ class World:
         return [float(value) for value in total]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether the flag is set on any rank."""
         return bool(self.sum(flag)[0])
 
     def min(self, value: int) -> int:
-        """The least of the processes' numbers."""
+        """Return the minimum of the value over all ranks."""
         if self.size == 1:
             return value
         least = torch.tensor(value)
@@ -109,7 +118,7 @@ class World:
         return int(least)
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's object, by rank."""
+        """Return the objects of all ranks, by rank; they must be picklable."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -117,10 +126,13 @@ class World:
         return gathered
 
     def interleave(self, rows: Tensor) -> Tensor:
-        """Put together what was dealt out row by row: row i is in process i modulo the number of processes.
+        """Gather rows that were dealt out in turn: row i is on rank ``i % size``.
 
         Args:
-            rows: of this process, ``(n, ...)``; the first processes may have one more than the others.
+            rows: this rank's rows, ``(n, ...)``, any dtype; the lower ranks may have one more than the rest.
+
+        Returns:
+            All rows in order, ``(N, ...)``, on every rank.
         """
         if self.size == 1:
             return rows
@@ -133,10 +145,10 @@ class World:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which a process that no longer answers is an error of one line.
+        """Context that turns a lost connection to another process into a one-line error.
 
         Raises:
-            LostProcessError: saying which process noticed.
+            LostProcessError: another process has ended or does not answer; names the rank that noticed.
         """
         try:
             yield
@@ -145,7 +157,7 @@ class World:
                 raise
             raise LostProcessError(
                 f"process {self.rank} of {self.size}: another process has ended, or did not answer within "
-                f"{self.timeout:g} s (distributed.timeout); see its own message, then go on with resume=auto"
+                f"{self.timeout:g} s (distributed.timeout); see its own message, then resume with resume=auto"
             ) from error
 
 
@@ -153,12 +165,12 @@ ALONE = World()
 
 
 def is_main() -> bool:
-    """Whether this process, in a group yet or not, is the first of those that torchrun started."""
+    """Whether this process is rank 0, also before :func:`joined` and without torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process anew after another failed."""
+    """Whether torchrun restarted this process after a failure."""
     return _restarts() > 0
 
 
@@ -167,10 +179,13 @@ def _restarts() -> int:
 
 
 def alike(function: Callable[[], None]) -> None:
-    """Call a function that ends alike in every process, as long as they are not connected.
+    """Call a function that succeeds or fails identically on every rank; for use before :func:`joined`.
+
+    Args:
+        function: the function.
 
     Raises:
-        FastalexError: the function's in the first process; ReportedError in the others.
+        FastalexError: on rank 0, as raised by the function; ReportedError on the others.
     """
     try:
         function()
@@ -182,9 +197,9 @@ def alike(function: Callable[[], None]) -> None:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[World]:
-    """Context in which the processes that torchrun started are connected; without it, a world of one.
+    """Context that connects the processes of torchrun; without torchrun, it yields a world of size 1.
 
-    What uses the connection, such as a network that is divided, is to be out of reach at its end.
+    Objects that use the connection, such as a parallelized network, must be unreachable when it exits.
 
     Args:
         timeout: seconds that a process waits for the others.
@@ -195,7 +210,7 @@ def joined(timeout: float) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun may hand restarted processes the store of those before them, with the addresses of the dead.
+    # torchrun may give restarted processes the same store, which holds addresses of the ended processes.
     store = dist.PrefixStore(f"attempt {_restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
@@ -207,8 +222,8 @@ def joined(timeout: float) -> Iterator[World]:
             timeout=timeout,
         )
     finally:
-        # A divided network refers to the group, and is part of cycles (a trainer and its on_step). As long as
-        # anything refers to the group, gloo's threads live on, and one that lets go of a tensor while the
-        # interpreter ends aborts the process (pytorch issue 190489).
+        # A parallelized network refers to the group and is part of reference cycles (a trainer and its
+        # on_step). While anything refers to the group, gloo's threads keep running. One that frees a tensor
+        # during interpreter shutdown aborts the process (pytorch issue 190489).
         gc.collect()
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""How a network is divided over processes: data parallel, or AlexNet's hybrid.
+"""How ranks share the training of a network: data parallelism, or AlexNet's hybrid.
 
-``ddp`` gives each process the whole network and a part of the batch; after the backward pass the gradients
-are averaged. ``hybrid`` is that for the convolutions, which hold few weights and most of the arithmetic; of
-the two hidden layers, which hold 94% of the weights, each process keeps a part of the units, and activations
-travel in place of gradients: Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
-2014, scheme (a).
+With ``ddp`` each rank has the whole network and a share of the batch; gradients are averaged after the
+backward pass. ``hybrid`` does the same for the convolutions, which have few weights and most of the
+arithmetic. The two hidden layers, which have 94% of the weights, are sharded: each rank has a share of their
+units, and ranks exchange activations instead of gradients (Krizhevsky, "One weird trick for parallelizing
+convolutional neural networks", 2014, scheme (a)).
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from fastalex.errors import ConfigError
 from fastalex.models.factored_linear import factored_layers
 
 
-def divide(
+def parallelize(
     model: nn.Module, config: DistributedConfig, world: World, device: torch.device
 ) -> DistributedDataParallel:
-    """Divide a network over the processes, and give it the first process's weights.
+    """Prepare a network for training on several ranks, and broadcast rank 0's weights; collective.
 
-    Batch normalisation then takes its statistics over the whole batch.
+    Batch normalisation then computes its statistics over the whole batch.
 
     Args:
-        model: on the device. It is changed: in the hybrid, its hidden layers' weights become DTensors.
-        config: the strategy, and the precision in which gradients travel.
-        world: more than one process.
-        device: of this process.
+        model: the network, on the device. It is modified: with the hybrid, the hidden layers' weights become
+            DTensors.
+        config: the strategy, and the compression of gradients.
+        world: the ranks; more than one.
+        device: this rank's device.
 
     Returns:
-        The network to train with. In its backward pass gradients become those of the mean over the whole
-        batch, if each process's loss is the mean over its part.
+        The network to train with. If each rank's loss is the mean over its share of the batch, the backward
+        pass gives the gradients of the mean over the whole batch.
 
     Raises:
-        ConfigError: the hybrid of a network that has no such layers.
+        ConfigError: ``hybrid`` for a network without AlexNet's hidden layers.
     """
     _synchronise_batch_norm(model, device)
     if config.strategy is Strategy.hybrid:
-        _divide_hidden_layers(model, world, device)
+        _shard_hidden_layers(model, world, device)
     network = DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
@@ -60,7 +61,7 @@ def divide(
     return network
 
 
-def _divide_hidden_layers(model: nn.Module, world: World, device: torch.device) -> None:
+def _shard_hidden_layers(model: nn.Module, world: World, device: torch.device) -> None:
     names = getattr(model, "hidden_layers", None)
     if names is None:
         raise ConfigError(
@@ -68,34 +69,42 @@ def _divide_hidden_layers(model: nn.Module, world: World, device: torch.device) 
             "have; use distributed.strategy=ddp"
         )
     first, second = names
-    for name in names:  # all processes begin with the same weights, as DistributedDataParallel sees to
+    for name in names:  # DistributedDataParallel broadcasts the others, but is told to ignore DTensors
         for parameter in model.get_submodule(name).parameters():
             dist.broadcast(parameter.data, src=0)
     plan = {
-        # Images are gathered from all processes; each computes its part of the units, then of the sums over
-        # them, which are added up where the images came from.
+        # The first layer gathers all ranks' images and computes this rank's units. The second computes
+        # partial sums over those units, which are reduced and scattered back to the images' ranks.
         first: ColwiseParallel(input_layouts=Shard(0)),
         second: RowwiseParallel(output_layouts=Shard(0)),
     }
-    # A group of their own: DTensor's caches refer to it for good, and its threads end with the process.
+    # A group of its own: DTensor's caches refer to it forever, so its threads run until the process ends.
     group = cast(dist.ProcessGroup, dist.new_group(timeout=timedelta(seconds=world.timeout)))
     parallelize_module(model, DeviceMesh.from_group(group, device.type), plan)
     for name in names:
         for parameter in model.get_submodule(name).parameters():
-            # The gradient is summed over the processes' losses, each a mean over a part of the batch.
+            # The gradient is summed over the ranks' mean losses; divide to get that of the batch's mean.
             parameter.register_hook(lambda gradient: gradient / world.size)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     )
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether a process holds a part of the network only."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of the network's parameters are sharded over ranks.
+
+    Args:
+        model: the network.
+    """
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gathered(state: Any) -> Any:
-    """Replace each divided tensor in nested dicts and lists by the whole one; collective."""
+    """Replace each sharded tensor by the complete one; collective.
+
+    Args:
+        state: nested dicts and lists, such as a state dict.
+    """
     if isinstance(state, DTensor):
         return state.full_tensor().detach()
     if isinstance(state, Mapping):
@@ -106,7 +115,12 @@ def gathered(state: Any) -> Any:
 
 
 def scattered(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Divide whole tensors as those of the same names are; collective."""
+    """Shard complete tensors; collective.
+
+    Args:
+        weights: complete tensors by name.
+        like: tensors by name; those that are sharded say how to shard the weights of the same names.
+    """
     return {
         name: distribute_tensor(value, other.device_mesh, other.placements)
         if isinstance(other := like.get(name), DTensor)
@@ -116,7 +130,12 @@ def scattered(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
 
 
 def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Divide an optimizer's state, made whole by :func:`gathered`, as its parameters are; collective."""
+    """Shard an optimizer's state like its parameters; collective.
+
+    Args:
+        state: the optimizer's state dict after :func:`gathered`.
+        optimizer: the optimizer that will load the state.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scattered_state = {
         index: scattered(values, dict.fromkeys(values, parameters[index]))
@@ -128,37 +147,44 @@ def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
 
 
 def clip_gradients(model: nn.Module, limit: float) -> None:
-    """Scale the gradient down to a Euclidean norm of ``limit``; collective.
+    """Scale the gradient down to a Euclidean norm of at most ``limit``; collective.
 
-    That is of all the parameters' ``grad``, of which some may be divided, and of the layers' ``factors``.
+    The norm covers ``grad`` of all parameters, sharded or not, and the layers' ``factors``.
+
+    Args:
+        model: the network; its gradients are scaled in place.
+        limit: the largest norm allowed.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    divided = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    norm = nn.utils.get_total_norm(whole)
-    if divided:
-        rest = cast(DTensor, nn.utils.get_total_norm(divided))
-        norm = torch.hypot(norm, rest.full_tensor())
+    local = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = nn.utils.get_total_norm(local)
+    if sharded:
+        sharded_norm = cast(DTensor, nn.utils.get_total_norm(sharded))
+        norm = torch.hypot(norm, sharded_norm.full_tensor())
     factored = [gradient for layer in factored_layers(model) if (gradient := layer.gradient)]
     for factors in factored:
         norm = torch.hypot(norm, factors.squared_norm().sqrt().to(norm.dtype))
-    whole += [gradient.to_local() for gradient in divided]
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
-    torch._foreach_mul_(whole, scale)
+    local += [gradient.to_local() for gradient in sharded]
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
+    torch._foreach_mul_(local, scale)
     for factors in factored:
         factors.scale = scale
 
 
-def _everyone() -> dist.ProcessGroup:
+def _world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the batches of all processes; PyTorch's is for GPUs only.
+    """Batch normalisation over all ranks' batches on a CPU; PyTorch's SyncBatchNorm is for GPUs only.
 
-    Each process must have as many images as the others.
+    All ranks must have the same number of images.
+
+    Shape:
+        input and output ``(N, C, H, W)``, of the same dtype; statistics are fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,10 +196,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         count = x.numel() // x.shape[1] * dist.get_world_size()
         values = x.float()
-        mean = all_reduce(values.sum(dim=(0, 2, 3)), "sum", _everyone()) / count
+        mean = all_reduce(values.sum(dim=(0, 2, 3)), "sum", _world_group()) / count
         centred = values - mean.view(1, -1, 1, 1)
-        # From the centred values: the difference of two large sums would lose its digits.
-        variance = all_reduce(centred.square().sum(dim=(0, 2, 3)), "sum", _everyone()) / count
+        # From centred values: the difference of two large sums, E[x^2] - E[x]^2, would lose its digits.
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3)), "sum", _world_group()) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -183,7 +209,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Have each batch normalisation take its statistics over all processes."""
+    """Replace each batch normalisation by one whose statistics cover all ranks."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is not nn.BatchNorm2d:

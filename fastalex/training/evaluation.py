@@ -1,4 +1,4 @@
-"""The test set, asked once: single crop and ten-crop, on any network and data set."""
+"""Evaluation of a network on a split, with a single crop and with ten-crop."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TEN_CROP = 10
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a network does on a split.
+    """The errors of a network on a split.
 
     Attributes:
         single_crop: errors from the centre crop.
-        ten_crop: errors from the mean of the softmax over corners, centre and their mirror images.
-        views: how many views that were: 10, or 5 where ``data.flip=none`` leaves out the mirror images.
-        probabilities: of the ten-crop, fp32 ``(N, classes)``, on the CPU.
+        ten_crop: errors from the softmax averaged over corners, centre and their mirror images.
+        views: number of those views: 10, or 5 with ``data.flip=none``, which leaves out the mirror images.
+        probabilities: averaged class probabilities of the ten-crop, fp32 ``(N, classes)``, on the CPU.
     """
 
     single_crop: Errors
@@ -34,7 +34,7 @@ class Evaluation:
     probabilities: torch.Tensor
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures, as ``summary.json`` and ``evaluation.json`` hold them."""
+        """Return the figures as they appear in ``summary.json`` and ``evaluation.json``."""
         return {
             "top1_error": self.ten_crop.top1_error,
             "top5_error": self.ten_crop.top5_error,
@@ -43,7 +43,11 @@ class Evaluation:
         }
 
     def table(self, title: str) -> str:
-        """Return the figures as the table that a command prints."""
+        """Return the figures as a text table.
+
+        Args:
+            title: heading of the first column.
+        """
         name = "ten-crop" if self.views == TEN_CROP else f"ten-crop, unmirrored ({self.views} views)"
         rows = [(title, "top-1 error", "top-5 error")]
         for label, figures in (("single crop", self.single_crop), (name, self.ten_crop)):
@@ -55,14 +59,17 @@ class Evaluation:
 def evaluate_model(
     network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World = ALONE
 ) -> Evaluation:
-    """Run a network over a split twice: once with the centre crop, once with ten-crop.
+    """Evaluate a network on a split with the centre crop and with ten-crop; collective.
 
     Args:
-        network: whole, on the runtime's device.
+        network: the unsharded network, on the runtime's device.
         images: the split.
-        config: of the run.
-        runtime: the device and the arithmetic.
-        world: the processes that share the images, each of which then has the figures.
+        config: the run's configuration; its ``data``, ``loader`` and ``train.batch_size`` are used.
+        runtime: the device, dtype and memory format.
+        world: the ranks that share the images; each returns the same figures.
+
+    Raises:
+        DataError: an image cannot be read.
     """
     size = max(1, config.train.batch_size // world.size)
     views = TEN_CROP

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and how much the hardware could do in the same time."""
+"""FLOPs of a training step, and the hardware's peak rate."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fastalex.runtime import Runtime
 
-# Large enough to run at the hardware's best, small enough not to delay the start of a run.
+# Side of the square matrices: large enough for the peak rate, small enough not to delay the start of a run.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = 5
 
 
 def training_flops(model: nn.Module, shape: Sequence[int]) -> int:
-    """Count the FLOPs of a forward and backward pass over one batch, by PyTorch's own counter.
+    """Count the FLOPs of a forward and backward pass over one batch with PyTorch's counter.
 
-    It counts convolutions and matrix products, a multiply-add as two. Nothing is computed: the pass runs on
-    the meta device, on a copy.
+    Convolutions and matrix products count, a multiply-add as two FLOPs. The pass runs on a copy on the meta
+    device, so nothing is computed.
 
     Args:
-        model: on any device, in the mode that it trains in.
+        model: the network, on any device, in training mode.
         shape: of the batch, ``(N, C, H, W)``.
     """
     with torch.device("meta"):
@@ -38,9 +38,14 @@ def training_flops(model: nn.Module, shape: Sequence[int]) -> int:
 
 
 def matmul_flops_per_second(runtime: Runtime) -> float:
-    """Measure the rate of a large matrix product in the runtime's arithmetic: the best of a few."""
+    """Measure the FLOP/s of a large matrix product, as the best of :data:`ROUNDS`.
+
+    Args:
+        runtime: the device and dtype of the product.
+    """
     size = MATMUL_SIZE[runtime.device.type]
-    # Random, since of ones a processor makes less heat and so more speed; but not by the run's own generator.
+    # Random, because constant operands draw less power and so run faster. A generator of its own leaves the
+    # run's as it was.
     generator = torch.Generator(runtime.device).manual_seed(0)
     a, b = torch.randn(2, size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
     seconds = []
@@ -61,10 +66,7 @@ def _convolution_backward_flops(
     out_shape: Any,
     **kwargs: Any,
 ) -> int:
-    """Each of the two gradients costs what the forward pass does.
-
-    PyTorch's own formula forgets the groups in the gradient of the weight.
-    """
+    """Count each of the two gradients like the forward pass; PyTorch's formula omits the weight's groups."""
     *_, transposed, _output_padding, _groups, output_mask = args
     once = conv_flop_count(list(x), list(weight), list(gradient), transposed)
     return once * (output_mask[0] + output_mask[1])

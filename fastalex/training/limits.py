@@ -1,4 +1,4 @@
-"""How a run ends that meets a limit of the card or of the compiler: with one line."""
+"""One-line errors for the limits of GPU memory and of torch.compile."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from fastalex.config import Config
 from fastalex.errors import CompileLimitError, DeviceMemoryError
 
-# How CUDA and its libraries say it where PyTorch's allocator is not asked.
+# Out-of-memory messages of CUDA and its libraries, which allocate without PyTorch's allocator.
 _FULL = re.compile(r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Context in which a limit that is met is an error of one line, which says what to change.
+    """Context that turns a limit's exception into a one-line error that says what to change.
 
     Args:
-        config: of the run, whose values the line names.
+        config: the run's configuration, whose values the message names.
 
     Raises:
-        DeviceMemoryError: the card's memory is full; with PyTorch's figures.
-        CompileLimitError: the network was called in more ways than ``Runtime.compiled`` was told of.
+        DeviceMemoryError: the GPU's memory is full; the message has PyTorch's figures.
+        CompileLimitError: the network was called in more variants than :meth:`Runtime.compiled` allows.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A card's memory: what of it images may take beside a training."""
+"""GPU memory: an estimate of what training takes, and how much is left for decoded images."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from fastalex.config import Config
 from fastalex.distributed.processes import ALONE, World
 from fastalex.runtime import Runtime
 
-# What a step takes at its worst, in what its forward pass keeps for the backward one: that itself, and as
-# much again for gradients, cuDNN's work space and blocks that do not fit each other.
+# Peak memory of a step as a multiple of the tensors saved for backward: those tensors, and as much again for
+# gradients, cuDNN workspaces and fragmentation.
 PEAK = 2
 
 
 def room_for_images(model: nn.Module, config: Config, runtime: Runtime, world: World = ALONE) -> int | None:
-    """Return the bytes that decoded images may take on the device; collective.
+    """Return how many bytes decoded images may take on the device; collective.
 
     Args:
-        model: that is to be trained, not on the device yet.
-        config: of the run: how large its batches are.
-        runtime: the device and the arithmetic.
-        world: the processes that train together. All get the same number, that of the card with least room.
+        model: the network to train, not yet on the device.
+        config: the run's configuration.
+        runtime: the device and dtype.
+        world: the ranks that train together; all get the minimum over their GPUs.
 
     Returns:
-        What is free of a card's memory less what training will take, which may be below zero; None for a CPU,
-        where decoded images are in memory already.
+        Free GPU memory minus :func:`training_bytes`, in bytes, possibly negative; None on a CPU, where
+        decoded images are in memory already.
     """
     if runtime.device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(runtime.device)
-    # What this process has claimed and does not use is free as well.
+    # Memory that PyTorch's allocator holds but does not use is free as well.
     free += torch.cuda.memory_reserved(runtime.device) - torch.cuda.memory_allocated(runtime.device)
     return world.min(free - training_bytes(model, config, runtime.dtype, world.size))
 
 
 def training_bytes(model: nn.Module, config: Config, dtype: torch.dtype, processes: int = 1) -> int:
-    """Estimate the bytes that training takes on a device, or on each of several; nothing is computed.
+    """Estimate the bytes that training takes on each device.
 
-    That is the weights with their momentum and perhaps their average, as much again while a checkpoint is
-    copied, their gradients, and what a step keeps of the largest batch, by a forward pass on the meta device.
+    The sum of: the weights, their momentum and, with ``train.ema_decay``, their average; a second copy of
+    these while a checkpoint is written; the gradients; and :data:`PEAK` times the tensors that a step on the
+    largest batch saves for backward. These are measured by a forward pass on the meta device.
 
     Args:
-        model: in the mode that it trains in.
-        config: of the run.
-        dtype: of activations.
-        processes: that share a batch.
+        model: the network, in training mode.
+        config: the run's configuration.
+        dtype: of the activations.
+        processes: the number of processes that share a batch.
     """
     tensors = chain(model.parameters(), model.buffers())
     copies = 2 * (3 if config.train.ema_decay else 2) + 1
@@ -59,12 +60,11 @@ def training_bytes(model: nn.Module, config: Config, dtype: torch.dtype, process
 
 
 def _kept_bytes(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of all that a forward pass keeps for the backward one, but for the weights."""
+    """Return the bytes that a forward pass saves for backward, without the weights."""
     network = copy.deepcopy(model).to("meta", dtype)
     weights = {tensor.untyped_storage()._cdata for tensor in chain(network.parameters(), network.buffers())}
-    kept: dict[
-        int, torch.UntypedStorage
-    ] = {}  # by their addresses: views, and what two layers keep, count once
+    # By address, so that views, and a tensor saved by two layers, count once.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

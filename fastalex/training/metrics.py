@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error of a network over a loader, with a single crop or the mean of ten."""
+"""Top-1 and top-5 error of a network over a loader, from one crop or the mean over ten."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fastalex.distributed.processes import ALONE, World
 from fastalex.kernels import LazyBatch
 from fastalex.runtime import Runtime
 
-# Shapes that ``evaluation.evaluate`` calls a network with: centre crop and ten-crop, a batch and the last.
+# Batch shapes of ``evaluation.evaluate_model``: a full and a last batch, for centre crop and for ten-crop.
 EVALUATION_PASSES = 4
 
 
 @dataclass(frozen=True)
 class Errors:
-    """What a network does wrong on a split.
+    """Errors and loss of a network on a split.
 
     Attributes:
-        top1_error: share of the images whose most probable class is not the label.
-        top5_error: share of the images whose label is not among the five most probable classes.
-        loss: mean cross-entropy, in nats, of the probabilities averaged over the views. An image counts for
-            87.3 at most, that of the least probability that fp32 holds.
-        images: how many there were.
+        top1_error: fraction of the images whose most probable class is not the label.
+        top5_error: fraction of the images whose label is not among the five most probable classes.
+        loss: mean cross-entropy, in nats, of the probabilities averaged over the views. Probabilities are
+            clamped to fp32's smallest normal number, so one image adds at most 87.3 nats.
+        images: number of images.
     """
 
     top1_error: float
@@ -42,18 +42,18 @@ def predict(
     runtime: Runtime,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Run a network over a loader in evaluation mode.
+    """Run a network over a loader in evaluation mode; collective.
 
     Args:
-        network: on the runtime's device; left in the mode it came in.
-        loader: yields ``(B * V, 3, crop, crop)`` images, the V views of an image side by side, and ``(B,)``
-            labels.
-        runtime: the device and the arithmetic.
-        world: the processes whose loaders share the images.
+        network: the network, on the runtime's device; its training mode is restored.
+        loader: yields images ``(B * V, 3, crop, crop)`` in the runtime's dtype or a lazy batch, the V views
+            of an image adjacent, and labels, int64 ``(B,)``.
+        runtime: the device, dtype and memory format.
+        world: the ranks whose loaders share the images.
 
     Returns:
-        Class probabilities ``(N, classes)``, fp32, the mean over an image's views of their softmax; and the
-        labels ``(N,)``, int64. Both on the runtime's device.
+        Class probabilities, fp32 ``(N, classes)``: the softmax averaged over an image's views; and labels,
+        int64 ``(N,)``. Both cover all ranks' images and are on the runtime's device.
     """
     was_training = network.training
     network.eval()
@@ -70,8 +70,13 @@ def predict(
 
 
 def errors(probabilities: Tensor, labels: Tensor) -> Errors:
-    """Compute errors and loss from class probabilities ``(N, classes)`` and labels ``(N,)``."""
-    top1 = probabilities.argmax(dim=1) == labels  # where classes tie, topk may prefer another than argmax
+    """Compute errors and loss.
+
+    Args:
+        probabilities: of the classes, fp32 ``(N, classes)``.
+        labels: int64 ``(N,)``.
+    """
+    top1 = probabilities.argmax(dim=1) == labels  # not topk's first: it may break ties differently
     top5 = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
     hits = (top5 == labels[:, None]).any(dim=1) | top1
     likelihood = probabilities.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""The optimizer, and the average of the weights."""
+"""The optimizers, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from fastalex.errors import MissingDependencyError
 from fastalex.models.factored_linear import FactoredLinear, factored_layers
 from fastalex.training.schedule import learning_rate
 
-# Steps between two updates of the average: each reads and writes all weights, and few would do it no harm.
+# Steps between two updates of the average. Each update reads and writes all weights. Updating the average
+# less often would not hurt it.
 AVERAGE_EVERY = 8
 
-# Rows of a factored gradient that are multiplied out together, 5 MB of AlexNet's largest: the fastest number
-# in benchmarks/test_factored_sgd.py.
+# Rows of a factored gradient that are materialized at a time, 5 MB in AlexNet's largest layer: the fastest
+# number in benchmarks/test_factored_sgd.py.
 ROWS = 128
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay, or LARS (You, Gitman and Ginsburg, 2017), which is timm's.
+    """Create SGD with momentum and weight decay, or timm's LARS (You, Gitman and Ginsburg, 2017).
 
-    SGD's fused kernel updates a parameter in one pass over memory. Parameters that are divided over processes
-    are a group of their own: there is no such kernel for them.
+    SGD uses PyTorch's fused kernel, which updates a parameter in one pass over memory. Sharded parameters
+    form a second group, because there is no fused kernel for them.
+
+    Args:
+        model: the network whose parameters are updated.
+        config: the recipe; ``optimizer``, ``lr``, ``momentum`` and ``weight_decay`` are used.
 
     Raises:
         MissingDependencyError: LARS without timm.
@@ -43,18 +48,18 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
             from timm.optim import Lars
         except ImportError as error:
             raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
-        # timm adapts the rate of groups with weight decay; biases take the plain step, as is usual.
+        # timm adapts the rate only in groups with weight decay; biases take the plain step, as usual.
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
         return lars
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    divided = [p for p in parameters if isinstance(p, DTensor)]
-    groups = [{"params": whole, "fused": True}]
-    if divided:
-        groups.append({"params": divided, "fused": False, "foreach": True})
+    replicated = [p for p in parameters if not isinstance(p, DTensor)]
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    groups = [{"params": replicated, "fused": True}]
+    if sharded:
+        groups.append({"params": sharded, "fused": False, "foreach": True})
     return FactoredSGD(
         groups,
         factored_layers(model),
@@ -65,14 +70,14 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 class FactoredSGD(torch.optim.SGD):
-    """SGD, fused, that also steps with the gradients that layers keep as factors.
+    """Fused SGD that also applies gradients which layers keep as factors.
 
     Args:
-        groups: of parameters.
-        layers: whose weights are among the first group's.
-        lr: as the next two of :class:`torch.optim.SGD`.
-        momentum:
-        weight_decay:
+        groups: parameter groups, as :class:`torch.optim.SGD` takes them, each with ``fused``.
+        layers: the layers that may keep factors; their weights are in the first group.
+        lr: learning rate, a factor of the whole step.
+        momentum: fraction of the last step's velocity that the next one keeps, 0 to 1; 0 keeps no velocity.
+        weight_decay: multiple of the weight that is added to its gradient.
     """
 
     def __init__(
@@ -85,12 +90,12 @@ class FactoredSGD(torch.optim.SGD):
         weight_decay: float,
     ) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        # PyTorch sets it where `fused` is given for all groups at once. It has GradScaler tell the kernel
-        # whether a gradient overflowed; without, the host waits to be told, in each step.
+        # PyTorch sets this only if `fused` is given for all groups at once. With it, GradScaler passes the
+        # kernel a flag on the device for overflow; without it, the host waits for that flag in each step.
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
         self._layers = layers
-        # Now, and not in the first step: among its activations they would be in the way of later ones. All of
-        # them, since PyTorch's fused step takes either all of the buffers or none.
+        # Allocate the momentum now: in the first step it would lie among activations and fragment memory.
+        # Allocate it for all parameters, since PyTorch's fused step needs all buffers or none.
         for parameter in self.param_groups[0]["params"]:
             self._momentum(parameter)
 
@@ -98,7 +103,7 @@ class FactoredSGD(torch.optim.SGD):
         return {**super().__getstate__(), "_layers": self._layers}
 
     def _momentum(self, weight: Tensor) -> Tensor | None:
-        """Return the weight's buffer, zeros to begin with; None without momentum."""
+        """Return the weight's momentum buffer, created as zeros; None without momentum."""
         if not self.param_groups[0]["momentum"]:
             return None
         state = self.state[weight]
@@ -109,7 +114,14 @@ class FactoredSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take a step: with ``grad`` where there is one, with ``factors`` where a layer has some."""
+        """Update each parameter from its ``grad``, and weights of layers with ``factors`` from those.
+
+        Args:
+            closure: recomputes the loss, as in :meth:`torch.optim.SGD.step`.
+
+        Returns:
+            The closure's loss; None without a closure.
+        """
         loss = super().step(closure)
         group = self.param_groups[0]
         for layer in self._layers:
@@ -138,38 +150,42 @@ class WeightAverage:
     """An exponential moving average of a network's weights and buffers (Polyak and Juditsky, 1992).
 
     Args:
-        model: whose weights are averaged.
-        decay: the share of the old average that a step leaves; the average spans about ``1 / (1 - decay)``
-            steps.
+        model: the network whose weights are averaged; it is copied.
+        decay: fraction of the old average that remains after one step, 0 to 1. The average spans about
+            ``1 / (1 - decay)`` steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
         self._averaged = copy.deepcopy(model)
-        self._begun = False
+        self._started = False
         self._mix = get_ema_multi_avg_fn(decay**AVERAGE_EVERY)
 
-    # Not PyTorch's AveragedModel: it counts its updates in a tensor, and the host waits for it in each.
+    # Not PyTorch's AveragedModel: it counts updates in a tensor, which the host waits for in each update.
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Take the weights after step number ``step``, counted from 1, into the average."""
+        """Update the average in every :data:`AVERAGE_EVERY`-th step.
+
+        Args:
+            step: number of the step that was just taken, from 1.
+        """
         if step % AVERAGE_EVERY:
             return
-        alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for pair in zip(_tensors(self._averaged), _tensors(self._model), strict=True):
-            alike.setdefault(pair[0].dtype, []).append(pair)
-        for pairs in alike.values():
+            by_dtype.setdefault(pair[0].dtype, []).append(pair)
+        for pairs in by_dtype.values():
             averages, currents = (list(tensors) for tensors in zip(*pairs, strict=True))
-            if self._begun:
+            if self._started:
                 self._mix(averages, currents, 0)
             else:
                 torch._foreach_copy_(averages, currents)
-        self._begun = True
+        self._started = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Exchange the network's weights for their average, once there is one, and back at the end."""
-        if not self._begun:
+        """Context in which the network has the averaged weights, or its own before the first update."""
+        if not self._started:
             yield
             return
         self._exchange()
@@ -180,25 +196,29 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # Values, not tensors: the optimizer, and a compiled network, hold the tensors.
+        # Swap values, not tensors: the optimizer and a compiled network refer to the tensors.
         averaged = self._averaged.state_dict()
         for name, tensor in self._model.state_dict().items():
-            held = tensor.clone()
+            current = tensor.clone()
             tensor.copy_(averaged[name])
-            averaged[name].copy_(held)
+            averaged[name].copy_(current)
 
     @property
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The state dict of the average; None before the first update."""
-        return self._averaged.state_dict() if self._begun else None
+        return self._averaged.state_dict() if self._started else None
 
     def load(self, weights: dict[str, torch.Tensor] | None) -> None:
-        """Go on from an average that another process kept."""
+        """Restore an average.
+
+        Args:
+            weights: what :attr:`weights` returned; None leaves this average as it is.
+        """
         if weights is not None:
             self._averaged.load_state_dict(weights)
-            self._begun = True
+            self._started = True
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield a network's weights and buffers, as they are."""
+    """Yield a network's parameters and buffers, detached, without copying them."""
     return (tensor.detach() for tensor in chain(model.parameters(), model.buffers()))

@@ -1,4 +1,4 @@
-"""A few training steps under ``torch.profiler``: a trace to open, and a table of where the time goes."""
+"""Training steps under ``torch.profiler``: a trace file, and a table of where the time goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastalex.data.wrappers import FirstBatches
 from fastalex.files import replacing, write_text
 from fastalex.training.trainer import Trainer
 
-WAIT, WARMUP, ACTIVE = 2, 2, 6  # steps before the profiler, under it unrecorded, and recorded
+WAIT, WARMUP, ACTIVE = 2, 2, 6  # steps without the profiler, under it but discarded, and recorded
 STEPS = WAIT + WARMUP + ACTIVE
 TOP = 20
 RANGES = ("input", "forward", "backward", "optimizer")
@@ -26,13 +26,13 @@ _NO_OPERATORS = ("ProfilerStep", "autograd::engine", "Optimizer.")
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the recorded steps' time went.
+    """Where the time of the recorded steps went.
 
     Attributes:
-        ranges: milliseconds a step within each part of the loop, as the host saw it.
-        operators: name, milliseconds a step of its own, share of all of them, calls a step; the greatest
-            first. On a GPU these are the kernels, copies and fills that ran there.
-        cuda: whether it was a GPU.
+        ranges: milliseconds per step in each part of the loop, measured on the host.
+        operators: name, own milliseconds per step, fraction of the total, and calls per step; the slowest
+            first. On a GPU these are kernels, copies and fills.
+        cuda: whether the device is a GPU.
     """
 
     ranges: dict[str, float]
@@ -40,12 +40,12 @@ class Profile:
     cuda: bool
 
     def table(self) -> str:
-        """Return both as text."""
-        whole = sum(self.ranges.values()) or 1.0
+        """Return ranges and operators as a text table."""
+        total = sum(self.ranges.values()) or 1.0
         part = "part of the loop" + (", on the host" if self.cuda else "")
         operator = "kernel, on the GPU" if self.cuda else "operator, its own time"
         lines = [f"{part:<52}  {'ms/step':>9}  {'share':>6}"]
-        lines += [f"{name:<52}  {ms:9.2f}  {ms / whole:6.1%}" for name, ms in self.ranges.items()]
+        lines += [f"{name:<52}  {ms:9.2f}  {ms / total:6.1%}" for name, ms in self.ranges.items()]
         lines += ["", f"{operator:<52}  {'ms/step':>9}  {'share':>6}  {'calls/step':>10}"]
         lines += [
             f"{short(name)[:52]:<52}  {ms:9.2f}  {share:6.1%}  {calls:10.1f}"
@@ -59,15 +59,18 @@ class Profile:
 
 
 def profile_steps(trainer: Trainer, folder: Path) -> Profile:
-    """Train for a few steps under the profiler.
+    """Train for :data:`STEPS` steps under the profiler.
 
     Writes ``trace.json`` (for ui.perfetto.dev or chrome://tracing) and ``profile.txt`` to the folder.
 
     Args:
-        trainer: its training loader is cut to ``STEPS`` steps, and it is not to be used afterwards.
-        folder: of the run.
+        trainer: the trainer. Its loaders and ``on_step`` are replaced: do not use it afterwards.
+        folder: the run's folder.
+
+    Raises:
+        OutputError: a file cannot be written.
     """
-    # Else Kineto writes lines of its own among ours, one of them an error where there is no GPU.
+    # Kineto otherwise prints lines among ours, one of them an error if there is no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     trainer.train_loader = FirstBatches(trainer.train_loader, STEPS)
     trainer.validation_loader = None
@@ -93,7 +96,11 @@ def profile_steps(trainer: Trainer, folder: Path) -> Profile:
 
 
 def _export(profiler: profile, path: Path) -> None:
-    """Write the trace, which PyTorch gives up in silence where the disk is full."""
+    """Write the trace.
+
+    Raises:
+        OSError: the disk is full, which PyTorch does not report.
+    """
     profiler.export_chrome_trace(str(path))
     for rest in path.parent.glob(f"{path.name}*.tmp"):
         rest.unlink()
@@ -102,17 +109,20 @@ def _export(profiler: profile, path: Path) -> None:
 
 
 def is_kernel(event: FunctionEvent | FunctionEventAvg) -> bool:
-    """Whether an event of the profiler is work of the GPU: a kernel, a copy or a fill.
+    """Whether an event of the profiler is GPU work: a kernel, a copy or a fill.
 
-    What the host marks with ``record_function`` has an event of the same name on the GPU's side, from the
-    first kernel launched in it to the last; that one is none, and neither is the operator that launched a
-    kernel, though its device time is the kernel's. A kernel of a CUDA graph is one, and may have no operator.
+    Two kinds of event also have device time but are not GPU work: the GPU-side range of a
+    ``record_function``, from the first kernel launched in it to the last, and the operator that launched a
+    kernel. A kernel of a CUDA graph may have no operator.
+
+    Args:
+        event: an event, or an average of events.
     """
     return bool(event.device_type == DeviceType.CUDA and not event.is_user_annotation)
 
 
 def short(name: str) -> str:
-    """The name of a C++ kernel without its namespaces; any other name as it is."""
+    """Return the name of a C++ kernel without its namespaces, and any other name unchanged."""
     if not name.startswith("void "):
         return name
     return re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name.removeprefix("void "))
@@ -121,11 +131,11 @@ def short(name: str) -> str:
 def operators(
     averages: Sequence[FunctionEventAvg], steps: int, cuda: bool
 ) -> list[tuple[str, float, float, float]]:
-    """What ran on the device: kernels on a GPU, operators on the CPU; see :class:`Profile`.
+    """Return :attr:`Profile.operators`: kernels on a GPU, operators on the CPU.
 
     Args:
         averages: ``key_averages()`` of a profiler.
-        steps: how many it recorded.
+        steps: number of recorded steps.
         cuda: whether the device is a GPU.
     """
     rows = []
@@ -135,9 +145,9 @@ def operators(
             rows.append((name, event.self_device_time_total, event.count))
         elif not (cuda or name in RANGES or name.startswith(_NO_OPERATORS)):
             rows.append((name, event.self_cpu_time_total, event.count))
-    whole = sum(own for _, own, _ in rows) or 1.0
+    total = sum(own for _, own, _ in rows) or 1.0
     rows.sort(key=lambda row: row[1], reverse=True)
-    return [(name, own / 1e3 / steps, own / whole, calls / steps) for name, own, calls in rows]
+    return [(name, own / 1e3 / steps, own / total, calls / steps) for name, own, calls in rows]
 
 
 def _summarise(averages: Sequence[FunctionEventAvg], cuda: bool) -> Profile:

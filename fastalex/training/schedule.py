@@ -1,4 +1,4 @@
-"""The learning rate over a run: one cycle, several, or a plateau."""
+"""Learning-rate schedules: one cycle, several cycles, or reduction on a plateau."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from fastalex.config import Scaling, Schedule, TrainConfig
 
 PLATEAU_FACTOR = 0.1
 
-
-# The paper's run ended after three reductions; the fourth ends ours. (Half, because 0.1**3 is not exact.)
+# The paper reduced the rate three times; the fourth reduction ends our run. The factor 0.5 allows for
+# rounding: 0.1**3 is inexact.
 PLATEAU_FLOOR = 0.5 * PLATEAU_FACTOR**3
 
-
-# The batch that train.lr is for, where it is scaled: the paper's.
+# The batch size that train.lr refers to under linear scaling: the paper's.
 LR_BATCH = 128
 
 
 def learning_rate(config: TrainConfig) -> float:
-    """The peak rate: ``train.lr``, or that in proportion to the batch.
+    """Return the peak rate: ``train.lr``, with linear scaling times ``batch_size / LR_BATCH``.
 
-    Goyal et al., "Accurate, Large Minibatch SGD", 2017; the warm-up which that takes is the one cycle's.
+    Linear scaling is from Goyal et al., "Accurate, Large Minibatch SGD", 2017; ``one_cycle`` has the warm-up
+    that it needs.
+
+    Args:
+        config: the recipe.
     """
     return config.lr * _scale(config)
 
@@ -31,7 +34,10 @@ def _scale(config: TrainConfig) -> float:
 
 
 def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
-    """The steps and the peak rate of each cycle; each stage with a rate ends one, and the run the last."""
+    """Return each cycle's number of steps and peak rate.
+
+    A stage with a rate of its own ends a cycle; the end of the run ends the last.
+    """
     per_epoch = steps // config.epochs
     cycles, taken, epochs = [], 0, 0
     for stage in config.stages:
@@ -43,16 +49,17 @@ def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
 
 
 class LearningRate:
-    """A schedule that is told of every step and of every validation, whichever of the two it follows.
+    """Sets the optimizer's learning rate. Call ``after_step`` and ``after_validation`` with any schedule.
+
+    ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first ``warmup`` of the steps and falls
+    linearly to zero (Smith and Topin, "Super-Convergence", 2018). It restarts after a stage with a rate of
+    its own (Loshchilov and Hutter, "SGDR", 2017). ``plateau`` divides the rate by ten when the validation
+    error has not improved for more than ``patience`` epochs (Krizhevsky's rule, automated).
 
     Args:
-        optimizer: whose rate is set.
-        config: names the schedule: ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first
-            ``warmup`` of the steps and falls linearly to zero (Smith and Topin, "Super-Convergence", 2018),
-            and does so anew after a stage with a rate of its own (the warm restart of Loshchilov and Hutter,
-            "SGDR", 2017); ``plateau`` divides by ten when the validation error has not improved for more
-            than ``patience`` epochs (Krizhevsky's rule, made automatic).
-        steps: of the whole run.
+        optimizer: the optimizer whose rate is set.
+        config: the recipe, with the schedule.
+        steps: number of steps in the whole run.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
@@ -70,16 +77,16 @@ class LearningRate:
 
     def _begin(self, cycle: int) -> None:
         """Begin a cycle, at its lowest rate."""
-        # PyTorch's SequentialLR cannot do it: OneCycleLR keeps its bounds in the optimizer, the last one's in
-        # place of the others'.
+        # Not PyTorch's SequentialLR: each OneCycleLR stores its bounds in the optimizer, so the last one
+        # would overwrite the others'.
         steps, peak = self._cycles[cycle]
         self._cycle = cycle
-        # PyTorch divides by the length of the rise, and ends it a step early: then it has none.
+        # A warm-up of one step has length 0 in PyTorch, which divides by that length: leave it out.
         warmup = 0.0 if self._warmup * (steps + 1) == 1 else self._warmup
         self._scheduler = OneCycleLR(
             self._optimizer,
             max_lr=peak,
-            # One more than are taken: PyTorch's schedule reaches zero at its last step.
+            # One more than the cycle has: PyTorch's schedule reaches zero at its last step.
             total_steps=steps + 1,
             pct_start=warmup,
             anneal_strategy="linear",
@@ -88,7 +95,7 @@ class LearningRate:
 
     @property
     def current(self) -> float:
-        """The rate of the next step."""
+        """Learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     @property
@@ -97,6 +104,7 @@ class LearningRate:
         return isinstance(self._scheduler, ReduceLROnPlateau) and self.current < self._initial * PLATEAU_FLOOR
 
     def after_step(self) -> None:
+        """Set the rate of the next step, under ``one_cycle``."""
         if not isinstance(self._scheduler, OneCycleLR):
             return
         self._scheduler.step()
@@ -105,15 +113,25 @@ class LearningRate:
             self._begin(self._cycle + 1)
 
     def after_validation(self, error: float) -> None:
+        """Reduce the rate if the error has stopped improving, under ``plateau``.
+
+        Args:
+            error: top-1 error on the validation images, a fraction.
+        """
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(error)
 
     def state_dict(self) -> dict:
+        """Return the state to resume from."""
         state = self._scheduler.state_dict()
         return state | {"cycle": self._cycle} if self._cycles else state
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state; the optimizer's, with the rate, has to be loaded already."""
+        """Restore a state. Load the optimizer's first: it holds the current rate.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+        """
         state = dict(state)
         cycle = state.pop("cycle", 0)
         if self._cycles and cycle != self._cycle:

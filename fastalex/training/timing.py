@@ -1,4 +1,4 @@
-"""What training steps take: samples, arithmetic, and wall time without the warm-up."""
+"""The cost of training steps: samples, FLOPs and wall time, apart from warm-up."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.profiler import record_function
 from fastalex.data import Loader
 from fastalex.kernels import LazyBatch
 
-# Left out of the throughput, at each new shape of batch: kernels are compiled and memory is claimed in them.
+# Steps at each new batch shape that throughput leaves out: they compile kernels and allocate memory.
 WARMUP_STEPS = 3
 
 
 @dataclass
 class Spent:
-    """What training steps took.
+    """The cost of training steps. All but ``warmup`` leave out warm-up steps.
 
     Attributes:
-        images: training samples, as the next three without those of the warm-up.
-        flops: of the convolutions and matrix products, forward and backward.
-        waited: seconds in waiting for the loader.
-        seconds: of wall time.
-        warmup: seconds of the steps that compile kernels and claim memory.
+        images: number of training samples.
+        flops: forward and backward FLOPs of convolutions and matrix products.
+        waited: seconds spent waiting for the loader.
+        seconds: wall time, in seconds.
+        warmup: wall time of the warm-up steps, in seconds.
     """
 
     images: int = 0
@@ -39,7 +39,7 @@ class Spent:
 
 
 class Clock:
-    """The wall time of an epoch's training steps in this process, and the part of it spent on input."""
+    """Measures the wall time of an epoch's training steps in this process, and the part spent on input."""
 
     def __init__(self) -> None:
         self._made = time.perf_counter()
@@ -47,13 +47,13 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted; the warm-up has only now ended."""
+        """Discard the counts so far: all steps until now were warm-up."""
         self._images = self._flops = 0
         self._waited = 0.0
         self._began = time.perf_counter()
 
     def timing(self, loader: Loader) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
-        """Yield a loader's batches."""
+        """Yield a loader's batches, and time the wait for each."""
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
@@ -65,22 +65,28 @@ class Clock:
             yield batch
 
     def count(self, images: int, flops: int) -> None:
-        """Count a batch that was trained on."""
+        """Count a finished step.
+
+        Args:
+            images: samples in its batch, over all ranks.
+            flops: FLOPs of the step, over all ranks.
+        """
         self._images += images
         self._flops += flops
 
     def stop(self) -> None:
+        """Stop measuring steps, but not :attr:`age`."""
         self._stopped = time.perf_counter()
 
     @property
     def age(self) -> float:
-        """Seconds since it was made, whether it has been stopped or not."""
+        """Seconds since the clock was created, whether stopped or not."""
         return time.perf_counter() - self._made
 
     @property
     def spent(self) -> Spent:
-        """What the steps took, up to now or to where it was stopped."""
-        if not self._images:  # nothing but warm-up so far
+        """The cost of the steps until now, or until the clock was stopped."""
+        if not self._images:  # warm-up only
             return Spent(warmup=self._began - self._made)
         seconds = (self._stopped or time.perf_counter()) - self._began
         return Spent(self._images, self._flops, self._waited, seconds, self._began - self._made)

@@ -1,4 +1,4 @@
-"""The training loop, and nothing but the loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
 from fastalex.training.schedule import LearningRate
 from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
 
-# Each compiled for itself: in training a batch, or part of one, and the last of an epoch, whose last part may
-# be smaller still, and each of these both made and unmade, where CutMix makes some; in validation a batch and
-# the last.
+# Variants that torch.compile may need at each crop. Training has batches of three sizes: a batch or a part of
+# one, a part of the epoch's last batch, and that batch's smaller last part. Each comes both lazy and
+# materialized where CutMix mixes some batches. Validation has two sizes: a batch and the last one.
 PASSES_AT_A_CROP = 8
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to.
+    """The figures of one epoch, over all ranks.
 
     Attributes:
-        epoch: counted from 1.
-        step: optimizer steps taken since the run began.
-        train_loss: mean over the epoch's batches, in nats, label smoothing included.
-        train_top1_error: share of the training samples, as augmented, that were wrong when they were seen; of
-            one in two classes, the right one is that of its larger part.
-        validation_loss: in nats, centre crop, of the averaged weights where there are any; None without a
-            validation loader, as are the next two.
-        validation_top1_error: centre crop.
-        validation_top5_error: centre crop.
-        learning_rate: of the epoch's last step.
-        images_per_second: training samples by training time, warm-up steps left out.
-        input_wait_fraction: share of the training time that went by in waiting for the loader.
-        flops_per_second: of the convolutions and matrix products, forward and backward, in the same time.
-        flops_utilization: that, as a share of what the hardware does at best; None where that is not known.
-        warmup_seconds: of the steps that compile kernels and claim memory, left out of the rates above.
-        seconds: wall time of the epoch, warm-up and validation included.
+        epoch: number of the epoch, from 1.
+        step: optimizer steps since the start of the run.
+        train_loss: mean cross-entropy over the epoch's batches, in nats, with label smoothing.
+        train_top1_error: fraction of the augmented training samples that were misclassified in their training
+            step. For a CutMix image, the class with the larger area counts as correct.
+        validation_loss: mean cross-entropy of the centre crops, in nats, with the averaged weights if there
+            are any; None without a validation loader, like the next two.
+        validation_top1_error: fraction of the centre crops whose most probable class is wrong.
+        validation_top5_error: fraction of the centre crops whose class is not among the five most probable.
+        learning_rate: the rate of the epoch's last step.
+        images_per_second: training samples per second of training time, without warm-up steps.
+        input_wait_fraction: fraction of the training time spent waiting for the loader.
+        flops_per_second: forward and backward FLOPs of convolutions and matrix products per second of
+            training time.
+        flops_utilization: ``flops_per_second`` as a fraction of the peak rate; None if the peak is unknown.
+        warmup_seconds: duration of the warm-up steps, which compile kernels and allocate memory.
+        seconds: wall time of the epoch, including warm-up and validation.
     """
 
     epoch: int
@@ -78,17 +79,17 @@ class Epoch:
 
 
 @dataclass
-class _Progress:
-    """How far the current epoch is: all that a process which goes on from here cannot compute again.
+class EpochState:
+    """Mid-epoch state that a resumed process cannot recompute.
 
     Attributes:
-        batches: taken.
-        samples: in them.
-        loss: the sum over the batches.
-        wrong: samples that were.
-        rate: of the last step.
-        spent: in the epoch's steps by earlier processes, as is the next.
-        seconds: of the epoch's wall time.
+        batches: batches trained on so far.
+        samples: samples in those batches.
+        loss: sum of the batches' losses, in nats; fp64 ``()`` on the device while training.
+        wrong: number of misclassified samples; int64 ``()`` on the device while training.
+        rate: learning rate of the last step.
+        spent: images, FLOPs and time of the epoch's steps in earlier processes.
+        seconds: wall time of the epoch in earlier processes.
     """
 
     batches: int = 0
@@ -99,41 +100,42 @@ class _Progress:
     spent: Spent = field(default_factory=Spent)
     seconds: float = 0.0
 
-    def over(self, world: World) -> _Progress:
-        """The progress of all processes together; collective, and waits for the device."""
+    def over(self, world: World) -> EpochState:
+        """Return the state summed over all ranks; collective, and waits for the device."""
         loss, wrong, samples = world.sum(float(self.loss), int(self.wrong), self.samples)
         return replace(self, loss=loss / world.size, wrong=int(wrong), samples=int(samples))
 
 
 class StopTraining(Exception):
-    """The run was asked to stop; the trainer's state is whole, in the middle of an epoch or not."""
+    """``should_stop`` returned true; the trainer's state is consistent and can be saved."""
 
 
 class Trainer:
-    """Trains a network; knows nothing of files, plots or command lines.
+    """Trains a network, epoch by epoch; does no file, plot or command-line work.
 
-    Of several processes that train it together each has a trainer, and calls the same methods in the same
-    order. The figures that come out are those of all of them.
+    With several ranks, each has a trainer and calls the same methods in the same order. The reported figures
+    cover all ranks.
 
-    After each step, and whenever ``run_epoch`` raises StopTraining, its state may be saved, and another
-    process goes on from there to the same weights and figures: on a CPU, bit for bit.
+    The state may be saved after each step and whenever ``run_epoch`` raises StopTraining. A process resumed
+    from it reaches the same weights and figures; on a CPU they are bit-identical.
 
     Args:
-        model: on the runtime's device.
+        model: the network, on the runtime's device.
         config: the recipe.
-        train_loader: yields the training batches of an epoch; labels may be int64 (B,), or probabilities
-            (B, classes).
-        validation_loader: yields the validation images, centre crop; None for data on which an error would
-            mean nothing.
-        runtime: the device and the arithmetic.
-        log_every: steps between two looks at the loss. Each look waits for the device, so a loss that is no
-            longer a number is noticed at most this many steps later.
-        on_step: called after each step with the steps taken so far, and with the mean loss of the steps since
-            the last look, or None between looks.
-        should_stop: asked after each step and each batch of a validation.
-        peak_flops: what this process's hardware does at best, in FLOP/s, for ``Epoch.flops_utilization``.
-        world: the processes that train together; their loaders share the images.
-        distributed: how they divide the network.
+        train_loader: yields an epoch's training batches: images ``(B, 3, crop, crop)`` in the runtime's dtype
+            or a lazy batch, and labels, int64 ``(B,)`` or class probabilities, fp32 ``(B, classes)``.
+        validation_loader: yields the centre crops of the validation images and their labels, int64 ``(B,)``;
+            None for synthetic data, whose error has no meaning.
+        runtime: the device, dtype and memory format.
+        log_every: steps between two checks of the loss. Each check waits for the device, so a loss that is
+            NaN or infinite is noticed at most this many steps late.
+        on_step: called after each step with the number of steps so far and, if the loss was checked, its mean
+            since the last check in nats, else None.
+        should_stop: called after each training step and each validation batch.
+        peak_flops: peak rate of this rank's hardware in FLOP/s, for ``Epoch.flops_utilization``; None if
+            unknown.
+        world: the ranks that train together; each one's loader yields its share of the images.
+        distributed: the strategy for several ranks; None for the default.
     """
 
     def __init__(
@@ -152,11 +154,11 @@ class Trainer:
         distributed: DistributedConfig | None = None,
     ) -> None:
         self.world = world
-        self._template = copy.deepcopy(model).to("meta")  # of the undivided network
-        self._divided: DistributedDataParallel | None = None
+        self._template = copy.deepcopy(model).to("meta")  # the network before it is parallelized
+        self._parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
-            how = distributed or DistributedConfig()
-            self._divided = strategies.divide(model, how, self.world, runtime.device)
+            strategy = distributed or DistributedConfig()
+            self._parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
         self.model = model
         self.config = config
         self.train_loader = train_loader
@@ -169,11 +171,11 @@ class Trainer:
         compiled = partial(
             runtime.compiled,
             variants=PASSES_AT_A_CROP * (len(config.stages) + 1) + EVALUATION_PASSES,
-            # Gradients are summed over the parts of a batch, and DistributedDataParallel keeps views of them.
+            # Accumulation adds to gradients over several passes; DistributedDataParallel keeps views of them.
             graphs=config.accumulate == 1 and world.size == 1,
         )
-        self._undivided = compiled(model)
-        self.network = self._undivided if self._divided is None else compiled(self._divided)
+        self._evaluation_network = compiled(model)
+        self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
         self.optimizer = create_optimizer(model, config)
         self._factored = self._layers_to_factor()
         self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
@@ -181,47 +183,47 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
         self.epoch = 0
         self.step = 0
-        self.spent = Spent()  # in all epochs that are complete
-        self._progress = _Progress()
+        self.spent = Spent()  # total of the completed epochs
+        self._progress = EpochState()
         self._clock = Clock()
         self._window = _Window(self.world)
-        self._flops: dict[torch.Size, int] = {}  # of a step, for each shape of batch so far
+        self._flops: dict[torch.Size, int] = {}  # FLOPs of a step, by the shape of its batch
 
     @property
     def finished(self) -> bool:
-        """Whether there is no epoch left to run."""
+        """Whether all epochs are done, or a plateau schedule has made its last reduction."""
         return self.epoch >= self.config.epochs or self.learning_rate.exhausted
 
     @property
     def images_per_second(self) -> float:
-        """Training samples by training time over all epochs run so far, warm-up left out."""
+        """Training samples per second of training time over all epochs so far, without warm-up steps."""
         return self.spent.images / self.spent.seconds
 
     @property
     def input_wait_fraction(self) -> float:
-        """Share of that time that went by in waiting for the loader."""
+        """Fraction of that time spent waiting for the loader."""
         return self.spent.waited / self.spent.seconds
 
     @property
     def flops_utilization(self) -> float | None:
-        """Share of the hardware's best rate of arithmetic over that time; None where that is not known."""
+        """FLOP/s over that time as a fraction of the peak rate; None if the peak is unknown."""
         return self.spent.flops / self.spent.seconds / self.peak_flops if self.peak_flops else None
 
     def run_epoch(self) -> Epoch:
-        """Train for one epoch, or what is left of it, and validate.
+        """Train for one epoch, or for the rest of a resumed one, and validate.
 
         Raises:
-            DivergedError: at a loss that is NaN or infinite, with the step and its learning rate. The network
-                is then worthless: go back to the last checkpoint.
-            StopTraining: because ``should_stop`` said so.
+            DivergedError: the loss is NaN or infinite; names the step and its learning rate. The weights are
+                then useless: resume from the last checkpoint.
+            StopTraining: ``should_stop`` returned true.
         """
         self._clock = Clock()
         self._train()
         validation = self._validate()
-        # From here to the end nothing can stop: the schedule has been told, and the epoch counts.
+        # No stop from here on: the schedule has seen this validation, so the epoch must be counted.
         progress = self._progress.over(self.world)
         spent = progress.spent + self._clock.spent
-        self._progress = _Progress()
+        self._progress = EpochState()
         self.spent += spent
         self.epoch += 1
         return Epoch(
@@ -242,7 +244,7 @@ class Trainer:
         )
 
     def _train(self) -> None:
-        """Take the epoch's steps, from where its progress says."""
+        """Take the epoch's remaining steps."""
         progress = self._progress
         first = progress.batches
         if first == len(self.train_loader):
@@ -257,7 +259,7 @@ class Trainer:
             progress.rate = self.learning_rate.current
             if images.shape not in self._flops:
                 self._flops[images.shape] = training_flops(self._template, images.shape) * self.world.size
-                # An epoch that is shorter than a warm-up has to be timed by its last step.
+                # In an epoch shorter than the warm-up, the last step is the one that is timed.
                 warm_at = min(progress.batches + WARMUP_STEPS, len(self.train_loader) - 1)
             loss, logits = self._step(images, labels)
             progress.batches += 1
@@ -301,19 +303,19 @@ class Trainer:
             raise StopTraining
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later processes need, beside the weights and their average, to go on.
+        """Return the state to resume from, except the weights and their average; collective.
 
-        Tensors are the trainer's own, and change with the next step; those that are divided come out whole.
+        Tensors are not copied: the next step changes them. Sharded tensors are gathered.
 
         Raises:
-            DivergedError: a loss that was not looked at yet is NaN or infinite.
+            DivergedError: a loss since the last check is NaN or infinite.
         """
         self._window.check()
-        begun = self._progress.batches > 0
+        started = self._progress.batches > 0
         progress = {
             **vars(self._progress.over(self.world)),
-            "spent": asdict(self._progress.spent + self._clock.spent) if begun else {},
-            "seconds": self._progress.seconds + self._clock.age if begun else 0.0,
+            "spent": asdict(self._progress.spent + self._clock.spent) if started else {},
+            "seconds": self._progress.seconds + self._clock.age if started else 0.0,
         }
         cuda = self.runtime.device.type == "cuda"
         return {
@@ -324,7 +326,7 @@ class Trainer:
             "step": self.step,
             "progress": progress,
             "spent": asdict(self.spent),
-            # Of dropout and CutMix, in each process; what else loaders draw, the seed and the epoch decide.
+            # Each rank's generators, for dropout and CutMix. Loaders draw the rest from the seed and epoch.
             "generators": self.world.gather(
                 {
                     "cpu": torch.get_rng_state(),
@@ -334,14 +336,14 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], average: dict[str, Tensor] | None) -> None:
-        """Go on from where a trainer of the same recipe was; the network has its weights already.
+        """Restore the state of a trainer with the same recipe; collective. Load the weights first.
 
         Args:
-            state: of :meth:`state_dict`.
-            average: the averaged weights, where there were any.
+            state: what :meth:`state_dict` returned.
+            average: the state dict of the averaged weights; None if there were none.
 
         Raises:
-            CheckpointError: if the state lacks a part or is of another recipe or network.
+            CheckpointError: the state is incomplete, or belongs to another recipe or network.
         """
         try:
             self.optimizer.load_state_dict(strategies.scatter_optimizer(state["optimizer"], self.optimizer))
@@ -350,12 +352,12 @@ class Trainer:
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.spent = Spent(**state["spent"])
             progress = state["progress"]
-            self._progress = _Progress(**progress | {"spent": Spent(**progress["spent"])})
+            self._progress = EpochState(**progress | {"spent": Spent(**progress["spent"])})
             if self._progress.batches:
                 device = self.runtime.device
-                mine = self.world.main  # the sums are over all processes, and are added up again
-                loss, wrong = (progress["loss"] * self.world.size, progress["wrong"]) if mine else (0.0, 0)
-                self._progress.samples = progress["samples"] if mine else 0
+                main = self.world.main  # takes the sums over all ranks, which are later summed again
+                loss, wrong = (progress["loss"] * self.world.size, progress["wrong"]) if main else (0.0, 0)
+                self._progress.samples = progress["samples"] if main else 0
                 self._progress.loss = torch.tensor(loss, dtype=torch.float64, device=device)
                 self._progress.wrong = torch.tensor(wrong, dtype=torch.int64, device=device)
             if self.average:
@@ -368,59 +370,78 @@ class Trainer:
             ) from error
 
     def _restore_generators(self, states: list[dict[str, Tensor | None]]) -> None:
-        if len(states) != self.world.size:  # no process's are another's to go on with
+        if len(states) != self.world.size:
+            # The world size changed, so saved generator states match no rank: reseed.
             torch.manual_seed(mix(self.step, self.world.rank))
             return
-        mine = states[self.world.rank]
-        cpu, cuda = mine["cpu"], mine["cuda"]
+        state = states[self.world.rank]
+        cpu, cuda = state["cpu"], state["cuda"]
         assert cpu is not None
         torch.set_rng_state(cpu)
         if self.runtime.device.type == "cuda" and cuda is not None:
             torch.cuda.set_rng_state(cuda, self.runtime.device)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the network's state dict, divided tensors made whole."""
+        """Return the network's state dict, with sharded tensors gathered; collective."""
         state: dict[str, Tensor] = strategies.gathered(self.model.state_dict())
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Go on from whole weights.
+        """Copy weights into the network; collective.
+
+        Args:
+            weights: a complete state dict, as :meth:`weights` returns it; sharded here if the network is.
 
         Raises:
-            CheckpointError: if they are another network's.
+            CheckpointError: the weights belong to another network.
         """
         load_weights(self.model, strategies.scattered(weights, self.model.state_dict()))
 
     def undivided(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Return a network in this process alone that has other weights than the one in training."""
+        """Return a new, unsharded network on this rank's device with the given weights.
+
+        Args:
+            weights: a complete state dict.
+        """
         network = copy.deepcopy(self._template).to_empty(device=self.runtime.device)
         network.load_state_dict(weights)
         return network
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
-        """Return the state dict of the averaged weights; None where none are kept."""
+        """Return the state dict of the averaged weights; None before the first update or without them."""
         return self.average.weights if self.average else None
 
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
-        """Context with the whole network and the weights that count: their average, where one is kept."""
-        if strategies.is_divided(self.model):
+        """Context that yields the unsharded network to evaluate, with the averaged weights if there are any.
+
+        Collective.
+        """
+        if strategies.is_sharded(self.model):
             yield self.undivided(self.weights())
             return
         with self.average.applied() if self.average else nullcontext():
-            yield self._undivided
+            yield self._evaluation_network
 
     def _step(self, images: Tensor | LazyBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step; return the loss and the logits, detached, still on the device."""
+        """Take one optimizer step.
+
+        Args:
+            images: ``(B, 3, crop, crop)`` in the runtime's dtype, or a lazy batch.
+            labels: int64 ``(B,)``, or fp32 ``(B, classes)``.
+
+        Returns:
+            The loss, fp32 ``()``, and the logits ``(B, classes)``, detached and on the device.
+        """
         chunks: Sequence[Tensor | LazyBatch] = images.chunk(self.config.accumulate)
         parts = []
         with keeping_factors(self._factored):
             for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
-                with nullcontext() if number == len(chunks) else self._without_exchange():
+                with nullcontext() if number == len(chunks) else self._no_sync():
                     parts.append(self._backward(*part, len(labels)))
             with record_function("optimizer"):
                 if self.config.clip_norm:
-                    self.scaler.unscale_(self.optimizer)  # the norm of the gradient, not of its scaled copy
+                    self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
                     strategies.clip_gradients(self.model, self.config.clip_norm)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
@@ -433,40 +454,46 @@ class Trainer:
         return torch.stack(losses).sum(), torch.cat(logits)
 
     def _layers_to_factor(self) -> list[FactoredLinear]:
-        """Layers whose weights' gradients are never made: compilers and other processes need them."""
-        plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._divided is None
+        """Return the layers that keep their weight's gradient as factors.
+
+        None under torch.compile or with several ranks, which both need the gradient itself.
+        """
+        plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._parallel is None
         if not plain or not isinstance(self.optimizer, FactoredSGD):
             return []
         return factored_layers(self.model)
 
-    def _without_exchange(self) -> AbstractContextManager[None]:
-        """Context whose gradients stay in this process until a later backward pass."""
-        return self._divided.no_sync() if self._divided is not None else nullcontext()
+    def _no_sync(self) -> AbstractContextManager[None]:
+        """Context in which backward passes accumulate gradients without averaging them over ranks."""
+        return self._parallel.no_sync() if self._parallel is not None else nullcontext()
 
     def _backward(self, images: Tensor | LazyBatch, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Add a part's share to the gradients of the batch; return its share of the loss, and its logits.
+        """Run the forward and backward pass over a part of a batch, and accumulate its gradients.
 
         Args:
-            images: the part's, (N, 3, crop, crop).
-            labels: (N,), or of mixed images (N, classes).
-            batch: how many images the whole batch has.
+            images: ``(N, 3, crop, crop)`` in the runtime's dtype, or a lazy batch.
+            labels: int64 ``(N,)``, or fp32 ``(N, classes)``.
+            batch: number of images in the whole batch.
+
+        Returns:
+            The part's share of the batch's loss, fp32 ``()``, and its logits ``(N, classes)``, both detached.
         """
         with record_function("forward"), self.runtime.autocast():
             logits = self.network(images)
-            # The logits' own softmax would be one of eight bits, where autocast does not see to it.
+            # Without autocast, cross-entropy of bf16 logits would be computed with eight bits.
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(wide, labels, label_smoothing=self.config.label_smoothing)
-            loss = loss * (len(labels) / batch)  # the last part may be a smaller one
+            loss = loss * (len(labels) / batch)  # by its size: the last part may be smaller
         with record_function("backward"):
             self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()
 
 
 class _Window:
-    """The losses since the last look, left on the device until they are looked at together.
+    """The losses since the last check, kept on the device until the next one.
 
     Args:
-        world: whose processes' losses are looked at.
+        world: the ranks whose losses are averaged.
     """
 
     def __init__(self, world: World) -> None:
@@ -479,7 +506,11 @@ class _Window:
         self._steps.append((step, rate))
 
     def check(self) -> list[float]:
-        """Wait for the losses, check each and return them."""
+        """Wait for the device and return each step's loss, averaged over ranks; collective.
+
+        Raises:
+            DivergedError: a loss is NaN or infinite.
+        """
         losses = torch.stack(self._losses).tolist() if self._losses else []
         losses = [loss / self._world.size for loss in self._world.sum(*losses)]
         for loss, (step, rate) in zip(losses, self._steps, strict=True):
@@ -488,7 +519,7 @@ class _Window:
         return losses
 
     def close(self) -> float | None:
-        """Check the losses, return their mean and begin anew."""
+        """Check the losses and clear them; return their mean, or None if there were none."""
         losses = self.check()
         self._losses, self._steps = [], []
         return sum(losses) / len(losses) if losses else None
