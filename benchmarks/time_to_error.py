@@ -1,6 +1,6 @@
 """Wall time from a cold start to the study's validation error: of a finished run, and of the plain program.
 
-    python -m benchmarks.time_to_error results/alexnet [--error 0.1397] [--study results/alexnet_seed_recipe]
+    python -m benchmarks.time_to_error results/alexnet [--error 0.1397] [--study results/alexnet_study_recipe]
 
 fastalex's time is measured: it is read from the run's ``metrics.jsonl`` and ``summary.json``, and includes
 validation. The reference's is extrapolated, without validation: the images that the study's recipe took to
@@ -96,7 +96,7 @@ def extrapolated(study: FinishedRun | None, steps: Path, error: float) -> TimeTo
         missing.append(f"the reference's images/s are not in {steps}: make bench")
     if study is None:
         missing.append(
-            "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_seed_recipe"
+            "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_study_recipe"
         )
     if rate is None or study is None:
         return TimeToError("reference", NOT_MEASURED, hardware=hardware, note="; ".join(missing))
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--error", type=float, default=PUBLISHED[0], help="on validation images")
-    parser.add_argument("--study", type=Path, default=Path("results/alexnet_seed_recipe"))
+    parser.add_argument("--study", type=Path, default=Path("results/alexnet_study_recipe"))
     parser.add_argument(
         "--steps", type=Path, default=RESULTS / f"step_{KIND}.csv", help="of benchmarks/test_step.py"
     )

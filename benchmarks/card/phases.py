@@ -105,7 +105,7 @@ def variants(place: Place) -> list[Command]:
 
 def recipe(place: Place) -> list[Command]:
     """The study's recipe to its end."""
-    return [training(place, "alexnet_seed_recipe", "train.epochs=90", row="alexnet_seed_recipe")]
+    return [training(place, "alexnet_study_recipe", "train.epochs=90", row="alexnet_study_recipe")]
 
 
 # Most important first. A phase gets its seconds, or those that are left of the total.

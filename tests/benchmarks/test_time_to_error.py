@@ -96,7 +96,7 @@ def test_missing_measurements_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert reference["kind"] == "not measured"
     assert reference["seconds"] is None
     assert "make bench" in reference["note"]
-    assert "rows=alexnet_seed_recipe" in reference["note"]
+    assert "rows=alexnet_study_recipe" in reference["note"]
     fast, reference = results(tmp_path, run, run, nowhere, 0.1)
     assert fast["kind"] == reference["kind"] == "not measured"
     assert "0.1000 was not reached" in fast["note"]
