@@ -39,7 +39,7 @@ def load_synthetic(config: DataConfig, seed: int, *, progress: bool) -> DataSpli
         pixels = rng.integers(0, 256, shape, dtype=np.uint8)
     except MemoryError as error:
         raise ConfigError(
-            f"data.images={config.images}: images of data.resize={config.resize} do not fit the memory"
+            f"data.images={config.images}: so many images of data.resize={config.resize} do not fit memory"
         ) from error
     images = ImageSet(np.arange(config.images, dtype=np.int64) % config.classes, pixels=pixels)
     held_out = images.select(np.arange(-(-config.images // 8)))
