@@ -328,7 +328,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["checkpoint.every_seconds=nan"], r"checkpoint.every_seconds=nan: must be at least 0 and below inf"),
         (["checkpoint.every_steps=-1"], r"checkpoint.every_steps=-1: must be at least 0"),
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),
-        (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, seed"),
+        (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, study"),
         (["train.lr"], r"train.lr: is not of the form key=value"),
         (["data.root=~/images"], r"""data.root=~/images: .*; quote it: 'data.root="~/images"'"""),
         (["data.root=my images (1)"], r"""quote it: 'data.root="my images \(1\)"'"""),
