@@ -220,7 +220,7 @@ def test_the_run_completes_after_a_killed_process_is_restarted(
     os.kill(workers(launcher)[rank], signal.SIGKILL)
     printed, _ = launcher.communicate()
     assert launcher.returncode == 0, printed
-    assert "going on with the run" in printed
+    assert "resuming the run" in printed
     epochs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
     expected, _ = read_weights(undisturbed / "model.safetensors")
@@ -255,7 +255,7 @@ def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
     printed, _ = launcher.communicate()
     assert "stopped by SIGTERM; step" in printed
     assert printed.count("fastalex: error") == 1  # only rank 0 prints
-    assert f"go on with resume={run_dir}" in printed
+    assert f"resume with resume={run_dir}" in printed
     assert all(has_ended(process) for process in processes)
 
 
