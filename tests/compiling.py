@@ -1,4 +1,4 @@
-"""What stands in for torch.compile's own backend, which takes a C++ compiler and minutes."""
+"""A substitute for torch.compile's backend, which would need a C++ compiler and minutes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 
 class Compiler:
-    """Has torch.compile trace as it always does, and run what it traced as it is.
+    """Makes torch.compile trace as usual, and run the traced graphs without compiling them.
 
     Attributes:
-        asked: what torch.compile was told beside the network, one entry a call.
-        graphs: how many were traced.
-        calls: how many ran a traced graph; a call that runs uncompiled is none.
+        asked: the options of each call of torch.compile.
+        graphs: number of traced graphs.
+        calls: number of calls that ran a traced graph, and so not those that ran uncompiled.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

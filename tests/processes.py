@@ -1,4 +1,4 @@
-"""What tests ask of processes."""
+"""Checks of processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has, be its parent told of it or not."""
+    """Whether a process has ended, even if its parent has not yet waited for it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

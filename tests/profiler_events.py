@@ -1,4 +1,4 @@
-"""What torch.profiler records of a training step on a GPU, made up: there need not be one."""
+"""Synthetic profiler events of training steps on a GPU, for tests without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STEPS = 6
 
 
 def event(name: str, start: float, end: float, **options: Any) -> FunctionEvent:
-    """On the host, or with ``device_type`` on the GPU; times in microseconds."""
+    """Create an event, on the host or with ``device_type`` on the GPU; times in microseconds."""
     placed = {"thread": 1, "use_device": "cuda", "stack": [], **options}
     return FunctionEvent(0, name, start_us=start, end_us=end, **placed)
 
@@ -21,14 +21,14 @@ def on_gpu(name: str, start: float, end: float, **options: Any) -> FunctionEvent
 
 
 def launched(operator: FunctionEvent, *kernels: FunctionEvent) -> list[FunctionEvent]:
-    """An operator and its kernels, which PyTorch lists with it as well as on their own."""
+    """Return an operator and its kernels, which PyTorch lists both with the operator and on their own."""
     for kernel in kernels:
         operator.append_kernel(kernel.name, 0, kernel.time_range.elapsed_us())
     return [operator, *kernels]
 
 
 def recorded(*events: FunctionEvent) -> EventList:
-    """As ``profiler.events()`` has them."""
+    """Return events as ``profiler.events()`` does."""
     found = EventList(
         sorted(events, key=lambda one: (one.time_range.start, -one.time_range.end)), use_device="cuda"
     )
@@ -37,11 +37,11 @@ def recorded(*events: FunctionEvent) -> EventList:
 
 
 def training_steps() -> EventList:
-    """Six steps of 1,000 microseconds, the kernels of each busy for 400.
+    """Return the events of six steps of 1,000 microseconds, each with 400 of GPU work.
 
-    On the host 100 of a step are input, 200 forward, 300 backward and 100 optimizer. On the GPU there are a
-    product launched by ``aten::mm`` (100), two kernels launched by nobody, as of a CUDA graph (120 and 80),
-    a kernel of the same name launched by ``fastalex::relu_lrn`` (80), and a copy (20).
+    On the host a step has 100 us of input, 200 of forward, 300 of backward and 100 of optimizer. On the GPU
+    it has a product launched by ``aten::mm`` (100), ``gemm_graph`` (120) and ``lrn`` (80) launched without an
+    operator as by a CUDA graph, another ``lrn`` launched by ``fastalex::relu_lrn`` (80), and a copy (20).
     """
     events = []
     for step in range(STEPS):
@@ -57,7 +57,7 @@ def training_steps() -> EventList:
             ("optimizer", 600, 700),
         ):
             events.append(event(name, t + start, t + end, is_user_annotation=True))
-            if name != "input":  # nothing was launched in it
+            if name != "input":  # no kernel is launched in it
                 events.append(on_gpu(name, t + start + 50, t + end + 200, is_user_annotation=True))
         events += launched(event("aten::mm", t + 110, t + 130), on_gpu("gemm", t + 300, t + 400))
         events += launched(event("fastalex::relu_lrn", t + 140, t + 150), on_gpu("lrn", t + 400, t + 480))

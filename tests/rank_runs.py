@@ -54,6 +54,7 @@ def a_config(images: Path) -> Config:
 def hybrid(config: Config) -> None:
     config.model = ModelConfig("narrow_alexnet")
     config.data.resize, config.data.crop = 64, 63
+    config.runtime.winograd = False  # slow at this size
     config.distributed = DistributedConfig(Strategy.hybrid)
     config.checkpoint.every_steps = 2
 

@@ -1,4 +1,4 @@
-"""Runtimes and loaders for tests, without the choices that depend on the machine."""
+"""Runtimes and loaders for tests, independent of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastalex.runtime import Runtime
 
 
 class Folding(nn.Module):
-    """Says that it consumes lazy batches, as AlexNet does."""
+    """A network that consumes lazy batches, like AlexNet."""
 
     stride_over_crops = 4
 
@@ -22,7 +22,7 @@ class Folding(nn.Module):
 def a_runtime(
     device: str = "cpu", dtype: torch.dtype = torch.float32, *, channels_last: bool = True
 ) -> Runtime:
-    """A runtime, eager and without Winograd; it leaves the process's threads as they are."""
+    """Create an eager runtime without Winograd; the thread count stays as it is."""
     return Runtime(
         device=torch.device(device),
         dtype=dtype,
@@ -46,6 +46,6 @@ def loader_on(
     world_size: int = 1,
     **options: Any,
 ) -> Loader:
-    """``build_loader`` with the parts of the runtime and the world that a test is about."""
+    """Call ``build_loader`` with a runtime and world of the given attributes."""
     runtime = a_runtime(device, dtype, channels_last=channels_last)
     return build_loader(images, data, loader, runtime=runtime, world=World(rank, world_size), **options)

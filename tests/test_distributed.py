@@ -1,4 +1,4 @@
-"""Several processes train as one does, and none of them is left behind when another fails."""
+"""Two ranks train like one process, and none keeps running when another fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import ranks
 from tests.processes import has_ended
 
 REPEATS = int(os.environ.get("FASTALEX_FAULT_REPEATS", "1"))
-FULL = REPEATS > 1  # as `make faults` takes them
+FULL = REPEATS > 1  # set by `make faults`
 repeated = pytest.mark.parametrize("repeat", range(REPEATS))
 TORCHRUN = [
     sys.executable,
@@ -60,19 +60,18 @@ def torchrun(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes come to, in each of them."""
+    """The results of two ranks, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(ranks.__file__, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-# fp32: sums are added in another order. Gradients that travelled as bf16, or activations that are bf16, have
-# eight bits.
+# In fp32, only the order of sums differs. bf16 gradients and activations have eight bits.
 TOLERANCES = {"compressed, ddp": 2e-3, "bf16, hybrid": 2e-2}
 
 
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_two_processes_take_the_steps_of_one(name: str, together: list[dict[str, Any]]) -> None:
+def test_two_ranks_take_the_steps_of_one_process(name: str, together: list[dict[str, Any]]) -> None:
     case = ranks.CASES[name]
     alone = ranks.run(case, World())
     tolerance = TOLERANCES.get(name, 1e-4)
@@ -87,20 +86,20 @@ def test_two_processes_take_the_steps_of_one(name: str, together: list[dict[str,
             for key, weight in alone["average"].items():
                 torch.testing.assert_close(theirs[name]["average"][key], weight, atol=tolerance, rtol=0)
     assert alone["losses"][0] != alone["losses"][-1]
-    # Each process ends with the same network, to the bit.
+    # Both ranks have bit-identical weights.
     first, second = (theirs[name]["weights"] for theirs in together)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_hybrid_keeps_half_of_the_hidden_layers_weights(together: list[dict[str, Any]]) -> None:
+def test_hybrid_shards_the_hidden_layers(together: list[dict[str, Any]]) -> None:
     whole = together[0]["ddp"]["parameters here"]
-    hidden = 9216 * 256 + 256 + 256 * 256  # all but the second's bias, of which each has a copy
+    hidden = 9216 * 256 + 256 + 256 * 256  # without the second layer's bias, which both ranks hold
     for theirs in together:
         assert theirs["hybrid"]["parameters here"] == whole - hidden // 2
 
 
 @pytest.mark.parametrize("name", ["ddp", "hybrid", "batch normalisation, hybrid"])
-def test_processes_go_on_to_the_same_bits(name: str, together: list[dict[str, Any]]) -> None:
+def test_resumed_ranks_are_bit_identical(name: str, together: list[dict[str, Any]]) -> None:
     assert all(theirs[f"{name}, resumed"] for theirs in together)
 
 
@@ -115,15 +114,15 @@ def test_collectives(together: list[dict[str, Any]]) -> None:
         assert found["main"] == "from process 0"
 
 
-def test_no_thread_of_the_connection_outlives_it(together: list[dict[str, Any]]) -> None:
-    # It could abort the process, at random, after all went well.
+def test_gloo_threads_end_with_the_connection(together: list[dict[str, Any]]) -> None:
+    # A remaining thread could abort a process that has finished successfully, at random.
     for theirs in together:
         threads = theirs["gloo's threads"]
         assert threads["own"]
         assert not threads["left"]
 
 
-def test_a_process_alone_talks_to_nobody() -> None:
+def test_a_world_of_size_1_does_not_communicate() -> None:
     world = World()
     assert world.sum(1, 2) == [1, 2]
     assert world.gather("x") == ["x"]
@@ -146,7 +145,7 @@ def test_a_process_alone_talks_to_nobody() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_configuration_error_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = torchrun(*TRAIN, *arguments, f"hydra.run.dir={tmp_path / 'run'}", check=False)
     assert done.returncode
     errors = [line for line in done.stderr.splitlines() if "fastalex: error" in line]
@@ -158,7 +157,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("resume", ["", "auto"])
-def test_hybrid_of_one_process_is_refused(resume: str, tmp_path: Path) -> None:
+def test_hybrid_with_one_process_is_refused(resume: str, tmp_path: Path) -> None:
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     done = subprocess.run(
         [sys.executable, *TRAIN, "distributed.strategy=hybrid", folder, f"resume={resume}"],
@@ -171,7 +170,7 @@ def test_hybrid_of_one_process_is_refused(resume: str, tmp_path: Path) -> None:
 
 
 def start(run_dir: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Train with a checkpoint whenever the one before it is written, which the first process alone knows."""
+    """Train, and write a checkpoint as soon as the last one is written, which only rank 0 knows."""
     options = [f"hydra.run.dir={run_dir}", "checkpoint.every_seconds=0", *arguments]
     return subprocess.Popen(
         [*TORCHRUN, f"--max-restarts={restarts}", *TRAIN, *options],
@@ -183,7 +182,7 @@ def start(run_dir: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun started, by rank."""
+    """Return the process ids of torchrun's workers, by rank."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     ranked = {}
     for child in children:
@@ -212,7 +211,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @repeated
 @pytest.mark.parametrize("rank", [0, 1] if FULL else [0])
-def test_a_killed_process_is_started_again_and_the_run_ends_complete(
+def test_the_run_completes_after_a_killed_process_is_restarted(
     rank: int, repeat: int, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -231,7 +230,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_complete(
 
 @repeated
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP] if FULL else [signal.SIGSTOP])
-def test_a_process_that_dies_or_hangs_ends_the_run_with_a_message(
+def test_the_run_ends_with_a_message_when_a_process_dies_or_hangs(
     fault: signal.Signals, repeat: int, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -255,12 +254,12 @@ def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGTERM)
     printed, _ = launcher.communicate()
     assert "stopped by SIGTERM; step" in printed
-    assert printed.count("fastalex: error") == 1  # the others finish the step with the first, and say nothing
+    assert printed.count("fastalex: error") == 1  # only rank 0 prints
     assert f"resume with resume={run_dir}" in printed
     assert all(has_ended(process) for process in processes)
 
 
-def test_the_rate_grows_with_the_batch() -> None:
+def test_linear_scaling_multiplies_the_learning_rate() -> None:
     config = TrainConfig(batch_size=1024, lr=0.02, lr_scaling=Scaling.linear, warmup=0.5)
     optimizer = create_optimizer(nn.Linear(2, 2), config)
     schedule = LearningRate(optimizer, config, steps=9)
@@ -270,10 +269,10 @@ def test_the_rate_grows_with_the_batch() -> None:
         optimizer.step()
         schedule.after_step()
     assert max(rates) == pytest.approx(8 * 0.02)
-    assert rates.index(max(rates)) == 4  # warmed up over half of the run
+    assert rates.index(max(rates)) == 4  # the end of the warm-up, half of the run
 
 
-def test_lars_step_has_the_norm_of_its_paper() -> None:
+def test_lars_step_has_the_papers_norm() -> None:
     """The step of a layer is lr * 0.001 * |w| / (|g| + wd * |w|) * (g + wd * w)."""
     pytest.importorskip("timm", reason="LARS is timm's, which is not installed")
     torch.manual_seed(0)

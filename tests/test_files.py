@@ -1,4 +1,4 @@
-"""A file is whole or absent, whatever happens while it is written."""
+"""Atomic writing: a file is complete or absent, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastalex.errors import OutputError
 from fastalex.files import replacing, write_text
 
 
-def test_replaces_the_whole_file(tmp_path: Path) -> None:
+def test_writing_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "first")
     write_text(path, "second")
@@ -19,9 +19,7 @@ def test_replaces_the_whole_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_disk_is_waited_for_unless_the_file_may_be_lost_with_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_durable_write_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     path = tmp_path / "a.txt"
@@ -31,7 +29,7 @@ def test_the_disk_is_waited_for_unless_the_file_may_be_lost_with_the_machine(
     assert (path.read_text(), len(flushed)) == ("second", 2)  # the file and its folder
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:  # noqa: PT012
@@ -41,14 +39,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(OutputError, match=r"file/a\.txt: cannot be written"):
         write_text(blocker / "a.txt", "x")
 
 
-def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_old_file_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with (

@@ -1,4 +1,4 @@
-"""The count of a training step's arithmetic, against the count by hand."""
+"""The FLOPs of a training step, compared with a count by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastalex.training.flops import matmul_flops_per_second, training_flops
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_alexnet(groups: int) -> None:
-    # Output positions, channels and weights of each layer; the paper's second, fourth and fifth are grouped.
+    # Output positions times channels times weights; the paper groups the second, fourth and fifth layers.
     conv1 = 55 * 55 * 96 * 11 * 11 * 3
     conv = (
         conv1
@@ -23,7 +23,7 @@ def test_alexnet(groups: int) -> None:
         + 13 * 13 * (384 + 256) * 3 * 3 * 384 // groups
     )
     linear = 9216 * 4096 + 4096 * 4096 + 4096 * 10
-    # Forward, the gradient of the weights, and that of the input, which the first layer's images do not need.
+    # Forward, gradient of the weights, and gradient of the input, which the first layer does not need.
     expected = 2 * (3 * (conv + linear) - conv1)
     assert training_flops(create_model("alexnet", groups=groups), (2, 3, 224, 224)) == 2 * expected
 
@@ -34,17 +34,17 @@ def test_depthwise_convolution() -> None:
     assert training_flops(network, (1, 3, 5, 5)) == 2 * (2 * pointwise + 3 * depthwise)
 
 
-def test_it_leaves_the_network_alone() -> None:
+def test_counting_leaves_the_network_unchanged() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     training_flops(network, (1, 3, 2, 2))
     assert network[1].weight.grad is None
     assert network[1].weight.device.type == "cpu"
 
 
-def test_the_matrix_product_is_of_random_numbers_that_are_not_the_runs(
+def test_peak_rate_uses_random_numbers_from_its_own_generator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of constants a processor makes less heat, and a GPU keeps a higher clock."""
+    """Constant operands draw less power, so that a GPU keeps a higher clock."""
     multiplied: list[torch.Tensor] = []
     monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.extend((a, b)))
     before = torch.get_rng_state()
@@ -53,6 +53,6 @@ def test_the_matrix_product_is_of_random_numbers_that_are_not_the_runs(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_matrix_product_takes_time() -> None:
+def test_peak_rate_is_plausible() -> None:
     rate = matmul_flops_per_second(choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)))
     assert 1e8 < rate < 1e15

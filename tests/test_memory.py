@@ -1,4 +1,4 @@
-"""What a training takes of a card, and how a run ends that a card has no room for."""
+"""The estimate of a training's GPU memory, and the error of a run that does not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastalex.models import create_model
 from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.memory import PEAK, room_for_images, training_bytes
 
-# As PyTorch says it; more lines may follow.
+# The first line of PyTorch's message; more may follow.
 FIGURES = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
     "1.01 GiB is free. Of the allocated memory 13.93 GiB is allocated by PyTorch"
@@ -42,7 +42,7 @@ def config(train: TrainConfig, crop: int = 16) -> Config:
 
 
 class Layers(nn.Module):
-    """Two layers, of which a forward pass keeps 3 x 16 x 16 + 8 numbers of each image."""
+    """Two layers; a forward pass saves 3 x 16 x 16 + 8 values per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ WEIGHTS = 4 * (3 * 256 * 8 + 8 + 8 * 4 + 4)
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_takes_copies_of_the_weights_and_what_a_part_of_a_batch_keeps(
+def test_training_bytes_are_copies_of_weights_and_saved_tensors_of_a_part(
     recipe: dict[str, Any], processes: int, copies: int, images: int, dtype: torch.dtype
 ) -> None:
     kept = images * (3 * 256 + 8) * dtype.itemsize
@@ -74,8 +74,8 @@ def test_training_takes_copies_of_the_weights_and_what_a_part_of_a_batch_keeps(
     assert found == copies * WEIGHTS + PEAK * kept
 
 
-def test_what_a_pass_keeps_is_what_autograd_really_saves() -> None:
-    """Of AlexNet, at its largest stage: the same count of a pass that computes."""
+def test_the_estimate_matches_what_autograd_saves() -> None:
+    """Compared with a real forward pass of AlexNet at its largest stage."""
     recipe = TrainConfig(batch_size=4, stages=[Stage(1, 96, 80)])
     model = create_model("alexnet", dropout=0.0)
     held = {parameter.data_ptr() for parameter in model.parameters()}
@@ -95,7 +95,7 @@ def test_what_a_pass_keeps_is_what_autograd_really_saves() -> None:
     assert found == pytest.approx(PEAK * sum(kept.values()), rel=0.02)
 
 
-def card(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocated: int = 0) -> Runtime:
+def gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocated: int = 0) -> Runtime:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
@@ -103,19 +103,19 @@ def card(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocate
     return replace(runtime, device=torch.device("cuda", 0), dtype=torch.float32)
 
 
-def test_the_room_is_what_is_free_less_what_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_images_is_free_memory_minus_training_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(TrainConfig(batch_size=10))
     taken = training_bytes(Layers(), run, torch.float32)
-    assert room_for_images(Layers(), run, card(monkeypatch, taken + 7)) == 7
-    assert room_for_images(Layers(), run, card(monkeypatch, taken + 7, reserved=5, allocated=3)) == 9
-    assert room_for_images(Layers(), run, card(monkeypatch, 0)) == -taken
+    assert room_for_images(Layers(), run, gpu(monkeypatch, taken + 7)) == 7
+    assert room_for_images(Layers(), run, gpu(monkeypatch, taken + 7, reserved=5, allocated=3)) == 9
+    assert room_for_images(Layers(), run, gpu(monkeypatch, 0)) == -taken
     assert room_for_images(Layers(), run, choose_runtime(RuntimeConfig(device="cpu"))) is None
 
 
 def full(
     monkeypatch: pytest.MonkeyPatch, when: Callable[[nn.Module], bool], error: Exception | None = None
 ) -> None:
-    """Have the network find the card full where ``when`` says so."""
+    """Make the network's forward pass raise out-of-memory where ``when`` is true."""
     forward = MobileNetV3.forward
 
     def full_or_forward(self: MobileNetV3, images: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ LINE = (
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
-def test_a_full_card_is_one_line_of_a_run(
+def test_out_of_memory_in_a_run_is_a_one_line_error(
     training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,7 +149,7 @@ def test_a_full_card_is_one_line_of_a_run(
     assert capsys.readouterr().err.endswith(LINE)
 
 
-def test_a_full_card_is_one_line_of_the_other_commands(
+def test_out_of_memory_in_other_commands_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_a_full_card_is_one_line_of_the_other_commands(
     "message",
     ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"],
 )
-def test_a_library_that_finds_the_card_full_is_heard_too(
+def test_out_of_memory_in_a_cuda_library_is_recognised(
     message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -176,9 +176,7 @@ def test_a_library_that_finds_the_card_full_is_heard_too(
     assert capsys.readouterr().err == LINE.replace(FIGURES, message)
 
 
-def test_any_other_error_of_a_network_stays_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_of_a_network_stay_tracebacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     full(monkeypatch, lambda network: True, RuntimeError("shapes do not match"))
     monkeypatch.setattr(sys, "argv", ["fastalex", *QUICK])
@@ -188,7 +186,7 @@ def test_any_other_error_of_a_network_stays_a_traceback(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_run_on_the_second_card_leaves_the_first_alone(tmp_path: Path) -> None:
+def test_a_run_on_the_second_gpu_does_not_use_the_first(tmp_path: Path) -> None:
     arguments = ["fastalex", *QUICK, "runtime.device=cuda:1", "checkpoint.every_steps=2"]
     code = (
         "import sys, torch; from fastalex import train; "

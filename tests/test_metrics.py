@@ -1,4 +1,4 @@
-"""Errors and losses against scikit-learn and torch, and the mean over views."""
+"""Errors and losses compared with scikit-learn and torch, and the mean over views."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_errors_agree_with_scikit_learn() -> None:
     assert result.images == 500
 
 
-def test_tied_classes_are_told_apart_as_argmax_does() -> None:
-    """The confusion matrix is drawn by argmax, and the two must agree."""
+def test_ties_are_broken_like_argmax() -> None:
+    """The confusion matrix uses argmax, and the two must agree."""
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randint(0, 3, (500, 20), generator=generator) / 30
     labels = torch.randint(0, 20, (500,), generator=generator)
@@ -45,7 +45,7 @@ def test_fewer_than_five_classes() -> None:
     assert result.top5_error == 0.0
 
 
-def test_a_probability_of_zero_gives_a_finite_loss_and_nan_stays_nan() -> None:
+def test_zero_probability_gives_a_finite_loss_and_nan_stays_nan() -> None:
     certain = errors(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     assert 80 < certain.loss < 90  # -ln of the smallest normal float
     assert torch.tensor(errors(torch.full((1, 2), torch.nan), torch.tensor([1])).loss).isnan()
@@ -61,7 +61,7 @@ def test_predict_averages_the_views_of_an_image_in_evaluation_mode() -> None:
     expected = torch.stack([network[1](images[i : i + 3].flatten(1)).softmax(1).mean(0) for i in (0, 3)])
     torch.testing.assert_close(probabilities, expected)
     assert torch.equal(returned, labels)
-    assert network.training  # as it came
+    assert network.training  # as before
 
 
 def test_the_softmax_of_bf16_logits_is_computed_in_fp32() -> None:

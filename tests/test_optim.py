@@ -1,4 +1,4 @@
-"""The schedules against their definitions, the optimizer against the formula in float64."""
+"""The schedules compared with their definitions, and SGD with its formula in float64."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def test_one_cycle_rises_then_falls_linearly() -> None:
     assert min(rising) > 0
     assert max(falling) == pytest.approx(min(falling), rel=1e-6)
     assert max(falling) < 0
-    assert 0 < seen[-1] < 0.01  # the last step still moves
+    assert 0 < seen[-1] < 0.01  # the last step still changes weights
 
 
-def test_a_warm_up_of_a_single_step_has_no_length() -> None:
-    """0.1 of nine steps, and the one that PyTorch adds, is one: it begins at the peak."""
+def test_a_warm_up_of_one_step_is_left_out() -> None:
+    """0.1 of nine steps plus PyTorch's extra one is a single step: the cycle begins at the peak."""
     seen = rates(TrainConfig(lr=0.5, warmup=0.1), 9)
     assert seen == rates(TrainConfig(lr=0.5, warmup=0.0), 9)
     assert seen[0] == max(seen) == pytest.approx(0.5, rel=0.11)
     assert min(seen) > 0
 
 
-def test_a_stage_with_a_rate_ends_a_cycle_of_its_own() -> None:
-    """Each cycle is that of a run of its own; a stage without a rate is part of the next."""
+def test_a_stage_with_its_own_rate_is_a_cycle_of_its_own() -> None:
+    """Each cycle equals that of a separate run; a stage without a rate joins the next cycle."""
     stages = [Stage(2, 16, 12, lr=0.5), Stage(1, 18, 14)]
     config = TrainConfig(
         epochs=7, lr=0.1, batch_size=256, lr_scaling=Scaling.linear, warmup=1 / 3, stages=stages
@@ -80,8 +80,8 @@ def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:
     assert schedule.exhausted
 
 
-def test_sgd_is_momentum_and_weight_decay_as_the_paper_has_them() -> None:
-    """v <- 0.9 v + (g + 0.0005 w); w <- w - lr v: the paper's rule, with the rate outside the velocity."""
+def test_sgd_has_the_papers_momentum_and_weight_decay() -> None:
+    """v <- 0.9 v + (g + 0.0005 w); w <- w - lr v: the paper's rule with lr outside the velocity."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=False)
     optimizer = create_optimizer(layer, TrainConfig(lr=0.1))

@@ -1,4 +1,4 @@
-"""The table of `profile=true` from what the profiler records on a GPU, where everything is there twice."""
+"""The table of `profile=true`, from profiler events of a GPU, which list each kernel and range twice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def profile() -> Profile:
     return _summarise(training_steps().key_averages(), cuda=True)
 
 
-def test_a_range_has_the_time_of_the_host_and_not_of_its_copy_on_the_gpu(profile: Profile) -> None:
+def test_a_range_has_host_time_and_not_that_of_its_gpu_copy(profile: Profile) -> None:
     expected = {"input": 0.1, "forward": 0.2, "backward": 0.3, "optimizer": 0.1}
     assert profile.ranges == pytest.approx(expected)
 
 
-def test_a_kernel_counts_once_whether_an_operator_launched_it_or_a_cuda_graph(profile: Profile) -> None:
+def test_a_kernel_counts_once_whether_launched_by_an_operator_or_a_cuda_graph(profile: Profile) -> None:
     rows = {name: (ms, share, calls) for name, ms, share, calls in profile.operators}
     assert rows == {
         "lrn": pytest.approx((0.16, 0.4, 2)),
@@ -29,11 +29,11 @@ def test_a_kernel_counts_once_whether_an_operator_launched_it_or_a_cuda_graph(pr
         "gemm": pytest.approx((0.1, 0.25, 1)),
         "Memcpy HtoD (Pinned -> Device)": pytest.approx((0.02, 0.05, 1)),
     }
-    assert list(rows) == ["lrn", "gemm_graph", "gemm", "Memcpy HtoD (Pinned -> Device)"]  # the greatest first
+    assert list(rows) == ["lrn", "gemm_graph", "gemm", "Memcpy HtoD (Pinned -> Device)"]  # slowest first
 
 
-def test_a_device_that_did_nothing_has_a_table(profile: Profile) -> None:
-    """As under a driver that lets nobody count its kernels."""
+def test_a_profile_without_kernels_has_a_table(profile: Profile) -> None:
+    """Such as under a driver that does not permit profiling."""
     averages = [e for e in training_steps().key_averages() if e.device_type == DeviceType.CPU]
     assert _summarise(averages, cuda=True).operators == []
     assert "input" in _summarise(averages, cuda=True).table()
@@ -41,15 +41,15 @@ def test_a_device_that_did_nothing_has_a_table(profile: Profile) -> None:
     assert "0.0%" in nothing
 
 
-def test_the_table_says_where_the_times_are_from(profile: Profile) -> None:
+def test_the_table_names_the_device_of_its_times(profile: Profile) -> None:
     table = profile.table()
     assert "part of the loop, on the host" in table
     assert "kernel, on the GPU" in table
     assert "aten::mm" not in table
 
 
-def test_on_the_cpu_the_rows_are_operators_by_their_own_time() -> None:
-    """An operator's own time is without those within it, and ranges and the autograd engine are none."""
+def test_on_a_cpu_the_rows_are_operators_by_own_time() -> None:
+    """Own time excludes nested operators; ranges and the autograd engine are not operators."""
     events = EventList(
         [
             event("forward", 0, 600, is_user_annotation=True, use_device=None),
@@ -74,7 +74,7 @@ def test_is_kernel() -> None:
     assert not is_kernel(event("aten::mm", 0, 1))
 
 
-def test_a_kernels_name_is_shortened_to_what_tells_it_from_others() -> None:
+def test_kernel_names_are_shortened() -> None:
     name = (
         "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::"
         "AddFunctor<float>>(int, float)"

@@ -1,4 +1,4 @@
-"""What the runtime chooses, and what it refuses."""
+"""The choices of the runtime, and the configurations it refuses."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _restore_threads():
     torch.set_num_threads(threads)
 
 
-def test_auto_takes_the_gpu_if_there_is_one() -> None:
+def test_auto_chooses_the_gpu_if_there_is_one() -> None:
     assert choose_runtime(RuntimeConfig()).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("capable", [True, False])
-def test_auto_computes_in_bf16_only_where_the_cpu_does(
+def test_auto_chooses_bf16_only_if_the_cpu_supports_it(
     capable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable, "cpu_name": "x"})
@@ -62,17 +62,17 @@ def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
         (RuntimeConfig(device="cpu", precision=Precision.fp16), "runtime.precision=fp16"),
     ],
 )
-def test_what_cannot_work_is_refused(config: RuntimeConfig, message: str) -> None:
+def test_unusable_configurations_are_refused(config: RuntimeConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_runtime(config)
 
 
-def test_a_card_that_is_named_is_the_one_that_is_used_where_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it is asked for anything: whatever does not name it would go to the first one."""
+def test_a_configured_gpu_becomes_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any other CUDA call: calls that name no GPU would use the first one."""
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
-    for name, answer in (("get_device_capability", (8, 0)), ("get_device_name", "card")):
+    for name, answer in (("get_device_capability", (8, 0)), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda device, a=answer: calls.append(f"ask {device}") or a)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
@@ -85,8 +85,8 @@ def compiling(device: str = "cpu") -> Runtime:
     return replace(runtime, device=torch.device(device))
 
 
-def test_each_variant_is_compiled_and_one_more_is_an_error(compiler: Compiler) -> None:
-    """Not a call that runs uncompiled, as all after it would."""
+def test_each_variant_is_compiled_and_one_more_raises(compiler: Compiler) -> None:
+    """By default, that call and all later ones would run uncompiled."""
     network = compiling().compiled(nn.Linear(3, 2), variants=9)
     for _ in range(2):
         for size in range(1, 10):
@@ -96,8 +96,8 @@ def test_each_variant_is_compiled_and_one_more_is_an_error(compiler: Compiler) -
         network(torch.zeros(10, 3))
 
 
-def test_a_second_network_begins_as_the_first_did(compiler: Compiler) -> None:
-    """Its variants are not counted with those of the first, whose code is the same."""
+def test_a_second_network_starts_with_no_variants(compiler: Compiler) -> None:
+    """Variants of the first network, which has the same code, do not count."""
     for variants in (3, 2):
         layer = nn.Linear(3, 2)
         network = compiling().compiled(layer, variants=variants)
@@ -118,14 +118,14 @@ def test_a_second_network_begins_as_the_first_did(compiler: Compiler) -> None:
         ("cpu", False, "default"),
     ],
 )
-def test_cuda_graphs_are_recorded_on_a_card_for_who_allows_them(
+def test_cuda_graphs_are_recorded_on_a_gpu_if_allowed(
     device: str, graphs: bool, mode: str, compiler: Compiler
 ) -> None:
     compiling(device).compiled(nn.Linear(3, 2), variants=1, graphs=graphs)
     assert compiler.asked == [{"dynamic": False, "mode": mode}]
 
 
-def test_nothing_is_compiled_where_the_runtime_says_so(compiler: Compiler) -> None:
+def test_nothing_is_compiled_without_compile(compiler: Compiler) -> None:
     layer = nn.Linear(3, 2)
     assert replace(compiling(), compile=False).compiled(layer, variants=1) is layer
     assert compiler.asked == []

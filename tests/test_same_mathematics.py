@@ -1,4 +1,4 @@
-"""The fast loop is the plain one's mathematics: the same losses from the same weights and batches."""
+"""The trainer and a plain PyTorch loop compute the same losses from the same weights and batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
 
 STEPS, BATCH, CROP, LR = 20, 16, 63, 0.0004
-# Where the layers of ours are in the baseline's.
+# The baseline's names of our layers.
 BASELINE = {
     "conv1": "features.0",
     "conv2": "features.4",
@@ -31,7 +31,7 @@ BASELINE = {
 
 
 class Batches:
-    """Noise with a different mean for each class, so that there is something to learn."""
+    """Batches of noise whose mean depends on the class, so that there is something to learn."""
 
     num_samples = STEPS * BATCH
 
@@ -60,7 +60,7 @@ def network() -> nn.Module:
 
 
 def baseline(weights: dict[str, Tensor]) -> reference.AlexNet:
-    """The baseline with our weights. Its dropout is in another place: switched off, as ours is."""
+    """Return the baseline with our weights and without dropout, which is elsewhere in it than in ours."""
     model = reference.AlexNet()
     model.load_state_dict(
         {f"{BASELINE[layer]}.{kind}": value for (layer, kind), value in _split(weights).items()}
@@ -77,14 +77,14 @@ def _split(weights: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
 
 @pytest.fixture(scope="module")
 def expected() -> list[float]:
-    """The losses of the plain program."""
+    """The losses of the plain loop."""
     model = baseline(network().state_dict())
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
     losses = [
         reference.train_step(model, optimizer, images.contiguous(), labels).item()
         for images, labels in Batches()
     ]
-    assert losses[-1] < 0.9 * losses[0]  # or following it would be no feat
+    assert losses[-1] < 0.9 * losses[0]  # it learns, so agreement means something
     return losses
 
 
@@ -115,17 +115,17 @@ def test_fp32_compiled(expected: list[float]) -> None:
 
 
 def test_bf16(expected: list[float]) -> None:
-    """bf16 has 8 bits of mantissa: each step's loss to 3%, and no drift over the 20."""
+    """bf16 has 8 bits of mantissa: losses agree to 3% in each step, and their sum to 1%."""
     ours = losses(Precision.bf16)
     assert ours == pytest.approx(expected, rel=0.03)
     assert sum(ours) == pytest.approx(sum(expected), rel=0.01)
 
 
-def test_the_gradient_of_every_parameter() -> None:
+def test_gradients_of_all_parameters() -> None:
     model = network()
     plain = baseline(model.state_dict()).double()
-    # Few images: among many, some pooling window has two values closer than fp32 can tell, and its gradient
-    # goes to the other one.
+    # Only two images: with many, some pooling window has two values that fp32 cannot distinguish, and the
+    # gradient goes to the other one.
     images = torch.randn(2, 3, CROP, CROP, generator=torch.Generator().manual_seed(1))
     images = images.to(memory_format=torch.channels_last)
     labels = torch.tensor([3, 7])

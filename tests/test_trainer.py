@@ -1,4 +1,4 @@
-"""The loop, against the same steps written out in plain PyTorch."""
+"""The training loop, compared with the same steps in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.compiling import Compiler
 
 
 class Batches:
-    """A loader over batches in memory; each epoch yields them in another order."""
+    """A loader over batches in memory; the order differs between epochs."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
@@ -59,7 +59,7 @@ def fp32():
     return choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
 
 
-def test_two_epochs_are_the_plain_steps() -> None:
+def test_two_epochs_match_plain_pytorch() -> None:
     config = TrainConfig(epochs=2, lr=0.01, warmup=0.5, clip_norm=0.0)
     loader = batches()
     torch.manual_seed(1)
@@ -89,7 +89,7 @@ def test_two_epochs_are_the_plain_steps() -> None:
     for epoch, losses in zip(epochs, (expected[:4], expected[4:]), strict=True):
         assert epoch.train_loss == pytest.approx(sum(losses) / 4, rel=1e-4)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-5)  # less with two threads
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-5)  # two threads differ by less
     with torch.no_grad():
         images = torch.cat([images for images, _ in loader.batches])
         labels = torch.cat([labels for _, labels in loader.batches])
@@ -100,7 +100,7 @@ def test_two_epochs_are_the_plain_steps() -> None:
     )
 
 
-def test_reports_steps_losses_and_figures() -> None:
+def test_steps_losses_and_figures_are_reported() -> None:
     seen: list[tuple[int, float | None]] = []
     loader = batches(count=5)
     trainer = Trainer(
@@ -122,7 +122,7 @@ def test_reports_steps_losses_and_figures() -> None:
     assert trainer.images_per_second == pytest.approx(epoch.images_per_second)
 
 
-def test_warmup_is_counted_apart_and_once() -> None:
+def test_warmup_is_timed_separately_and_only_once() -> None:
     class Slow(Batches):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             for number, batch in enumerate(super().__iter__()):
@@ -155,7 +155,7 @@ def test_without_validation_there_are_no_validation_figures() -> None:
 
 @pytest.mark.parametrize("log_every", [1, 3, 100])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_divergence_names_the_step_and_the_rate(log_every: int, poison: float) -> None:
+def test_divergence_error_names_step_and_learning_rate(log_every: int, poison: float) -> None:
     loader = batches(count=5)
     loader.batches[3][0][0, 0, 0, 0] = poison
     trainer = Trainer(
@@ -170,7 +170,7 @@ def test_divergence_names_the_step_and_the_rate(log_every: int, poison: float) -
         trainer.run_epoch()
 
 
-def test_plateau_ends_the_run_once_the_rate_has_decayed() -> None:
+def test_plateau_ends_the_run_after_its_last_reduction() -> None:
     loader = batches(count=1)
     config = TrainConfig(epochs=1000, lr=1e-30, schedule=Schedule.plateau, patience=0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
@@ -179,11 +179,11 @@ def test_plateau_ends_the_run_once_the_rate_has_decayed() -> None:
     while not trainer.finished:
         trainer.run_epoch()
         epochs += 1
-    assert epochs == 5  # one that sets the mark, then four without improvement
+    assert epochs == 5  # the first sets the best error, then four without improvement
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
-def test_the_step_is_as_long_as_clipping_leaves_the_gradient(clip_norm: float) -> None:
+def test_clipping_limits_the_length_of_the_step(clip_norm: float) -> None:
     loader = batches(count=1)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
@@ -205,7 +205,7 @@ def test_the_step_is_as_long_as_clipping_leaves_the_gradient(clip_norm: float) -
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_label_smoothing_spreads_its_share_over_all_classes(smoothing: float) -> None:
+def test_label_smoothing_spreads_its_fraction_over_all_classes(smoothing: float) -> None:
     loader = batches(count=1)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
     (images, labels) = loader.batches[0]
@@ -219,7 +219,7 @@ def test_label_smoothing_spreads_its_share_over_all_classes(smoothing: float) ->
     assert epoch.train_loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_mixed_batch_counts_for_both_classes_and_is_right_in_the_larger() -> None:
+def test_cutmix_loss_has_both_classes_and_the_larger_one_is_correct() -> None:
     loader = batches(count=1)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
     images, labels = loader.batches[0]
@@ -233,7 +233,7 @@ def test_a_mixed_batch_counts_for_both_classes_and_is_right_in_the_larger() -> N
     assert epoch.train_top1_error == (exact.argmax(1) != labels).double().mean().item()
 
 
-def test_the_averaged_weights_are_the_ones_that_count() -> None:
+def test_validation_uses_the_averaged_weights() -> None:
     loader = batches(count=17)
     decay = 0.9
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_the_averaged_weights_are_the_ones_that_count() -> None:
         on_step=lambda step, loss: seen.append(network[1].weight.detach().double().clone()),
     )
     epoch = trainer.run_epoch()
-    # Taken in at steps 8 and 16, the first of them whole.
+    # Updated at steps 8 and 16; the first update copies the weights.
     expected = decay**8 * seen[7] + (1 - decay**8) * seen[15]
     with trainer.evaluated():
         torch.testing.assert_close(network[1].weight.double(), expected, rtol=0, atol=1e-6)
@@ -256,13 +256,13 @@ def test_the_averaged_weights_are_the_ones_that_count() -> None:
         with torch.no_grad():
             loss = F.cross_entropy(network(images), labels).item()
     assert epoch.validation_loss == pytest.approx(loss, rel=1e-5)
-    assert torch.equal(network[1].weight.double(), seen[-1])  # and training goes on from where it was
+    assert torch.equal(network[1].weight.double(), seen[-1])  # training keeps its own weights
     averaged = trainer.averaged_weights()
     assert averaged is not None
     torch.testing.assert_close(averaged["1.weight"].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_before_its_first_update_the_average_is_not_used() -> None:
+def test_the_average_is_not_used_before_its_first_update() -> None:
     loader = batches(count=3)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
     trainer = Trainer(network, TrainConfig(lr=1e-4, ema_decay=0.9), loader, None, fp32())
@@ -274,7 +274,7 @@ def test_before_its_first_update_the_average_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("size", [None, 7, 6], ids=["even", "a smaller last part", "fewer parts"])
-def test_a_batch_in_parts_is_the_same_step(size: int | None) -> None:
+def test_accumulation_gives_the_same_step(size: int | None) -> None:
     weights = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
@@ -289,7 +289,7 @@ def test_a_batch_in_parts_is_the_same_step(size: int | None) -> None:
     assert figures_in_parts == pytest.approx(figures)
 
 
-def test_flops_are_those_of_the_time_that_counts() -> None:
+def test_flops_leave_out_warmup_steps() -> None:
     loader = batches(count=6)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 63 * 63, 10))
     trainer = Trainer(network, TrainConfig(lr=1e-5), loader, None, fp32(), peak_flops=1e9)
@@ -300,7 +300,7 @@ def test_flops_are_those_of_the_time_that_counts() -> None:
     assert trainer.flops_utilization == pytest.approx(epoch.flops_utilization)
 
 
-def test_bf16_keeps_fp32_weights_and_learns() -> None:
+def test_bf16_training_keeps_fp32_weights_and_learns() -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     torch.manual_seed(0)
     model = runtime.place(create_model("alexnet", init="he"))
@@ -313,7 +313,7 @@ def test_bf16_keeps_fp32_weights_and_learns() -> None:
 
 
 class Logits(nn.Module):
-    """A network that gives the same bf16 logits whatever it is asked."""
+    """A network that returns the same bf16 logits for any input."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class Logits(nn.Module):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_bf16_logits_is_computed_in_fp32(smoothing: float) -> None:
-    """Where no autocast sees to it, as here, cross-entropy in bf16 errs in the third digit."""
+    """Without autocast, as here, cross-entropy of bf16 logits is wrong in the third digit."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 100, (8,), generator=generator)
     logits = torch.randn(8, 100, generator=generator).bfloat16()
@@ -337,20 +337,20 @@ def test_the_loss_of_bf16_logits_is_computed_in_fp32(smoothing: float) -> None:
 
 
 def of_sizes(*sizes: int, crop: int) -> Batches:
-    """Batches of those many images."""
+    """Batches with the given numbers of images."""
     return Batches(
         [(torch.randn(size, 3, crop, crop), torch.zeros(size, dtype=torch.int64)) for size in sizes]
     )
 
 
 def convolution() -> nn.Module:
-    """A network for any crop."""
+    """A network for any crop size."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_a_staged_run_and_its_evaluation_are_compiled_throughout(accumulate: int, compiler: Compiler) -> None:
-    """No call of the network runs as it is, and none ends the run."""
+def test_all_of_a_staged_run_and_its_evaluation_is_compiled(accumulate: int, compiler: Compiler) -> None:
+    """No call of the network runs uncompiled or exceeds the limit of variants."""
     runtime = replace(fp32(), compile=True)
     train, validation = (
         StagedLoader([of_sizes(*sizes, crop=crop) for crop in (8, 12)], epochs=[1])
@@ -360,17 +360,17 @@ def test_a_staged_run_and_its_evaluation_are_compiled_throughout(accumulate: int
     trainer = Trainer(convolution(), config, train, validation, runtime)
     for _ in range(3):
         trainer.run_epoch()
-    parts = 4 if accumulate == 4 else 1  # of 2, 2, 2 and 1, of the last batch
+    parts = 4 if accumulate == 4 else 1  # of 2, 2, 2 and 1 images in the last batch
     assert compiler.calls == 3 * (3 * parts + 3)
     with trainer.evaluated() as network:
-        for sizes in ((8, 8, 6), (10, 10, 3)):  # the centre crop of the test set, and ten
+        for sizes in ((8, 8, 6), (10, 10, 3)):  # centre crop and ten-crop of the test set
             predict(network, of_sizes(*sizes, crop=12), runtime)
     assert compiler.calls == 3 * (3 * parts + 3) + 6
     assert compiler.graphs == 2 * (2 + 2) + 3
 
 
-class Unmade:
-    """A batch of another type, as ``fastalex.kernels.LazyBatch`` is one; made in the network."""
+class Lazy:
+    """A batch that the network materializes; stands for ``fastalex.kernels.LazyBatch``."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -379,40 +379,40 @@ class Unmade:
     def shape(self) -> torch.Size:
         return self.images.shape
 
-    def chunk(self, chunks: int) -> list[Unmade]:
-        return [Unmade(images) for images in self.images.chunk(chunks)]
+    def chunk(self, chunks: int) -> list[Lazy]:
+        return [Lazy(images) for images in self.images.chunk(chunks)]
 
 
-class Making(nn.Module):
-    """A network that takes both."""
+class Materializing(nn.Module):
+    """A network that takes tensors and lazy batches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = convolution()
 
-    def forward(self, images: Tensor | Unmade) -> Tensor:
-        return self.network(images.images if isinstance(images, Unmade) else images)
+    def forward(self, images: Tensor | Lazy) -> Tensor:
+        return self.network(images.images if isinstance(images, Lazy) else images)
 
 
-def test_the_most_kinds_of_batches_that_a_run_can_have_are_compiled(compiler: Compiler) -> None:
-    """Parts of three sizes, at each of two crops and made or not, and batches of two in each validation."""
+def test_the_limit_of_variants_is_the_most_that_a_run_can_have(compiler: Compiler) -> None:
+    """Three sizes of parts, at two crops, lazy or not, and two sizes of batch in each validation."""
     runtime = replace(fp32(), compile=True)
     batches: list[Batches] = []
     for crop in (8, 12):
-        made, unmade = of_sizes(16, 7, crop=crop), of_sizes(16, 7, crop=crop)
-        unmade.batches = [(Unmade(images), labels) for images, labels in unmade.batches]
-        batches.append(Batches(made.batches + unmade.batches))
+        pixels, lazy = of_sizes(16, 7, crop=crop), of_sizes(16, 7, crop=crop)
+        lazy.batches = [(Lazy(images), labels) for images, labels in lazy.batches]
+        batches.append(Batches(pixels.batches + lazy.batches))
     train = StagedLoader(batches, epochs=[1])
     validation = StagedLoader([of_sizes(16, 5, crop=crop) for crop in (8, 12)], epochs=[1])
     config = TrainConfig(epochs=2, lr=1e-3, accumulate=4, stages=[Stage(1, 8, 8)])
-    trainer = Trainer(Making(), config, train, validation, runtime)
+    trainer = Trainer(Materializing(), config, train, validation, runtime)
     trainer.run_epoch()
     trainer.run_epoch()
     with trainer.evaluated() as network:
         for sizes in ((15, 6), (10, 3)):
             predict(network, of_sizes(*sizes, crop=12), runtime)
     assert compiler.graphs == 2 * (2 * 3 + 2) + 4
-    with pytest.raises(FailOnRecompileLimitHit):  # and the limit is not just a large number
+    with pytest.raises(FailOnRecompileLimitHit):  # the limit is exact
         network(torch.zeros(9, 3, 12, 12))
 
 
@@ -420,15 +420,15 @@ def test_the_most_kinds_of_batches_that_a_run_can_have_are_compiled(compiler: Co
     ("accumulate", "processes", "mode"),
     [(1, 1, "reduce-overhead"), (2, 1, "default"), (1, 2, "default"), (2, 2, "default")],
 )
-def test_gradients_that_are_kept_over_passes_are_in_no_cuda_graph(
+def test_no_cuda_graphs_when_gradients_are_kept_over_passes(
     accumulate: int, processes: int, mode: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph's next pass overwrites what its last one returned."""
+    """The next pass of a CUDA graph overwrites the outputs of the last."""
     monkeypatch.setattr(
         "fastalex.distributed.strategies.parallelize", lambda model, *rest: nn.Sequential(model)
     )
-    card = replace(fp32(), compile=True, device=torch.device("cuda"))
+    gpu = replace(fp32(), compile=True, device=torch.device("cuda"))
     config = TrainConfig(accumulate=accumulate)
     loader = of_sizes(8, crop=8)
-    Trainer(convolution(), config, loader, None, card, world=replace(World(), size=processes))
+    Trainer(convolution(), config, loader, None, gpu, world=replace(World(), size=processes))
     assert {options["mode"] for options in compiler.asked} == {mode}

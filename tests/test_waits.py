@@ -1,4 +1,4 @@
-"""Between two looks at the loss the host never waits for the device."""
+"""The host never waits for the device between two checks of the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastalex.training.metrics import predict
 from fastalex.training.timing import WARMUP_STEPS
 from fastalex.training.trainer import Trainer
 from tests.runtimes import loader_on
-from tests.waits import CARD, Waits, card, none_allowed
+from tests.waits import GPU, Waits, gpu, no_waits_allowed
 
 CPU = torch.device("cpu")
 CLASSES, BATCH, STEPS = 7, 6, 20
@@ -31,15 +31,15 @@ DATA = DataConfig(name="test", resize=20, crop=16)
 
 
 class Stopped(Exception):
-    """Ends an epoch before its end, where the loss is looked at."""
+    """Ends an epoch early, because the loss is checked at its end."""
 
 
-class Made:
-    """A loader over made-up batches on a device.
+class RandomBatches:
+    """A loader of random batches.
 
     Args:
         device: of the batches.
-        poison: number of the batch whose pixels are infinite.
+        poison: index of a batch with infinite pixels.
     """
 
     num_samples = STEPS * BATCH
@@ -76,10 +76,10 @@ def network(device: torch.device) -> nn.Module:
     return nn.Sequential(*layers).to(device)
 
 
-def between_looks(
+def between_checks(
     loader: Loader, runtime: Runtime, warm: Callable[[], None], scaled: bool = False, **recipe: Any
 ) -> None:
-    """Take an epoch's steps but the last, and call ``warm`` after those of the warm-up."""
+    """Take all steps of an epoch but the last; call ``warm`` after the warm-up steps."""
 
     def on_step(step: int, loss: float | None) -> None:
         if step == WARMUP_STEPS + 1:
@@ -95,19 +95,19 @@ def between_looks(
         trainer.run_epoch()
 
 
-def test_the_stand_in_sees_what_would_wait() -> None:
+def test_waits_are_detected() -> None:
     with Waits() as waits:
-        values = torch.zeros(3, device=CARD)
+        values = torch.zeros(3, device=GPU)
         assert waits.found == []
         float(values.sum())
         bool(values.sum() > 1)
         values[values > 0]
         values.nonzero()
         values.cpu()
-        torch.zeros(3).to(CARD)
+        torch.zeros(3).to(GPU)
         values.copy_(torch.zeros(3))
-        torch.as_tensor([1.0], device=CARD)
-        torch.zeros(3).to(CARD, non_blocking=True)
+        torch.as_tensor([1.0], device=GPU)
+        torch.zeros(3).to(GPU, non_blocking=True)
         values.copy_(torch.zeros(3), non_blocking=True)
     copies = [
         "_to_copy from meta to cpu",
@@ -133,22 +133,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_no_step_waits(
     recipe: dict[str, Any], scaled: bool, cutmix: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # PyTorch has a fused SGD for real devices only, and here it computes nothing.
+    # PyTorch has fused SGD for real devices only; on the meta device it computes nothing.
     monkeypatch.setattr(
         sys.modules[torch.optim.SGD.__module__], "_device_dtype_check_for_fused", lambda parameter: None
     )
-    loader: Loader = Made(CARD)
+    loader: Loader = RandomBatches(GPU)
     if cutmix:
         torch.manual_seed(0)
         loader = CutMixLoader(loader, CLASSES, cutmix)
     with Waits() as waits:
-        between_looks(loader, card(), waits.found.clear, scaled, **recipe)
+        between_checks(loader, gpu(), waits.found.clear, scaled, **recipe)
     assert waits.found == []
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_a_step_whose_gradient_overflows_is_left_out(clip_norm: float) -> None:
-    """As GradScaler has it, though it is the optimizer now that leaves it out."""
+def test_a_step_with_an_overflowing_gradient_is_skipped(clip_norm: float) -> None:
+    """As with GradScaler alone, although here the optimizer skips it."""
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
     states: list[list[Tensor]] = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
@@ -160,7 +160,9 @@ def test_a_step_whose_gradient_overflows_is_left_out(clip_norm: float) -> None:
             raise Stopped
 
     config = TrainConfig(epochs=1, lr=1e-3, clip_norm=clip_norm)
-    trainer = Trainer(model, config, Made(CPU, poison=4), None, runtime, log_every=1000, on_step=on_step)
+    trainer = Trainer(
+        model, config, RandomBatches(CPU, poison=4), None, runtime, log_every=1000, on_step=on_step
+    )
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with pytest.raises(Stopped):
         trainer.run_epoch()
@@ -173,13 +175,13 @@ def test_a_step_whose_gradient_overflows_is_left_out(clip_norm: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
-def test_a_scaled_gradient_is_the_same_step(scale: float) -> None:
+def test_loss_scaling_gives_the_same_step(scale: float) -> None:
     weights = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
         runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
-        trainer = Trainer(model, TrainConfig(epochs=1, lr=1e-2), Made(CPU), None, runtime)
+        trainer = Trainer(model, TrainConfig(epochs=1, lr=1e-2), RandomBatches(CPU), None, runtime)
         trainer.scaler = scaler or trainer.scaler
         trainer.run_epoch()
         weights.append(model[1].weight.detach())
@@ -187,14 +189,14 @@ def test_a_scaled_gradient_is_the_same_step(scale: float) -> None:
 
 
 def epoch_of(name: str, views: Views, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Loader:
-    """A loader onto the stand-in for a card, of whose generator its plan cannot be drawn."""
+    """A loader onto the meta device; its plan is drawn on the CPU, since meta has no generator."""
     if name in PACKAGES and not installed(PACKAGES[name]):
         pytest.skip(f"{PACKAGES[name]} is not installed: .ci/install-loaders does that")
     plan = PlannedLoader.plan
     monkeypatch.setattr(
         PlannedLoader, "plan", lambda self, device="cpu": plan(self, "cpu").to(torch.device(device))
     )
-    return loader_of(name, views, CARD, tmp_path)
+    return loader_of(name, views, GPU, tmp_path)
 
 
 def loader_of(name: str, views: Views, device: torch.device, tmp_path: Path) -> Loader:
@@ -210,24 +212,24 @@ def installed(package: str) -> bool:
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
 @pytest.mark.parametrize("name", ["resident", "torchvision", "dali", "ffcv"])
 def test_no_batch_waits(name: str, views: Views, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """But the first of an epoch, with which its plan may be sent."""
+    """Except the first of an epoch, which may send the plan."""
     batches = iter(epoch_of(name, views, monkeypatch, tmp_path))
     next(batches)
     with Waits() as waits:
         rest = list(batches)
     assert len(rest) == 4
-    assert all(labels.device == CARD for _, labels in rest)
+    assert all(labels.device == GPU for _, labels in rest)
     assert waits.found == []
 
 
-def test_no_batch_of_a_validation_waits() -> None:
-    model, batches = network(CARD), Made(CARD).batches
+def test_no_validation_batch_waits() -> None:
+    model, batches = network(GPU), RandomBatches(GPU).batches
     with Waits() as waits:
-        predict(model, batches, card())
+        predict(model, batches, gpu())
     assert waits.found == []
 
 
-def test_what_is_sent_to_a_card_is_copied_to_pinned_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_for_a_gpu_are_first_copied_to_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def empty_like(tensor: Tensor, pin_memory: bool = False) -> Tensor:
@@ -248,8 +250,8 @@ def test_what_is_sent_to_a_card_is_copied_to_pinned_memory_first(monkeypatch: py
 
 
 @pytest.mark.gpu
-def test_what_is_sent_to_a_card_is_what_it_was_then() -> None:
-    """Though the card is busy, and what was sent from is pinned and is overwritten at once."""
+def test_data_for_a_gpu_may_be_overwritten_once_sent() -> None:
+    """Even if the GPU is busy and the source is pinned memory."""
     ring_buffer = torch.ones(1 << 20, pin_memory=True)
     busy = torch.ones(4096, 4096, device="cuda")
     for _ in range(20):
@@ -263,26 +265,26 @@ def test_what_is_sent_to_a_card_is_what_it_was_then() -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16], ids=lambda p: p.value)
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_no_step_waits_for_a_card(recipe: dict[str, Any], precision: Precision, compiled: bool) -> None:
-    """CUDA itself says what waits; the steps before are those in which kernels are made."""
+def test_no_step_waits_on_a_gpu(recipe: dict[str, Any], precision: Precision, compiled: bool) -> None:
+    """As detected by CUDA; the warm-up steps, which compile kernels, may wait."""
     runtime = choose_runtime(RuntimeConfig(device="cuda", precision=precision, compile=compiled))
     torch.manual_seed(0)
-    loader = CutMixLoader(Made(runtime.device), CLASSES, 0.0 if compiled else 0.5)
+    loader = CutMixLoader(RandomBatches(runtime.device), CLASSES, 0.0 if compiled else 0.5)
     with ExitStack() as context:
-        between_looks(loader, runtime, lambda: context.enter_context(none_allowed()), **recipe)
+        between_checks(loader, runtime, lambda: context.enter_context(no_waits_allowed()), **recipe)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
 @pytest.mark.parametrize("name", ["resident", "torchvision", "dali", "ffcv"])
-def test_no_batch_waits_for_a_card(name: str, views: Views, tmp_path: Path) -> None:
+def test_no_batch_waits_on_a_gpu(name: str, views: Views, tmp_path: Path) -> None:
     if name in PACKAGES and not installed(PACKAGES[name]):
         pytest.skip(f"{PACKAGES[name]} is not installed: .ci/install-loaders does that")
     loader = loader_of(name, views, torch.device("cuda"), tmp_path)
-    list(loader)  # which makes the kernels
+    list(loader)  # compiles the kernels
     batches = iter(loader)
     next(batches)
-    with none_allowed():
+    with no_waits_allowed():
         rest = list(batches)
     torch.cuda.synchronize()
     assert [len(labels) for _, labels in rest] == [BATCH] * 4

@@ -1,4 +1,4 @@
-"""What a test needs to count the operations for which the host would wait for a GPU, without having one."""
+"""Detection, without a GPU, of operations for which the host would wait for a GPU."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch.utils._pytree import tree_leaves
 
 from fastalex.runtime import Runtime
 
-CARD = torch.device("meta")  # stands for the card: its tensors have no values that anyone could read
+GPU = torch.device("meta")  # stands for the GPU: its tensors have no values to read
 
 _aten = torch.ops.aten
 _READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal"}
 
 
 class Waits(TorchDispatchMode):
-    """Context that notes each operator for which the host would wait for the card.
+    """Context that records each operation for which the host would wait for the GPU.
 
-    Those are the reading of a tensor's values, a tensor that is made of a list, and a copy from one device to
-    the other that is not said to be ``non_blocking``. Copies to the card that are have to come from pinned
-    memory, which is not seen here.
+    These are: reading a tensor's values, creating a tensor on the GPU from a list, and copying between
+    devices without ``non_blocking``. Whether a non-blocking copy comes from pinned memory, as it must, is not
+    checked.
 
     Attributes:
-        found: the names of the operators, one for each time.
+        found: the names of the operations, in order.
     """
 
     def __init__(self) -> None:
@@ -48,13 +48,13 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _aten._fused_sgd_.default and args[0][0].device == CARD:
-            return None  # which has no implementation without values, and waits for nothing
+        if func is _aten._fused_sgd_.default and args[0][0].device == GPU:
+            return None  # not implemented on meta; does not wait
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func._schema.name.removeprefix("aten::")
-        if name in _READS and tensors[0].device == CARD:
+        if name in _READS and tensors[0].device == GPU:
             self.found.append(name)
-            return _made_up(name, tensors[0])
+            return _placeholder(name, tensors[0])
         if name == "_to_copy":
             self._copied(name, tensors[0].device, kwargs.get("device"), kwargs.get("non_blocking", False))
         elif name == "copy_":
@@ -63,7 +63,7 @@ class Waits(TorchDispatchMode):
         elif name == "index" and any(tensor.dtype == torch.bool for tensor in tensors[1:]):
             self.found.append("index by a mask")
             return tensors[0].new_zeros(0)
-        if name == "_to_copy" and tensors[0].device == CARD and kwargs.get("device", CARD) != CARD:
+        if name == "_to_copy" and tensors[0].device == GPU and kwargs.get("device", GPU) != GPU:
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         return func(*args, **kwargs)
 
@@ -75,7 +75,7 @@ class Waits(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Notes tensors that are made on the card of numbers on the host: there is no operator for that."""
+    """Records tensors created on the GPU from numbers on the host, for which no operator is dispatched."""
 
     def __init__(self, found: list[str]) -> None:
         super().__init__()
@@ -83,13 +83,13 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        here = kwargs.get("device") is not None and torch.device(kwargs["device"]) == CARD
+        here = kwargs.get("device") is not None and torch.device(kwargs["device"]) == GPU
         if func in (torch.tensor, torch.as_tensor) and here and not isinstance(args[0], Tensor):
-            self._found.append(f"{func.__name__} on {CARD}")
+            self._found.append(f"{func.__name__} on {GPU}")
         return func(*args, **kwargs)
 
 
-def _made_up(name: str, tensor: Tensor) -> Any:
+def _placeholder(name: str, tensor: Tensor) -> Any:
     if name in ("nonzero", "masked_select"):
         return torch.zeros(0, dtype=torch.int64, device=tensor.device)
     if name in ("is_nonzero", "equal") or tensor.dtype == torch.bool:
@@ -98,20 +98,20 @@ def _made_up(name: str, tensor: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class CardRuntime(Runtime):
-    """A runtime on the stand-in for a card, which knows no autocast."""
+class GpuRuntime(Runtime):
+    """A runtime on the meta device, which has no autocast."""
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
 
 
-def card() -> CardRuntime:
-    return CardRuntime(CARD, torch.float32, torch.channels_last, False, False, 1, "none")
+def gpu() -> GpuRuntime:
+    return GpuRuntime(GPU, torch.float32, torch.channels_last, False, False, 1, "none")
 
 
 @contextmanager
-def none_allowed() -> Iterator[None]:
-    """Context in which CUDA operations that the host would wait for are errors."""
+def no_waits_allowed() -> Iterator[None]:
+    """Context in which a CUDA operation that the host waits for raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
