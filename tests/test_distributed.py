@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,13 @@ def test_hybrid_with_one_process_is_refused(resume: str, tmp_path: Path) -> None
     assert "takes several processes; start them with torchrun" in done.stderr
 
 
-def start(run_dir: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+def start(
+    run_dir: Path, *arguments: str, restarts: int = 0, torchrun_options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """Train, and write a checkpoint as soon as the last one is written, which only rank 0 knows."""
     options = [f"hydra.run.dir={run_dir}", "checkpoint.every_seconds=0", *arguments]
     return subprocess.Popen(
-        [*TORCHRUN, f"--max-restarts={restarts}", *TRAIN, *options],
+        [*TORCHRUN, f"--max-restarts={restarts}", *torchrun_options, *TRAIN, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -248,7 +250,9 @@ def test_the_run_ends_with_a_message_when_a_process_dies_or_hangs(
 
 def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    launcher = start(run_dir, "train.epochs=1000")
+    # torchrun kills what has not ended by then; on a busy machine two seconds are too few to finish a step.
+    patient = ["--shutdown-timeout=60"]
+    launcher = start(run_dir, "train.epochs=1000", torchrun_options=patient)
     wait_for((run_dir / "checkpoint.pt").is_file, launcher)
     processes = workers(launcher)
     launcher.send_signal(signal.SIGTERM)
