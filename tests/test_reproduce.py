@@ -287,7 +287,7 @@ def test_a_run_without_its_best_weights_is_refused(tmp_path: Path) -> None:
 def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def diverges(config: Config, folder: Path, asked: dict[str, str]) -> None:
+    def diverges(config: Config, folder: Path, overrides: dict[str, str]) -> None:
         ran.append(folder.name)
         if len(ran) == 1:
             raise DivergedError("the loss became nan at step 3 with learning rate 0.1; lower train.lr")

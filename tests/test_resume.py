@@ -266,7 +266,7 @@ def test_a_signal_ends_the_run_in_good_order_and_resume_finishes_it(
     # There is nothing left to resume.
     status, out, _ = command(*QUICK, "train.epochs=1", "resume=auto", "hydra.run.dir=new")
     assert status == 0
-    assert "a new one begins" in out
+    assert "starting a new one" in out
 
 
 def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
@@ -318,7 +318,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(comm
     Path("run/tensorboard").mkdir(parents=True)
     status, out, _ = command(*QUICK, "train.epochs=1", "resume=auto", "hydra.run.dir=run")
     assert status == 0
-    assert "a new one begins" in out
+    assert "starting a new one" in out
     assert Path("run/summary.json").exists()
 
 
@@ -372,7 +372,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert warnings[-1] == f"fastalex: warning: resuming from {tmp_path}/checkpoint-000001.pt instead"
     assert f"fastalex: warning: checkpoint={path}: is damaged or cut short" in warnings[-2]
     os.truncate(tmp_path / "checkpoint-000001.pt", 0)
-    with pytest.raises(CheckpointError, match=r"no checkpoint there is whole; the first: checkpoint=\S+/ch"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint there is damaged; the first: \S+=\S+/ch"):
         load_newest(tmp_path)
     assert load_newest(tmp_path.parent) is None
 

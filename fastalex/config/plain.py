@@ -15,6 +15,9 @@ from fastalex.errors import ConfigError
 
 T = TypeVar("T")
 
+# The values of keys in a configuration that is older than they are, where those are not the defaults.
+_BEFORE = {"train": {"clip_norm": 0.0}}
+
 
 def plain(config: Config) -> dict[str, Any]:
     """Return a configuration as plain dicts, lists, strings and numbers."""
@@ -24,7 +27,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(content: dict[str, Any]) -> Config:
-    """Return what :func:`plain` was given; keys that are newer than the content get their defaults.
+    """Return what :func:`plain` was given; keys that are newer than the content get what it meant.
 
     Raises:
         ConfigError: a key or a value that this version does not know.
@@ -32,7 +35,7 @@ def from_plain(content: dict[str, Any]) -> Config:
     model = MODEL_CONFIGS.get(content.get("model", {}).get("name"), ModelConfig)()
     known = OmegaConf.structured(Config(model=model, data=DataConfig(), loader=LoaderConfig()))
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(known, content))
+        config = OmegaConf.to_object(OmegaConf.merge(known, _BEFORE, content))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
