@@ -50,6 +50,7 @@ def parallelize(
     Raises:
         ConfigError: ``hybrid`` for a network without AlexNet's hidden layers.
     """
+    check_strategy(model, config.strategy)
     _synchronise_batch_norm(model, device)
     if config.strategy is Strategy.hybrid:
         _shard_hidden_layers(model, world, device)
@@ -61,13 +62,21 @@ def parallelize(
     return network
 
 
-def _shard_hidden_layers(model: nn.Module, world: World, device: torch.device) -> None:
-    names = getattr(model, "hidden_layers", None)
-    if names is None:
+def check_strategy(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse the hybrid of a network that has no hidden layers to divide.
+
+    Raises:
+        ConfigError: saying what to use instead.
+    """
+    if strategy is Strategy.hybrid and getattr(model, "hidden_layers", None) is None:
         raise ConfigError(
             "distributed.strategy=hybrid: divides AlexNet's two hidden layers, which this network does not "
             "have; use distributed.strategy=ddp"
         )
+
+
+def _shard_hidden_layers(model: nn.Module, world: World, device: torch.device) -> None:
+    names: tuple[str, str] = model.hidden_layers  # type: ignore[assignment]
     first, second = names
     for name in names:  # DistributedDataParallel broadcasts the others, but is told to ignore DTensors
         for parameter in model.get_submodule(name).parameters():

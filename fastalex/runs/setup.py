@@ -22,6 +22,7 @@ from fastalex.data import (
 )
 from fastalex.data.sampling import mix
 from fastalex.distributed.processes import World
+from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runs.checkpoint import Checkpoint
@@ -90,6 +91,8 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
         )
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+    # On rank 0, so that all ranks end together: torchrun would stop a slower one in the middle.
+    world.on_main(lambda: check_strategy(model, config.distributed.strategy))
     config.loader = resolve_loader(config.loader, splits, room_for_images(model, config, runtime, world))
     if world.main:
         print(_describe(config, splits))
