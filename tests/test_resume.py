@@ -294,8 +294,9 @@ def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
         (["resume=run", "seed=7"], r"seed=7: .* has seed=0"),
         (["hydra.run.dir=run", *QUICK], r"already holds a run; name another folder, or resume it with"),
     ):
-        status, _, err = command(*overrides)
+        status, out, err = command(*overrides)
         assert status == 2, overrides
+        assert "resuming" not in out
         assert re.search(message, err.splitlines()[-1]), err
     assert sorted(path.name for path in Path().iterdir()) == ["run"]
     lock = RunLock.take(Path("run"))

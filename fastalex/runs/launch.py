@@ -27,11 +27,11 @@ from fastalex.training.trainer import Trainer
 
 @dataclass
 class Request:
-    """What was asked for.
+    """A request for a training.
 
     Attributes:
-        config: what to train, on what, and how. On resume the checkpoint's configuration wins, except
-            ``overrides`` whose keys are in :data:`fastalex.runs.resume.CHANGEABLE`.
+        config: the settings. On resume the checkpoint's settings win, except ``overrides`` whose keys are in
+            :data:`fastalex.runs.resume.CHANGEABLE`.
         run_dir: the folder for the run's files.
         run_dir_given: whether the user named that folder; if not, a neighbour is taken where it is in use.
         overrides: the values that were given explicitly, by their dotted keys.
@@ -53,7 +53,7 @@ def train(
     """Run one training, as each of the processes that torchrun has started, or alone.
 
     Args:
-        config: as in :class:`Request`, as the next three are.
+        config: the settings; this and the other arguments are those of :class:`Request`.
         run_dir: the folder for the run's files.
         run_dir_given: whether the user named it.
         overrides: the values that were given explicitly, by their dotted keys.
@@ -84,7 +84,12 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
         resumed = find(request.config.resume, request.run_dir, request.run_dir_given)
         config = resumed.configuration(request.overrides) if resumed else request.config
         setup.check(config, world)
-        return config, resumed.checkpoint if resumed else None
+        if resumed is not None:
+            print(f"resuming the run in {resumed.folder} from step {resumed.checkpoint.step}")
+            return config, resumed.checkpoint
+        if config.resume:
+            print("resume=auto: there is no unfinished run with a checkpoint; starting a new one")
+        return config, None
 
     try:
         config, checkpoint = world.on_main(begin)
@@ -95,7 +100,7 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
             recorder = Recorder(request.run_dir)
             if world.main:
                 folder = _open_folder(request, config, resumed, trainer)
-                steps = STEPS if config.profile else config.train.epochs * len(trainer.train_loader)
+                steps = STEPS if config.profile else trainer.steps
                 classes = list(splits.classes)
                 recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, steps)
             try:

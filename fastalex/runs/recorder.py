@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from fastalex.config import Config
 from fastalex.config.plain import plain
-from fastalex.errors import DivergedError, FastalexError, ReportedError
+from fastalex.errors import DivergedError, FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
 from fastalex.runs.checkpoint import Checkpoint, save_weights
 from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
@@ -22,10 +23,10 @@ from fastalex.training.trainer import Epoch
 
 
 class Recorder:
-    """Records nothing: that of every rank but 0. Rank 0 has a :class:`FolderRecorder`.
+    """Records nothing: every rank but 0 has one. Rank 0 has a :class:`FolderRecorder`.
 
     Args:
-        run_dir: the folder that Hydra made for this process; removed at the end, where it is empty.
+        run_dir: the folder that Hydra created for this process; removed at the end if it is empty.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -54,20 +55,20 @@ class Recorder:
 
         Args:
             weights: the network's state dict.
-            average: that of the averaged weights, where they are kept.
+            average: the state dict of the averaged weights; None if they are not kept.
             training: the trainer's state, and what the run adds to it.
         """
 
     def finish(self) -> None:
-        """Record that there are no more epochs: every file but the report's is whole afterwards."""
+        """Complete the files of the training: there are no more epochs."""
 
     def diverged(self, error: DivergedError) -> FastalexError:
         """Write what is still good after a divergence; return the error to end the run with."""
         return ReportedError(error.exit_status)
 
-    def stopped(self, how: str) -> str:
-        """Return a message about a run that was stopped, with what is saved and how to resume."""
-        return how
+    def stopped(self, received: signal.Signals) -> StoppedError | ReportedError:
+        """Return the error to end a run with that a signal stopped."""
+        return ReportedError(128 + received)
 
     def final_weights(self, weights: dict[str, Tensor]) -> None:
         """Write ``model.safetensors``."""
@@ -93,20 +94,20 @@ class Recorder:
         """End the progress bar and the background writes."""
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the folder."""
         remove_empty(self._run_dir)
 
 
 class FolderRecorder(Recorder):
-    """Writes a run's folder, and shows its progress: that of rank 0.
+    """Writes a run's folder and shows its progress: rank 0 has one.
 
     Args:
-        folder: of the run; closed by :meth:`close`.
-        config: of the run.
-        classes: in the order of the network's outputs.
-        resumed: the run that is resumed, if one is.
-        step: taken so far.
-        steps: of the whole run, for the progress bar.
+        folder: the run's folder; :meth:`close` closes it.
+        config: the run's settings.
+        classes: class names, in the order of the network's outputs.
+        resumed: the run that is resumed; None for a new one.
+        step: the number of steps taken so far.
+        steps: the number of steps of the whole run, for the progress bar.
     """
 
     def __init__(
@@ -193,10 +194,11 @@ class FolderRecorder(Recorder):
         )
         return DivergedError(f"{error}; {kept}")
 
-    def stopped(self, how: str) -> str:
-        if self._writer.written is None:
-            return how
-        return f"{how}; step {self._writer.written} is saved, resume with resume={self._folder.path}"
+    def stopped(self, received: signal.Signals) -> StoppedError | ReportedError:
+        message = f"stopped by {received.name}"
+        if self._writer.written is not None:
+            message += f"; step {self._writer.written} is saved, resume with resume={self._folder.path}"
+        return StoppedError(message, received)
 
     def final_weights(self, weights: dict[str, Tensor]) -> None:
         with self._policy.applied():

@@ -85,7 +85,7 @@ class UnfinishedRun:
 
 
 def find(resume: str, run_dir: Path, given: bool) -> UnfinishedRun | None:
-    """Find the run that ``resume=auto|PATH`` means, lock it, and say so.
+    """Find the run that ``resume=auto|PATH`` means, and lock it.
 
     Args:
         resume: ``auto``, a checkpoint or a run's folder; empty for a new run.
@@ -102,12 +102,8 @@ def find(resume: str, run_dir: Path, given: bool) -> UnfinishedRun | None:
     if not resume:
         return None
     found = _auto(run_dir, given) if resume == "auto" else _named(resume, run_dir, given)
-    if found is None:
-        print("resume=auto: there is no unfinished run with a checkpoint; starting a new one")
-        return None
-    if found.folder.resolve() != run_dir.resolve():
+    if found is not None and found.folder.resolve() != run_dir.resolve():
         remove_empty(run_dir)
-    print(f"resuming the run in {found.folder} from step {found.checkpoint.step}")
     return found
 
 

@@ -66,6 +66,9 @@ def check(config: Config, world: World) -> None:
 def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, DataSplits]:
     """Build runtime, data, model and trainer; identical on every rank.
 
+    Rank 0 refuses what cannot work, so that all ranks end together; otherwise torchrun would stop the slower
+    ones, which would print a second error.
+
     Args:
         config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for.
         signals: end the training when one arrives.
@@ -75,23 +78,13 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
         FastalexError: for input that has to be corrected.
     """
     runtime = choose_runtime(config.runtime, world)
-    if runtime.needs_loss_scaling and config.distributed.strategy is Strategy.hybrid:
-        raise ConfigError(
-            "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
-            "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp"
-        )
+    world.on_main(lambda: _check_loss_scaling(runtime, config))
     if world.main:
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
-    fewest = min(len(splits.validation), len(splits.test))
-    if splits.is_measurable and fewest < world.size:
-        raise ConfigError(
-            f"data.root={config.data.root}: has {len(splits.validation)} validation and {len(splits.test)} "
-            f"test images, and each of {world.size} processes needs one; use at most {fewest} processes"
-        )
+    world.on_main(lambda: _check_images(splits, config, world))
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
-    # On rank 0, so that all ranks end together: torchrun would stop a slower one in the middle.
     world.on_main(lambda: check_strategy(model, config.distributed.strategy))
     config.loader = resolve_loader(config.loader, splits, room_for_images(model, config, runtime, world))
     if world.main:
@@ -112,11 +105,10 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
         world=world,
         distributed=config.distributed,
     )
-    steps = config.train.epochs * len(trainer.train_loader)
-    if config.profile and steps < STEPS:
+    if config.profile and trainer.steps < STEPS:
         raise ConfigError(
-            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has {steps}; "
-            "raise train.epochs"
+            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has "
+            f"{trainer.steps}; raise train.epochs"
         )
     if world.size > 1:
         torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from rank to rank
@@ -137,6 +129,23 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> Non
         )
     trainer.load_weights(checkpoint.model)
     trainer.load_state_dict(checkpoint.training, checkpoint.average)
+
+
+def _check_loss_scaling(runtime: Runtime, config: Config) -> None:
+    if runtime.needs_loss_scaling and config.distributed.strategy is Strategy.hybrid:
+        raise ConfigError(
+            "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
+            "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp"
+        )
+
+
+def _check_images(splits: DataSplits, config: Config, world: World) -> None:
+    fewest = min(len(splits.validation), len(splits.test))
+    if splits.is_measurable and fewest < world.size:
+        raise ConfigError(
+            f"data.root={config.data.root}: has {len(splits.validation)} validation and {len(splits.test)} "
+            f"test images, and each of {world.size} processes needs one; use at most {fewest} processes"
+        )
 
 
 def _staged_loader(

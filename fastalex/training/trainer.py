@@ -178,7 +178,8 @@ class Trainer:
         self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
         self.optimizer = create_optimizer(model, config)
         self._factored = self._layers_to_factor()
-        self.learning_rate = LearningRate(self.optimizer, config, config.epochs * len(train_loader))
+        self.steps = config.epochs * len(train_loader)  # of the whole run
+        self.learning_rate = LearningRate(self.optimizer, config, self.steps)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
         self.epoch = 0
