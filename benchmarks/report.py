@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from fastalex.files import replacing
-from fastalex.runs.folder import versions
-from fastalex.runtime import cpu_name
+from fastalex.runtime import cpu_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 FAULTS_FILE = "faults.csv"  # in the same folder, but it counts tries

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import cast
 
 import torch
@@ -17,6 +19,8 @@ from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import ConfigError
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+VERSIONS = ("fastalex", "torch", "torchvision", "numba", "numpy")
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,11 @@ def cpu_computes_bf16() -> bool:
 def cpu_name() -> str:
     """Return the processor's name as PyTorch reports it, else the platform's."""
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's figures."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}}
 
 
 def keep_pages() -> None:

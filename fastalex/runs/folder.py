@@ -6,10 +6,8 @@ import dataclasses
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -28,7 +26,6 @@ from fastalex.training.trainer import Epoch
 
 SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
 DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and holds Python's lock for as long
-VERSIONS = ("fastalex", "torch", "torchvision", "numba", "numpy")
 
 
 class RunLock:
@@ -216,11 +213,6 @@ def _add_epoch(writer: SummaryWriter, epoch: Epoch) -> None:
         if value is not None:
             writer.add_scalar(name, value, epoch.step)
     writer.flush()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's figures."""
-    return {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}}
 
 
 def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:

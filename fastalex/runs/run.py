@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,11 +10,11 @@ from typing import Any
 
 from fastalex.config import Config
 from fastalex.data import DataSplits
-from fastalex.errors import DataError, DivergedError, ReportedError, StoppedError
+from fastalex.errors import DataError, DivergedError, StoppedError
 from fastalex.models import count_parameters
-from fastalex.runs.folder import versions
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.signals import StopSignals
+from fastalex.runtime import versions
 from fastalex.training.evaluation import evaluate_model
 from fastalex.training.trainer import Epoch, StopTraining, Trainer
 
@@ -23,15 +22,15 @@ from fastalex.training.trainer import Epoch, StopTraining, Trainer
 class Run:
     """Trains to the end of a run, saves its state, and evaluates what was learnt.
 
-    Every rank has one and calls the same methods. What they show differs by their recorder alone.
+    Every rank has one and calls the same methods. Only their recorders differ.
 
     Args:
-        config: of the run.
-        splits: its data.
-        trainer: with the state to start from.
+        config: the run's settings.
+        splits: the run's images.
+        trainer: the trainer, with the state to start from.
         recorder: writes files and prints, or does neither.
-        signals: that stop the run.
-        started: when this process started on the run, by ``time.perf_counter``.
+        signals: the signals that stop the run.
+        started: when this process started on the run, by ``time.perf_counter``, in seconds.
         before: the training state of the checkpoint that is resumed; empty for a new run.
     """
 
@@ -72,18 +71,13 @@ class Run:
                 self._fit()
                 received = next(filter(None, self.trainer.world.gather(self.signals.received)), None)
             if received is not None:
-                raise self._stopped(received)
+                raise self.recorder.stopped(received)
             return self._report()
         except (StoppedError, DataError, RuntimeError) as error:
             # A signal to the whole process group ends the loader's workers as well, which is then no error.
             if self.signals.received is None:
                 raise
-            raise self._stopped(self.signals.received) from error
-
-    def _stopped(self, received: signal.Signals) -> StoppedError | ReportedError:
-        if not self.trainer.world.main:
-            return ReportedError(128 + received)
-        return StoppedError(self.recorder.stopped(f"stopped by {received.name}"), received)
+            raise self.recorder.stopped(self.signals.received) from error
 
     def _fit(self) -> None:
         """Train to the end, or to where the trainer is told to stop; the state is then saved."""
@@ -190,7 +184,7 @@ class Run:
 
     @property
     def _wall_seconds(self) -> float:
-        """Of this process and those before it."""
+        """Seconds of this process and of those before it."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def _seconds(self) -> dict[str, float]:
