@@ -7,7 +7,7 @@ from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config.schema import MODEL_CONFIGS, Config, DataConfig, LoaderConfig, ModelConfig, Stage
@@ -21,9 +21,7 @@ _BEFORE = {"train": {"clip_norm": 0.0}}
 
 def plain(config: Config) -> dict[str, Any]:
     """Return a configuration as plain dicts, lists, strings and numbers."""
-    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    return _as_dict(OmegaConf.structured(config))
 
 
 def from_plain(content: dict[str, Any]) -> Config:
@@ -65,9 +63,13 @@ def set_key(config: Config, key: str, value: Any) -> None:
 
 def load_config(folder: Path) -> dict[str, Any]:
     """Read a run's ``config.yaml`` as plain values."""
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return _as_dict(OmegaConf.load(folder / "config.yaml"))
+
+
+def _as_dict(config: DictConfig | ListConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(config, enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def to_dataclass(composed: DictConfig, config_class: type[T]) -> T:
