@@ -1,8 +1,30 @@
-"""Checks of processes."""
+"""Processes that tests start, and checks of them."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--shutdown-timeout=2",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def torchrun(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes, to its end; it may import what is in ``tests``."""
+    done = subprocess.run(
+        [*TORCHRUN, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def has_ended(pid: int) -> bool:

@@ -23,19 +23,11 @@ from fastalex.runs.checkpoint import read_weights
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from tests import ranks
-from tests.processes import has_ended
+from tests.processes import ENVIRONMENT, TORCHRUN, has_ended, torchrun
 
 REPEATS = int(os.environ.get("FASTALEX_FAULT_REPEATS", "1"))
 FULL = REPEATS > 1  # set by `make faults`
 repeated = pytest.mark.parametrize("repeat", range(REPEATS))
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    "--shutdown-timeout=2",
-]
 TRAIN = [
     "-m",
     "fastalex.train",
@@ -46,16 +38,6 @@ TRAIN = [
     "train.epochs=4",
     "runtime.precision=fp32",
 ]
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def torchrun(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*TORCHRUN, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

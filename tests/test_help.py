@@ -31,3 +31,25 @@ def test_it_lists_the_choices_that_there_are(module: str, groups: set[str]) -> N
     listed = dict(line.split(": ", 1) for line in before.splitlines() if ": " in line)
     files = {name: sorted(file.stem for file in (CONFIGS / name).glob("*.yaml")) for name in groups}
     assert {name: choices.split(", ") for name, choices in listed.items()} == files
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("recipe=seed", "recipe=study"),
+        ("recipe=fast,seed", "recipe=fast,study"),
+        ("rows=alexnet,alexnet_seed_recipe", "rows=alexnet,alexnet_study_recipe"),
+        ("--config-name=row/alexnet_seed_recipe", "--config-name=row/alexnet_study_recipe"),
+    ],
+)
+def test_an_old_name_still_works_with_a_warning(
+    old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._renamed(old) == new
+    assert capsys.readouterr().err == f"fastalex: warning: {old} is now called {new}\n"
+
+
+@pytest.mark.parametrize("argument", ["seed=1", "recipe=study", "hydra.run.dir=results/alexnet_seed_recipe"])
+def test_other_arguments_are_left_alone(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._renamed(argument) == argument
+    assert capsys.readouterr().err == ""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastalex.distributed.processes import ALONE
 from tests import rank_runs
-from tests.test_distributed import torchrun
+from tests.processes import torchrun
 
 COMPLETING = [name for name in rank_runs.OPTIONS if name != rank_runs.DIVERGES]
 
