@@ -129,12 +129,12 @@ FAULTS = {
     "rank": Fault(
         "one process of several killed, or hanging",
         "the others end within `distributed.timeout` with one line and a status; none is left behind",
-        "tests/test_distributed.py::test_a_process_that_dies_or_hangs_ends_the_run_with_a_message",
+        "tests/test_distributed.py::test_the_run_ends_with_a_message_when_a_process_dies_or_hangs",
     ),
     "elastic": Fault(
         "one process killed under torchrun's restarts",
         "all start again from the newest checkpoint; the run ends complete, at the same bits",
-        "tests/test_distributed.py::test_a_killed_process_is_started_again_and_the_run_ends_complete",
+        "tests/test_distributed.py::test_the_run_completes_after_a_killed_process_is_restarted",
     ),
 }
 
