@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.distributed.processes import ALONE, World
@@ -33,6 +33,7 @@ class Runtime:
         memory_format: of batches and convolution weights.
         compile: whether the network runs under ``torch.compile``.
         winograd: whether convolutions use Winograd's algorithm where they can.
+        factored: whether training keeps the gradients of wide fully connected layers as factors.
         threads: number of CPU threads.
         hardware: name of the CPU or GPU.
     """
@@ -42,6 +43,7 @@ class Runtime:
     memory_format: torch.memory_format
     compile: bool
     winograd: bool
+    factored: bool
     threads: int
     hardware: str
 
@@ -94,6 +96,12 @@ class Runtime:
         mode = "reduce-overhead" if self.device.type == "cuda" and graphs else "default"
         return cast(nn.Module, torch.compile(model, dynamic=False, mode=mode))
 
+    def static(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose address stays the same: a CUDA graph reads it in place, without a copy."""
+        if self.compile and self.device.type == "cuda":
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
+
     def synchronize(self) -> None:
         """Wait until the device has finished all work; does nothing on a CPU."""
         if self.device.type == "cuda":
@@ -140,6 +148,8 @@ def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         compile=device.type == "cuda" if config.compile is None else config.compile,
         winograd=config.winograd and device.type == "cpu",
+        # On a GPU only if asked for, until a card has run it (docs/gpu.md).
+        factored=device.type == "cpu" if config.factored is None else config.factored,
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )

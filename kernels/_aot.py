@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,9 @@ def _signature(
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments.get(name)
         divisible = False
-        if name in constants or (isinstance(value, int) and value == 1 and name not in serves_all):
+        is_one = isinstance(value, int) and value == 1 and name not in serves_all
+        is_none = value is None and name in launch.arguments
+        if name in constants or is_one or is_none:
             types[name] = "constexpr"
             if name in launch.arguments:
                 values[name] = value
@@ -114,7 +116,9 @@ def compile_launch(launch: Launch, arch: int) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        return _read(_dump("--dump-resource-usage", cubin.name), _dump("-sass", cubin.name))
+        code = _read(_dump("--dump-resource-usage", cubin.name), _dump("-sass", cubin.name))
+    # What a program asks for when it is launched is not in the file.
+    return replace(code, shared=max(code.shared, compiled.metadata.shared))
 
 
 def _dump(option: str, path: str) -> str:

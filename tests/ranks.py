@@ -28,6 +28,7 @@ from fastalex.config import (
 )
 from fastalex.distributed.processes import World, joined
 from fastalex.models import alexnet, create_model
+from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
@@ -110,7 +111,7 @@ class Batches:
 def narrow_alexnet(num_classes: int = 10, **options: Any) -> nn.Module:
     """AlexNet with 256 hidden units: sharded like the full one, in a tenth of the time."""
     torch.manual_seed(0)
-    first, second = PooledLinear(256, 6, 256), nn.Linear(256, 256)
+    first, second = PooledLinear(256, 6, 256), FactoredLinear(256, 256)
     # Not replaced afterwards: drawing the full layers' 54 million weights takes seconds.
     with mock.patch.multiple(alexnet, PooledLinear=lambda *_: first, FactoredLinear=lambda *_: second):
         model = create_model("alexnet", init="he", dropout=0.0, **options)

@@ -155,14 +155,16 @@ def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
     return {**state, "state": scattered_state}
 
 
-def clip_gradients(model: nn.Module, limit: float) -> None:
+def clip_gradients(model: nn.Module, limit: float, loss_scale: Tensor | None = None) -> None:
     """Scale the gradient down to a Euclidean norm of at most ``limit``; collective.
 
-    The norm covers ``grad`` of all parameters, sharded or not, and the layers' ``factors``.
+    The norm covers ``grad`` of all parameters, sharded or not, and the gradients that layers keep as factors.
 
     Args:
         model: the network; its gradients are scaled in place.
         limit: the largest norm allowed.
+        loss_scale: what a gradient scaler has multiplied the loss by and ``grad`` divided by, fp32 ``()``;
+            the factors still have to be. None means 1.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -173,12 +175,13 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
         norm = torch.hypot(norm, sharded_norm.full_tensor())
     factored = [gradient for layer in factored_layers(model) if (gradient := layer.gradient)]
     for factors in factored:
-        norm = torch.hypot(norm, factors.squared_norm().sqrt().to(norm.dtype))
+        factored_norm = factors.squared_norm().sqrt().to(norm.dtype)
+        norm = torch.hypot(norm, factored_norm if loss_scale is None else factored_norm / loss_scale)
     local += [gradient.to_local() for gradient in sharded]
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
     torch._foreach_mul_(local, scale)
     for factors in factored:
-        factors.scale = scale
+        factors.scale = scale if loss_scale is None else scale / loss_scale
 
 
 def _world_group() -> dist.ProcessGroup:

@@ -5,13 +5,16 @@ Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolution
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalex.errors import ConfigError
 from fastalex.kernels import LazyBatch, relu_lrn, relu_lrn_max_pool
-from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.factored_linear import FactoredLinear, Tap
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import WinogradConv2d
 
@@ -76,7 +79,9 @@ class AlexNet(nn.Module):
 
     Shape:
         input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
-        The input may be a lazy batch: :class:`fastalex.kernels.LazyBatch`.
+        The input may be a lazy batch: :class:`fastalex.kernels.LazyBatch`. With two taps
+        (:mod:`fastalex.models.factored_linear`), one for each hidden layer, the output is the logits and the
+        list of those layers' inputs.
 
     Raises:
         ConfigError: if an option has a value that is not listed above.
@@ -127,6 +132,11 @@ class AlexNet(nn.Module):
         return "fc6", "fc7"
 
     @property
+    def factored_layers(self) -> tuple[FactoredLinear, FactoredLinear]:
+        """The layers that the taps of :meth:`forward` are for."""
+        return self.fc6, self.fc7
+
+    @property
     def stride_over_crops(self) -> int:
         """Stride of the first convolution. A network with this attribute accepts lazy batches."""
         return self.conv1.stride[0]
@@ -138,16 +148,25 @@ class AlexNet(nn.Module):
             return images.convolve_and_pool(self.conv1, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         return self.norm_pool1(images.convolve(self.conv1))
 
-    def forward(self, images: Tensor | LazyBatch) -> Tensor:
+    def forward(
+        self, images: Tensor | LazyBatch, taps: Sequence[Tap | None] = ()
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         x = self._first_block(images)
         x = self.norm_pool2(self.conv2(x))
         x = F.relu(self.conv3(x), inplace=True)
         x = F.relu(self.conv4(x), inplace=True)
         x = F.relu(self.conv5(x), inplace=True)
         x = self.pool5(x)
-        x = self.dropout(F.relu(self.fc6(x)))
-        x = self.dropout(F.relu(self.fc7(x)))
-        return self.fc8(x)
+        inputs = []
+        for layer, tap in zip_longest((self.fc6, self.fc7), taps):
+            if tap is None:
+                x = layer(x)
+            else:
+                x, seen = layer.tapped(x, tap)
+                inputs.append(seen)
+            x = self.dropout(F.relu(x))
+        logits = self.fc8(x)
+        return (logits, inputs) if taps else logits
 
 
 def _init_default(model: AlexNet) -> None:

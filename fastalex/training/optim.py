@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.sgd import sgd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastalex.config import Optimizer, TrainConfig
 from fastalex.errors import MissingDependencyError
+from fastalex.kernels.factored_sgd import factored_sgd
 from fastalex.models.factored_linear import FactoredLinear, factored_layers
 from fastalex.training.schedule import learning_rate
 
 # Steps between two updates of the average. Each update reads and writes all weights. Updating the average
 # less often would not hurt it.
 AVERAGE_EVERY = 8
-
-# Rows of a factored gradient that are materialized at a time, 5 MB in AlexNet's largest layer: the fastest
-# number in benchmarks/test_factored_sgd.py.
-ROWS = 128
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -114,7 +110,7 @@ class FactoredSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update each parameter from its ``grad``, and weights of layers with ``factors`` from those.
+        """Update each parameter from its ``grad``, and weights of layers with factors from those.
 
         Args:
             closure: recomputes the loss, as in :meth:`torch.optim.SGD.step`.
@@ -123,27 +119,47 @@ class FactoredSGD(torch.optim.SGD):
             The closure's loss; None without a closure.
         """
         loss = super().step(closure)
+        # A gradient scaler sets these for the step: the factor of the loss, unless the gradients have been
+        # divided by it, and whether a gradient is infinite or NaN, in which case nothing may change.
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        skip: Tensor | None = getattr(self, "found_inf", None)
         group = self.param_groups[0]
         for layer in self._layers:
             gradient = layer.gradient
             if gradient is None:
                 continue
-            momentum = self._momentum(layer.weight)
-            for start in range(0, layer.out_features, ROWS):
-                stop = min(start + ROWS, layer.out_features)
-                sgd(
-                    [layer.weight[start:stop]],
-                    [gradient.rows(start, stop)],
-                    [None if momentum is None else momentum[start:stop]],
-                    fused=True,
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    lr=group["lr"],
-                    dampening=0.0,
-                    nesterov=False,
-                    maximize=False,
-                )
+            scale = gradient.scale
+            if loss_scale is not None:
+                scale = loss_scale.reciprocal() if scale is None else scale / loss_scale
+            factored_sgd(
+                layer.weight,
+                self._momentum(layer.weight),
+                gradient.output,
+                gradient.input,
+                rate=self._rate(layer.weight.device),
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                pooling=gradient.pooling,
+                scale=scale,
+                skip=skip,
+                copy=layer.copy,
+            )
+            if layer.copy is not None:
+                layer.mark_copied()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and those that layers keep as factors."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            layer.parts.clear()
+
+    def _rate(self, device: torch.device) -> Tensor:
+        """Return the learning rate as a tensor ``()``, in fp64 on a CPU, which reads it back."""
+        rate: float | Tensor = self.param_groups[0]["lr"]
+        if isinstance(rate, Tensor):
+            return rate
+        return torch.full((), rate, dtype=torch.float64 if device.type == "cpu" else None, device=device)
 
 
 class WeightAverage:

@@ -24,12 +24,12 @@ from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.kernels import LazyBatch
 from fastalex.models import load_weights
-from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
 from fastalex.runtime import Runtime
 from fastalex.training.flops import training_flops
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
 from fastalex.training.schedule import LearningRate
+from fastalex.training.taps import Taps
 from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
 
 # Variants that torch.compile may need at each crop. Training has batches of three sizes: a batch or a part of
@@ -177,7 +177,9 @@ class Trainer:
         self._evaluation_network = compiled(model)
         self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
         self.optimizer = create_optimizer(model, config)
-        self._factored = self._layers_to_factor()
+        # Several ranks, and other optimizers, need the gradient itself.
+        is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
+        self._taps = Taps(model, self._template, runtime) if is_factored else None
         self.steps = config.epochs * len(train_loader)  # of the whole run
         self.learning_rate = LearningRate(self.optimizer, config, self.steps)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -436,33 +438,29 @@ class Trainer:
         """
         chunks: Sequence[Tensor | LazyBatch] = images.chunk(self.config.accumulate)
         parts = []
-        with keeping_factors(self._factored):
-            for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
-                with nullcontext() if number == len(chunks) else self._no_sync():
-                    parts.append(self._backward(*part, len(labels)))
-            with record_function("optimizer"):
-                if self.config.clip_norm:
-                    self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
-                    strategies.clip_gradients(self.model, self.config.clip_norm)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()
-                self.learning_rate.after_step()
-                self.step += 1
-                if self.average:
-                    self.average.after_step(self.step)
+        for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
+            with nullcontext() if number == len(chunks) else self._no_sync():
+                parts.append(self._backward(*part, len(labels)))
+        with record_function("optimizer"):
+            if self.config.clip_norm:
+                self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
+                strategies.clip_gradients(self.model, self.config.clip_norm, self._loss_scale())
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            self.learning_rate.after_step()
+            self.step += 1
+            if self.average:
+                self.average.after_step(self.step)
         losses, logits = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.cat(logits)
 
-    def _layers_to_factor(self) -> list[FactoredLinear]:
-        """Return the layers that keep their weight's gradient as factors.
-
-        None under torch.compile or with several ranks, which both need the gradient itself.
-        """
-        plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._parallel is None
-        if not plain or not isinstance(self.optimizer, FactoredSGD):
-            return []
-        return factored_layers(self.model)
+    def _loss_scale(self) -> Tensor | None:
+        """Return the scaler's factor of the loss, ``()`` on the device; None without scaling."""
+        if not self.scaler.is_enabled():
+            return None
+        factor: Tensor = self.scaler.scale(torch.ones((), device=self.runtime.device))
+        return factor
 
     def _no_sync(self) -> AbstractContextManager[None]:
         """Context in which backward passes accumulate gradients without averaging them over ranks."""
@@ -479,14 +477,17 @@ class Trainer:
         Returns:
             The part's share of the batch's loss, fp32 ``()``, and its logits ``(N, classes)``, both detached.
         """
+        taps = self._taps.of(images.shape) if self._taps else []
         with record_function("forward"), self.runtime.autocast():
-            logits = self.network(images)
+            logits, inputs = self.network(images, taps) if taps else (self.network(images), [])
             # Without autocast, cross-entropy of bf16 logits would be computed with eight bits.
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(wide, labels, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(labels) / batch)  # by its size: the last part may be smaller
         with record_function("backward"):
             self.scaler.scale(loss).backward()
+        if self._taps:
+            self._taps.collect(taps, inputs)
         return loss.detach(), logits.detach()
 
 
