@@ -48,7 +48,7 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, x: Tensor
 ) -> Callable[[], None]:
     labels = torch.randint(10, (len(x),), generator=torch.Generator().manual_seed(0))
-    taps = Taps(model, copy.deepcopy(model).to("meta"), runtime)
+    taps = Taps(model, copy.deepcopy(model).to("meta"), runtime, copies=False)
 
     def step() -> None:
         tapped = taps.of(x.shape)

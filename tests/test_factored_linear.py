@@ -216,7 +216,7 @@ def test_the_copy_follows_the_weight() -> None:
     """In training, and when something else changes the weight."""
     network, _ = networks()
     network.float()
-    taps = Taps(network, copy.deepcopy(network).to("meta"), a_runtime(dtype=torch.bfloat16))
+    taps = Taps(network, copy.deepcopy(network).to("meta"), a_runtime(dtype=torch.bfloat16), copies=True)
     optimizer = create_optimizer(network, TrainConfig(lr=0.1))
     x = images((6, 6)).float()
     for _ in range(3):

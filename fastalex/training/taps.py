@@ -18,13 +18,16 @@ class Taps:
         model: the network, which takes taps (:func:`fastalex.models.factored_linear.factored_layers`).
         template: the same network on the meta device.
         runtime: the device and dtype of the network's products.
+        copies: whether the optimizer keeps a copy of each weight in that dtype for the products, where it
+            differs from the weight's.
     """
 
-    def __init__(self, model: nn.Module, template: nn.Module, runtime: Runtime) -> None:
+    def __init__(self, model: nn.Module, template: nn.Module, runtime: Runtime, *, copies: bool) -> None:
         # None for a layer that is not trained: it gets no tap.
         self._layers = [layer if layer.is_trained else None for layer in factored_layers(model)]
         self._template = template
         self._runtime = runtime
+        self._copies = copies and runtime.dtype != torch.float32
         self._zeros: dict[int, list[Tensor]] = {}  # by the number of images
         self._reads_copy: dict[torch.Size, list[bool]] = {}  # of each layer, by the shape of an image
 
@@ -76,7 +79,7 @@ class Taps:
 
     def _layers_that_read_copies(self, image: torch.Size) -> list[bool]:
         """Return for each layer whether its products read the whole weight, and not one pooled from it."""
-        if self._runtime.dtype == torch.float32:
+        if not self._copies:
             return [False] * len(self._layers)
         with torch.device("meta"):
             taps = [Tap(torch.zeros(1, layer.out_features)) for layer in factored_layers(self._template)]

@@ -179,7 +179,9 @@ class Trainer:
         self.optimizer = create_optimizer(model, config)
         # Several ranks, and other optimizers, need the gradient itself.
         is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
-        self._taps = Taps(model, self._template, runtime) if is_factored else None
+        # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
+        copies = runtime.device.type == "cuda"
+        self._taps = Taps(model, self._template, runtime, copies=copies) if is_factored else None
         self.steps = config.epochs * len(train_loader)  # of the whole run
         self.learning_rate = LearningRate(self.optimizer, config, self.steps)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
