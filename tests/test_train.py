@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -144,7 +145,16 @@ def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], co
         with Image.open(folder / name) as image:
             assert np.asarray(image.convert("L")).std() > 5
         (folder / name).unlink()
-    (folder / "evaluation.json").unlink()
+    with (folder / "per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [str(digit) for digit in range(10)]
+    images = sum(int(row["images"]) for row in rows)
+    for kind in ("top1_error", "top5_error"):
+        mean = sum(int(row["images"]) * float(row[kind]) for row in rows) / images
+        assert mean == pytest.approx(summary["ten_crop"][kind], abs=1e-5)  # six digits of each
+    assert re.search(r"^most confused: true +predicted +images +of the class$", out, re.MULTILINE)
+    for name in ("evaluation.json", "per_class.csv"):
+        (folder / name).unlink()
 
 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: Command) -> None:
@@ -490,7 +500,7 @@ def test_hybrid_with_fp16_is_refused_in_one_line(command: Command, monkeypatch: 
 
 def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
     plots.confusion_matrix(np.eye(2), ["$5_$10", "_$^"], tmp_path / "matrix.png")
-    plots.mistakes([np.zeros((2, 2, 3), np.uint8)], ["$5_$10"], tmp_path / "mistakes.png")
+    plots.mistakes([np.zeros((2, 2, 3), np.uint8)], [("$5_$10", 0.5, "_$^")], tmp_path / "mistakes.png")
     for name in ("matrix.png", "mistakes.png"):
         assert Image.open(tmp_path / name).size > (100, 100)
 

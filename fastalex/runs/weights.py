@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastalex.config import Config
+from fastalex.config import Config, Precision
 from fastalex.config.plain import from_plain, model_options
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import create_model, load_weights
 from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import NEWEST
+from fastalex.runtime import Runtime, choose_runtime
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,19 @@ class TrainedNetwork:
     config: Config
     classes: list[str]
     weights: dict[str, Tensor]
+
+    def runtime(self, device: str = "auto", precision: Precision | None = None) -> Runtime:
+        """Choose how to compute with the network here: as its run did, on another device if need be.
+
+        Args:
+            device: auto, cpu, cuda, ...
+            precision: None for that of the run; where that was auto, the fastest here.
+
+        Raises:
+            ConfigError: the device does not exist, or does not support the precision.
+        """
+        config = self.config.runtime
+        return choose_runtime(replace(config, device=device, precision=precision or config.precision))
 
     def model(self) -> nn.Module:
         """Build the network with these weights, in fp32 on the CPU.
