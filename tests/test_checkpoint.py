@@ -153,6 +153,14 @@ def test_weights_without_a_checksum_still_open(tmp_path: Path) -> None:
     assert open_weights(tmp_path / "old.safetensors").classes == CLASSES
 
 
+def test_preprocessing_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    config = a_config()
+    config.data.crop = 50
+    save_weights({}, tmp_path / "w.safetensors", plain(config), CLASSES)
+    with pytest.raises(CheckpointError, match=r"w.safetensors: its configuration cannot work: data.crop=50"):
+        open_weights(tmp_path / "w.safetensors")
+
+
 def test_weights_of_an_unknown_network_are_refused(tmp_path: Path) -> None:
     config = a_config()
     config.model.name = "mine"

@@ -295,7 +295,7 @@ def test_a_stop_leaves_no_half_file(
         (["weights=RUN", "images=IMAGES", "batch_size=0"], r"batch_size=0: must be at least 1"),
         (["weights=RUN", "images=IMAGES", "output=a.xlsx"], r"output=a.xlsx: ends with none of .csv, .jsonl"),
         (["weights=RUN", "images=IMAGES", "output=no/a.csv"], r"no/a.csv: cannot be written \(No such file"),
-        (["weights=RUN", "images=IMAGES", "data.crop=8"], r"data"),
+        (["weights=RUN", "images=IMAGES", "data.crop=8"], r"data: key 'data' not in"),
         (["weights=RUN", "images=IMAGES", "runtime.precision=fp16"], r"runtime.precision=fp16: is for GPUs"),
     ],
 )

@@ -24,7 +24,7 @@ from fastalex.data.workers import num_workers
 from fastalex.errors import DataError
 
 WINDOW = 1 << 16  # files whose names are in memory; a loader's workers start anew for each so many
-DECODED = 256 << 20  # bytes of decoded images in memory
+DECODED = 64 << 20  # bytes of decoded images in memory
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastalex.config import Config, Precision
+from fastalex.config.checks import validate
 from fastalex.config.plain import from_plain, model_options
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import create_model, load_weights
@@ -101,6 +102,10 @@ def open_weights(path: Path | str, key: str = "weights") -> TrainedNetwork:
         config = from_plain(content)
     except ConfigError as error:
         raise CheckpointError(f"{where}: its configuration is from another version: {error}") from error
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: its configuration cannot work: {error}") from error
     return TrainedNetwork(file, where, config, classes, weights)
 
 

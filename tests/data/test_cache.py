@@ -51,11 +51,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = cache.read_uncached
 
-    def counted(root: Path, paths: list[Path], *, progress: bool) -> cache.FileContents:
+    def counted(paths: list[Path], *, progress: str) -> cache.FileContents:
         calls.append(len(paths))
-        return original(root, paths, progress=progress)
+        return original(paths, progress=progress)
 
-    monkeypatch.setattr(cache, "_read", counted)
+    monkeypatch.setattr(cache, "read_uncached", counted)
     return calls
 
 
