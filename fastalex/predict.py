@@ -43,7 +43,9 @@ def run(config: PredictConfig) -> int:
     top = min(TOP, len(trained.classes))
     few = len(paths) <= FEW
     output = config.output or (None if few else OUTPUT)
-    file = nullcontext(lambda rows: None) if output is None else prediction_file(Path(output), top)
+    file = (
+        nullcontext(lambda rows: None) if output is None else prediction_file(Path(output).expanduser(), top)
+    )
     runtime = trained.runtime(config.runtime.device, config.runtime.precision)
     print(f"weights of {trained.source}\n{runtime}")
 
@@ -75,7 +77,7 @@ def run(config: PredictConfig) -> int:
             predicted += len(rows)
             bar.update(len(rows))
         if not predicted:
-            raise DataError(f"images={config.images}: all of its {skipped} files are damaged or no images")
+            raise DataError(f"images={config.images}: each of the {skipped} images is damaged or missing")
     seconds = time.perf_counter() - began
     if shown:
         print(_table(shown))

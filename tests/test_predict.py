@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pyarrow import parquet
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -169,6 +169,8 @@ def test_no_more_paths_are_read_than_a_window_has(trained: Path, monkeypatch: py
 @one_kind_of_images
 @pytest.mark.parametrize("name", ["predictions.csv", "out.jsonl", "out.parquet"])
 def test_a_file_has_a_row_of_each_image(name: str, trained: Path, command: Command) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow, which is optional")
     status, out, err = command(f"weights={trained}", f"images={test_images(trained)}", f"output={name}")
     assert (status, err.count("error")) == (0, 0)
     assert re.search(rf"^24 images in \S+ s; {name}$", out, re.MULTILINE)
@@ -178,7 +180,7 @@ def test_a_file_has_a_row_of_each_image(name: str, trained: Path, command: Comma
     elif name.endswith(".jsonl"):
         rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
     else:
-        rows = parquet.read_table(name).to_pylist()
+        rows = importlib.import_module("pyarrow.parquet").read_table(name).to_pylist()
     columns = [f"{kind}_{rank}" for rank in (1, 2, 3) for kind in ("class", "probability")]
     assert list(rows[0]) == ["path", *columns]  # there are three classes
     paths, expected = probabilities(trained, views=1)
@@ -197,6 +199,20 @@ def test_a_few_images_are_a_table_and_many_a_file(trained: Path, command: Comman
     assert not list(Path.cwd().iterdir())
     assert command(f"weights={trained}", f"images={test_images(trained)}")[0] == 0
     assert [path.name for path in Path.cwd().iterdir()] == ["predictions.csv"]
+
+
+def test_a_folder_means_its_images_whatever_their_names(tmp_path: Path) -> None:
+    for name in ("b/x.jpg", "b/noext", "a.png", "b/.hidden.png", "z.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name, "PNG")
+    (tmp_path / "notes.txt").write_text("a.png")
+    (tmp_path / "b" / "damaged.jpeg").touch()
+    paths = ImagePaths(tmp_path)
+    names = ["a.png", "z.PNG", "b/damaged.jpeg", "b/noext", "b/x.jpg"]
+    assert [str(path.relative_to(tmp_path)) for path in paths] == names
+    assert len(paths) == 5
+    assert list(ImagePaths(tmp_path / "b" / "noext")) == [tmp_path / "b" / "noext"]
+    assert list(ImagePaths(tmp_path / "notes.txt")) == [Path("a.png")]
 
 
 @one_kind_of_images
@@ -255,12 +271,12 @@ def test_damaged_images_are_left_out_and_counted(trained: Path, command: Command
 
 @one_kind_of_images
 def test_nothing_but_damaged_images_is_an_error(trained: Path, command: Command, tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("no image")
-    (tmp_path / "notes" / "b.txt").write_text("nor this")
-    status, _, err = command(f"weights={trained}", "images=notes", "on_error=skip", "output=out.csv")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_text("no image")
+    (tmp_path / "images" / "b.png").touch()
+    status, _, err = command(f"weights={trained}", "images=images", "on_error=skip", "output=out.csv")
     assert status == 2
-    assert "images=notes: all of its 2 files are damaged or no images" in err.splitlines()[-1]
+    assert "images=images: each of the 2 images is damaged or missing" in err.splitlines()[-1]
     assert not Path("out.csv").exists()
 
 
@@ -289,7 +305,7 @@ def test_a_stop_leaves_no_half_file(
         (["images=IMAGES"], r"weights: has no value; give it as weights="),
         (["weights=none", "images=IMAGES"], r"weights=none: there is no such file"),
         (["weights=RUN", "images=none"], r"images=none: there is no such image, folder or text file"),
-        (["weights=RUN", "images=."], r"images=.: the folder names no image"),
+        (["weights=RUN", "images=."], r"images=.: the folder holds no image"),
         (["weights=RUN", "images=WEIGHTS"], r"images=\S+: is neither an image nor a text file of paths"),
         (["weights=RUN", "images=IMAGES", "views=5"], r"views=5: choose 1, the centre crop, or 10"),
         (["weights=RUN", "images=IMAGES", "batch_size=0"], r"batch_size=0: must be at least 1"),

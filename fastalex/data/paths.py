@@ -15,8 +15,9 @@ from fastalex.errors import DataError
 class ImagePaths:
     """The image files that a path names, in order: sized and iterable, without a list of them in memory.
 
-    A folder's files are those that :func:`fastalex.data.folders.image_files` yields. A text file has a path
-    on each line; relative ones are relative to the current folder, and empty lines are left out.
+    Of a folder, these are the files that have the name of an image or the first bytes of one, in the order of
+    :func:`fastalex.data.folders.image_files`. A text file has a path on each line; relative ones are relative
+    to the current folder, and empty lines are left out.
 
     Args:
         source: an image, a folder or a text file in UTF-8.
@@ -35,8 +36,8 @@ class ImagePaths:
         if self._is_list and not self._is_text():
             raise DataError(f"{self._where}: is neither an image nor a text file of paths")
         if not len(self):
-            kind = "text file" if self._is_list else "folder"
-            raise DataError(f"{self._where}: the {kind} names no image; give an image or a folder of images")
+            problem = "the text file names no image" if self._is_list else "the folder holds no image"
+            raise DataError(f"{self._where}: {problem}; give an image or a folder of images")
 
     @cached_property
     def _count(self) -> int:
@@ -52,7 +53,7 @@ class ImagePaths:
             DataError: the folder or the text file cannot be read.
         """
         if self._source.is_dir():
-            yield from image_files(self._source)
+            yield from filter(is_image, image_files(self._source))
         elif self._is_list:
             yield from self._lines()
         else:
