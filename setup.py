@@ -5,6 +5,7 @@ from setuptools import setup
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.14",
+    "pyarrow>=18",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.7",
@@ -52,6 +53,7 @@ setup(
         "dali-cuda13": ["nvidia-dali-cuda130>=1.52"],
         "ffcv": ["ffcv==1.0.2"],
         "lars": ["timm>=1.0"],
+        "parquet": ["pyarrow>=18"],
         "dev": DEV,
     },
 )

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fastalex.data import build_loader as build_loader
     from fastalex.data import load_splits as load_splits
     from fastalex.models import create_model as create_model
+    from fastalex.runs.prediction import predict_images as predict_images
+    from fastalex.runs.weights import TrainedNetwork as TrainedNetwork
+    from fastalex.runs.weights import open_weights as open_weights
     from fastalex.runtime import choose_runtime as choose_runtime
     from fastalex.training.evaluation import evaluate_model as evaluate_model
     from fastalex.training.trainer import Trainer as Trainer
@@ -33,6 +36,7 @@ _MODULES = {
     "LoaderConfig": "fastalex.config",
     "RuntimeConfig": "fastalex.config",
     "TrainConfig": "fastalex.config",
+    "TrainedNetwork": "fastalex.runs.weights",
     "Trainer": "fastalex.training.trainer",
     "Views": "fastalex.data",
     "build_loader": "fastalex.data",
@@ -40,6 +44,8 @@ _MODULES = {
     "create_model": "fastalex.models",
     "evaluate_model": "fastalex.training.evaluation",
     "load_splits": "fastalex.data",
+    "open_weights": "fastalex.runs.weights",
+    "predict_images": "fastalex.runs.prediction",
 }
 
 __all__ = [*_MODULES, "__version__", "kernels"]

@@ -1,15 +1,16 @@
-"""``python -m fastalex.evaluate checkpoint=RUN/checkpoint.pt``: a run's test errors, and its mistakes."""
+"""``python -m fastalex.evaluate weights=RUN``: a run's test errors, and its mistakes."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, fields
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from sklearn.metrics import confusion_matrix
 
 from fastalex import plots
 from fastalex.cli import command
@@ -17,40 +18,47 @@ from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import write_text
-from fastalex.runs.checkpoint import Checkpoint
-from fastalex.runtime import choose_runtime
+from fastalex.runs.weights import open_weights
+from fastalex.text import shortened
 from fastalex.training.evaluation import Evaluation, evaluate_model
 from fastalex.training.limits import explained
 from fastalex.training.memory import room_for_images
 from fastalex.training.metrics import EVALUATION_PASSES
+from fastalex.training.per_class import (
+    ClassFigures,
+    Confusion,
+    class_figures,
+    confusion_counts,
+    most_confused,
+)
 
-MISTAKES = 12
+MISTAKES = 12  # images in mistakes.png
+CONFUSED_PAIRS = 10
 
 
 def run(config: EvaluateConfig) -> Evaluation:
-    """Evaluate a checkpoint on its data set's test images and write the figures beside it.
+    """Evaluate trained weights on their data set's test images and write the figures beside them.
 
-    Writes ``evaluation.json``, ``confusion_matrix.png`` and ``mistakes.png`` to the checkpoint's folder.
+    Writes ``evaluation.json``, ``per_class.csv``, ``confusion_matrix.png`` and ``mistakes.png`` to the folder
+    of the weights.
 
     Raises:
-        FastalexError: if the checkpoint or the data cannot be used.
+        FastalexError: if the weights or the data cannot be used.
     """
-    path = Path(config.checkpoint)
-    checkpoint = Checkpoint.load(path)
-    run_config = checkpoint.restore_config()
+    trained = open_weights(*_given(config))
+    run_config = trained.config
     if config.data.root is not None:
         run_config.data.root = config.data.root
-    model = checkpoint.restore_model()
-    precision = config.runtime.precision or run_config.runtime.precision
-    runtime = choose_runtime(replace(run_config.runtime, device=config.runtime.device, precision=precision))
-    print(runtime)
+    model = trained.model()
+    runtime = trained.runtime(config.runtime.device, config.runtime.precision)
+    print(f"weights of {trained.source}\n{runtime}")
     splits = load_splits(run_config.data, run_config.seed)
     if not splits.is_measurable:
-        raise ConfigError(f"checkpoint={path}: was trained on synthetic data, where an error means nothing")
-    if list(splits.classes) != checkpoint.classes:
+        raise ConfigError(f"{trained.where}: was trained on synthetic data, where an error means nothing")
+    if list(splits.classes) != trained.classes:
         raise CheckpointError(
-            f"checkpoint={path}: knows other classes than data.root={run_config.data.root} has: "
-            f"{_difference(checkpoint.classes, splits.classes)}"
+            f"{trained.where}: knows other classes than data.root={run_config.data.root} has: "
+            f"{_difference(trained.classes, splits.classes)}"
         )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
@@ -61,14 +69,29 @@ def run(config: EvaluateConfig) -> Evaluation:
         evaluation = evaluate_model(network, splits.test, run_config, runtime)
     print(evaluation.table(f"{splits.source}, test set"))
 
-    folder = path.parent
-    write_text(folder / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
-    predicted = evaluation.probabilities.argmax(dim=1).numpy()
-    counts = confusion_matrix(splits.test.labels, predicted, labels=range(len(splits.classes)))
+    folder = trained.source.parent
+    figures = {"weights": trained.source.name, **evaluation.as_dict()}
+    write_text(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+    counts = confusion_counts(evaluation.probabilities, splits.test.labels)
+    _write_per_class(
+        class_figures(evaluation.probabilities, splits.test.labels, splits.classes), folder / "per_class.csv"
+    )
     plots.confusion_matrix(counts, splits.classes, folder / "confusion_matrix.png")
-    _draw_mistakes(splits.test, checkpoint.classes, evaluation.probabilities, folder / "mistakes.png")
-    print(f"evaluation.json, confusion_matrix.png and mistakes.png are in {folder}")
+    _draw_mistakes(splits.test, trained.classes, evaluation.probabilities, folder / "mistakes.png")
+    confused = most_confused(counts, CONFUSED_PAIRS)
+    if confused:
+        print(_confused_table(confused, splits.classes))
+    print(f"evaluation.json, per_class.csv, confusion_matrix.png and mistakes.png are in {folder}")
     return evaluation
+
+
+def _given(config: EvaluateConfig) -> tuple[str, str]:
+    """Return the path of the weights, and the key that names it."""
+    if config.weights and config.checkpoint:
+        raise ConfigError(f"checkpoint={config.checkpoint}: is another name of weights=; give one of them")
+    if not config.weights and not config.checkpoint:
+        raise ConfigError("weights: has no value; give it as weights=RUN, a run's folder")
+    return (config.weights, "weights") if config.weights else (config.checkpoint, "checkpoint")
 
 
 def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Tensor, path: Path) -> None:
@@ -76,10 +99,31 @@ def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Te
     wrong = predicted != torch.from_numpy(images.labels)
     ranked = torch.where(wrong, confidence, -1.0).argsort(descending=True)
     worst = ranked[: min(MISTAKES, int(wrong.sum()))].tolist()
-    captions = [
-        f"{classes[predicted[i]]} ({confidence[i]:.0%}),\nis {classes[images.labels[i]]}" for i in worst
-    ]
+    captions = [(classes[predicted[i]], confidence[i].item(), classes[images.labels[i]]) for i in worst]
     plots.mistakes([images.image(i) for i in worst], captions, path)
+
+
+def _write_per_class(figures: Sequence[ClassFigures], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(ClassFigures))
+    writer.writerows(
+        [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in astuple(each)] for each in figures
+    )
+    write_text(path, text.getvalue())
+
+
+def _confused_table(confused: Sequence[Confusion], classes: Sequence[str]) -> str:
+    """Return the pairs as a text table."""
+    rows = [("most confused: true", "predicted", "images", "of the class")]
+    for pair in confused:
+        actual, predicted = (shortened(classes[i], 40) for i in (pair.actual, pair.predicted))
+        rows.append((actual, predicted, str(pair.count), f"{pair.share:.1%}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{actual:<{widths[0]}}  {predicted:<{widths[1]}}  {count:>{widths[2]}}  {share:>{widths[3]}}"
+        for actual, predicted, count, share in rows
+    )
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -91,7 +135,7 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 @command("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig, run_dir: Path) -> None:
-    """Evaluate a checkpoint."""
+    """Evaluate trained weights."""
     run(config)
 
 

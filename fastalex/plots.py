@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastalex.files import replacing
+from fastalex.text import shortened, wrapped
+from fastalex.training.per_class import confused_classes
 from fastalex.training.trainer import Epoch
 
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
+ALL_CLASSES = 40  # the most classes of which a confusion matrix is drawn in full
+MOST_CONFUSED = 30  # classes in the confusion matrix of more
+NAME, CAPTION = 30, 30  # characters of a class name on an axis, and in a line above an image
 
 
 def losses(epochs: Sequence[Epoch], path: Path) -> None:
@@ -68,48 +74,70 @@ def losses(epochs: Sequence[Epoch], path: Path) -> None:
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Plot how often class i (row) was predicted as class j (column), coloured by its share of the row.
 
+    Of more than ``ALL_CLASSES`` classes, the plot has those of the most confused pairs, and a last column of
+    what was predicted as any other class.
+
     Args:
         matrix: counts, integer ``(classes, classes)``.
         classes: names of the classes.
         path: of the PNG file.
     """
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = max(5.0, 0.55 * len(classes) + 2)
-    labelled = len(classes) <= 30
-    figure = Figure(figsize=(size + 1, size) if labelled else (9, 8), layout="constrained")
+    title = "Confusion matrix (test images, counts)"
+    rows = columns = [shortened(name, NAME) for name in classes]
+    images = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    if len(classes) > ALL_CLASSES:
+        chosen = confused_classes(matrix, MOST_CONFUSED)
+        title = f"The {len(chosen)} most confused of {len(classes):,} classes (test images, counts)"
+        rows = [rows[i] for i in chosen]
+        columns = [*rows, "any other class"]
+        inside = matrix[np.ix_(chosen, chosen)]
+        images = images[chosen]
+        others = matrix[chosen].sum(axis=1, keepdims=True) - inside.sum(axis=1, keepdims=True)
+        matrix = np.hstack([inside, others])
+    side = max(5.0, 0.42 * len(rows) + 2)
+    figure = Figure(figsize=(side + 2, side + 0.5), layout="constrained")
     axes = figure.subplots()
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    if not rows:
+        axes.axis("off")
+        axes.set_title("No class was taken for another")
+        save(figure, path)
+        return
+    shares = matrix / images
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if labelled:
-        ticks = range(len(classes))
-        # parse_math=False, because a class name may contain a $.
-        axes.set_xticks(ticks, classes, rotation=45, ha="right", parse_math=False)
-        axes.set_yticks(ticks, classes, parse_math=False)
-        for (row, column), count in np.ndenumerate(matrix):
-            if count:
-                color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
-    axes.set(title="Confusion matrix (test images, counts)", xlabel="predicted", ylabel="true")
+    # parse_math=False, because a class name may contain a $.
+    axes.set_xticks(
+        range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", parse_math=False
+    )
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    for (row, column), count in np.ndenumerate(matrix):
+        if count:
+            color = "white" if shares[row, column] > 0.5 else "black"
+            size = 8 if count < 10_000 else 6
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=size)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     save(figure, path)
 
 
-def mistakes(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
+def mistakes(images: Sequence[np.ndarray], captions: Sequence[tuple[str, float, str]], path: Path) -> None:
     """Show misclassified images with captions.
 
     Args:
         images: RGB images, each uint8 ``(H, W, 3)``; the most confident mistake first.
-        captions: one for each image.
+        captions: of each image: the predicted class, its probability and the true class.
         path: of the PNG file.
     """
     columns = 4
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.1)  # inches, between captions and what is above them
+    figure = Figure(figsize=(2.6 * columns, 3.3 * rows), layout=layout)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
-    for panel, image, caption in zip(panels, images, captions, strict=False):
+    for panel, image, (predicted, confidence, actual) in zip(panels, images, captions, strict=False):
         panel.imshow(image, interpolation="nearest")
-        panel.set_title(caption, fontsize=9, parse_math=False)
+        lines = [wrapped(f"{predicted} ({confidence:.0%}),", CAPTION, 2), wrapped(f"is {actual}", CAPTION, 2)]
+        panel.set_title("\n".join(lines), fontsize=8, parse_math=False)
     figure.suptitle("The most confident mistakes" if images else "No mistakes")
     save(figure, path)
 

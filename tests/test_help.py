@@ -20,6 +20,7 @@ CONFIGS = Path(cli.__file__).parents[1] / "configs"
         ("fastalex.diagnose", {"data", "loader", "model", "recipe"}),
         ("fastalex.data.write_beton", {"data"}),
         ("fastalex.evaluate", set()),
+        ("fastalex.predict", set()),
         ("fastalex.reproduce", set()),
     ],
 )

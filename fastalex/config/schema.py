@@ -265,10 +265,24 @@ class ReproduceRuntime:
 
 @dataclass
 class EvaluateConfig:
-    """What ``python -m fastalex.evaluate`` takes; everything else is read from the checkpoint."""
+    """What ``python -m fastalex.evaluate`` takes; everything else is read with the weights."""
 
-    checkpoint: str = MISSING
+    weights: str = ""  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
+    checkpoint: str = ""  # another name of weights
     data: EvaluateData = field(default_factory=EvaluateData)
+    runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
+
+
+@dataclass
+class PredictConfig:
+    """What ``python -m fastalex.predict`` takes; how images are prepared is read with the weights."""
+
+    weights: str = MISSING  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
+    images: str = MISSING  # an image, a folder or a text file of paths
+    output: str | None = None  # .csv, .jsonl or .parquet; null: predictions.csv if there are many images
+    views: int = 1  # or 10
+    batch_size: int | None = None  # null: that of the run
+    on_error: OnError = OnError.fail
     runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
 
 
@@ -299,6 +313,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="schema_evaluate", node=EvaluateConfig)
+    store.store(name="schema_predict", node=PredictConfig)
     store.store(name="schema_reproduce", node=ReproduceConfig)
     store.store(name="schema_write_beton", node=BetonConfig)
     store.store(group="model", name="schema", node=ModelConfig)

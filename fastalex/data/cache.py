@@ -80,7 +80,7 @@ def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> F
     with locked(entry.with_name(f"{source}.lock")):
         contents = _load(entry, len(paths))  # another process may have stored it meanwhile
         if contents is None:
-            contents = _read(root, paths, progress=progress)
+            contents = read_uncached(paths, progress=str(root) if progress else "")
             try:
                 _remove_other_entries(entry, source)
                 _store(entry, root, contents)
@@ -91,6 +91,66 @@ def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> F
                     stacklevel=2,
                 )
     return contents
+
+
+def read_uncached(paths: Sequence[Path], *, progress: str = "", unreadable: bool = False) -> FileContents:
+    """Return the contents of image files by reading all of them, in worker processes.
+
+    Args:
+        paths: N files.
+        progress: what a progress bar says is being read; empty for none.
+        unreadable: whether a file that cannot be opened counts as damaged.
+
+    Raises:
+        DataError: a file cannot be opened, unless it counts as damaged.
+    """
+    caught = DataError if unreadable else DamagedImageError
+    shape = common_small_shape(paths, caught)
+    pixels = None if shape is None else np.zeros((len(paths), *shape, 3), np.uint8)
+    damaged: dict[int, str] = {}
+    tasks = [(paths[i : i + _CHUNK], shape, caught) for i in range(0, len(paths), _CHUNK)]
+    with tqdm(
+        total=len(paths),
+        desc=f"{'checking' if shape is None else 'decoding'} {progress}",
+        unit="image",
+        disable=not progress,
+    ) as bar:
+        for task, (chunk, reasons) in map_unordered(_read_chunk, tasks, available_cores()):
+            first = task * _CHUNK
+            damaged.update({first + i: reason for i, reason in reasons.items()})
+            if chunk is None:
+                pixels = None
+            elif pixels is not None:
+                pixels[first : first + len(chunk)] = chunk
+            bar.update(len(tasks[task][0]))
+    return FileContents(pixels, dict(sorted(damaged.items())))
+
+
+def common_small_shape(
+    paths: Sequence[Path], caught: type[DataError] = DamagedImageError
+) -> tuple[int, int] | None:
+    """Guess from about 16 files spread over a list whether all images are small and of one size.
+
+    Args:
+        paths: the files.
+        caught: errors of files that are passed over.
+
+    Returns:
+        Height and width, in pixels; None if the images are not to be held in memory.
+    """
+    shapes = set()
+    for path in paths[:: max(1, len(paths) // 16)]:
+        try:
+            shapes.add(check_image(path))
+        except caught:
+            continue
+    if len(shapes) != 1:
+        return None
+    height, width = shapes.pop()
+    size = height * width * 3
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = size <= SMALL_IMAGE and size * len(paths) <= min(DECODED, memory // 4)
+    return (height, width) if fits else None
 
 
 def cache_folder() -> Path:
@@ -144,36 +204,15 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read(root: Path, paths: Sequence[Path], *, progress: bool) -> FileContents:
-    shape = _common_small_shape(paths)
-    pixels = None if shape is None else np.zeros((len(paths), *shape, 3), np.uint8)
-    damaged: dict[int, str] = {}
-    tasks = [(paths[i : i + _CHUNK], shape) for i in range(0, len(paths), _CHUNK)]
-    with tqdm(
-        total=len(paths),
-        desc=f"{'checking' if shape is None else 'decoding'} {root}",
-        unit="image",
-        disable=not progress,
-    ) as bar:
-        for task, (chunk, reasons) in map_unordered(_read_chunk, tasks, available_cores()):
-            first = task * _CHUNK
-            damaged.update({first + i: reason for i, reason in reasons.items()})
-            if chunk is None:
-                pixels = None
-            elif pixels is not None:
-                pixels[first : first + len(chunk)] = chunk
-            bar.update(len(tasks[task][0]))
-    return FileContents(pixels, dict(sorted(damaged.items())))
-
-
 def _read_chunk(
-    task: tuple[Sequence[Path], _Shape | None],
+    task: tuple[Sequence[Path], _Shape | None, type[DataError]],
 ) -> tuple[NDArray[np.uint8] | None, dict[int, str]]:
     """Read the files of one task: their pixels, and the reasons for damaged files by index.
 
-    After the first image of another shape, the remaining files are only checked and the pixels are None.
+    The task is the files, the shape of their images, and the errors that mean a damaged file. After the first
+    image of another shape, the remaining files are only checked and the pixels are None.
     """
-    paths, shape = task
+    paths, shape, caught = task
     pixels = None if shape is None else np.zeros((len(paths), *shape, 3), np.uint8)
     damaged = {}
     for i, path in enumerate(paths):
@@ -186,26 +225,9 @@ def _read_chunk(
                 pixels[i] = image
             else:
                 pixels = None
-        except DamagedImageError as error:
-            damaged[i] = error.reason
+        except caught as error:
+            damaged[i] = error.reason if isinstance(error, DamagedImageError) else str(error)
     return pixels, damaged
-
-
-def _common_small_shape(paths: Sequence[Path]) -> _Shape | None:
-    """Guess from about 16 files spread over the list the common image size; None if images are not stored."""
-    shapes = set()
-    for path in paths[:: max(1, len(paths) // 16)]:
-        try:
-            shapes.add(check_image(path))
-        except DamagedImageError:
-            continue
-    if len(shapes) != 1:
-        return None
-    height, width = shapes.pop()
-    size = height * width * 3
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = size <= SMALL_IMAGE and size * len(paths) <= min(DECODED, memory // 4)
-    return (height, width) if fits else None
 
 
 def _load(entry: Path, count: int) -> FileContents | None:

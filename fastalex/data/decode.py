@@ -91,6 +91,22 @@ def check_image(path: Path | str) -> tuple[int, int]:
     return _decode(path, draft=True)[1]
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image or, whatever its name, the first bytes of one.
+
+    Args:
+        path: the file, which may be damaged.
+    """
+    formats = _formats()
+    if Image.registered_extensions().get(path.suffix.lower()) in formats:
+        return True
+    try:
+        with Image.open(path, formats=formats):
+            return True
+    except Exception:  # as in _decode: Pillow's readers raise many types
+        return False
+
+
 def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Return the pixels, at a reduced size if ``draft``, and the full height and width."""
     try:

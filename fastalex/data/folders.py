@@ -8,6 +8,7 @@ managers (Thumbs.db, desktop.ini) are ignored. Any other file that is not an ima
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> Data
     train = LabelledFiles([], [])
     for label, wnid in enumerate(wnids):
         folder = root / "train" / wnid / "images"
-        files = image_files(folder) if folder.is_dir() else []
+        files = list(image_files(folder)) if folder.is_dir() else []
         if not files:
             raise DataError(
                 f"data.root={config.root}: {folder} holds no images; add them or remove class {wnid}"
@@ -192,7 +193,7 @@ def scan_classes(folder: Path, classes: tuple[str, ...], config: DataConfig) -> 
         )
     files = LabelledFiles([], [])
     for label, name in enumerate(classes):
-        paths = image_files(folder / name)
+        paths = list(image_files(folder / name))
         if not paths:
             raise DataError(
                 f"data.root={config.root}: class folder {folder / name} holds no images; fill or remove it"
@@ -268,8 +269,8 @@ def subfolders(folder: Path) -> list[Path]:
     return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return all files below a folder that could be images, sorted folder by folder.
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder that could be images, sorted folder by folder.
 
     Symbolic links are followed; hidden files, hidden folders and file managers' files are left out.
 
@@ -280,15 +281,11 @@ def image_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
-    files = []
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(parent, name)
-            for name in sorted(names)
-            if not name.startswith(".") and name.lower() not in _IGNORED
-        ]
-    return files
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower() not in _IGNORED:
+                yield Path(parent, name)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastalex.config import Config
-from fastalex.data import ImageSet, Views, build_loader
+from fastalex.data import ImageSet, Loader, Views, build_loader
 from fastalex.distributed.processes import ALONE, World
 from fastalex.runtime import Runtime
 from fastalex.training.metrics import Errors, errors, predict
@@ -56,6 +56,43 @@ class Evaluation:
         return "\n".join(f"{first:<{width}}  {top1:>11}  {top5:>11}" for first, top1, top5 in rows)
 
 
+def evaluation_batch(config: Config, views: Views, world: World = ALONE) -> int:
+    """Return the number of images in a batch of an evaluation; with ten views an image, a tenth as many.
+
+    Args:
+        config: the run's configuration; its ``train.batch_size`` is used.
+        views: ``center`` or ``ten_crop``.
+        world: the ranks that share a batch.
+    """
+    size = config.train.batch_size // world.size
+    return max(1, size // TEN_CROP if views is Views.ten_crop else size)
+
+
+def evaluation_loader(
+    network: nn.Module,
+    images: ImageSet,
+    config: Config,
+    runtime: Runtime,
+    views: Views,
+    world: World = ALONE,
+) -> Loader:
+    """Build the loader of an evaluation; the arguments are those of :func:`evaluate_model`.
+
+    Args:
+        views: ``center`` or ``ten_crop``.
+    """
+    return build_loader(
+        images,
+        config.data,
+        config.loader,
+        views=views,
+        batch_size=evaluation_batch(config, views, world),
+        runtime=runtime,
+        world=world,
+        network=network,
+    )
+
+
 def evaluate_model(
     network: nn.Module, images: ImageSet, config: Config, runtime: Runtime, world: World = ALONE
 ) -> Evaluation:
@@ -71,21 +108,10 @@ def evaluate_model(
     Raises:
         DataError: an image cannot be read.
     """
-    size = max(1, config.train.batch_size // world.size)
-    views = TEN_CROP
     results = {}
-    for kind, batch_size in ((Views.center, size), (Views.ten_crop, max(1, size // views))):
-        loader = build_loader(
-            images,
-            config.data,
-            config.loader,
-            views=kind,
-            batch_size=batch_size,
-            runtime=runtime,
-            world=world,
-            network=network,
-        )
-        results[kind] = predict(network, loader, runtime, world)
+    for views in (Views.center, Views.ten_crop):
+        loader = evaluation_loader(network, images, config, runtime, views, world)
+        results[views] = predict(network, loader, runtime, world)
     probabilities, labels = results[Views.ten_crop]
     return Evaluation(
         single_crop=errors(*results[Views.center]),

@@ -17,11 +17,12 @@ _FULL = re.compile(r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILE
 
 
 @contextmanager
-def explained(config: Config) -> Iterator[None]:
+def explained(config: Config, remedy: str | None = None) -> Iterator[None]:
     """Context that turns a limit's exception into a one-line error that says what to change.
 
     Args:
         config: the run's configuration, whose values the message names.
+        remedy: what to change where the memory is full; None for the settings of a training.
 
     Raises:
         DeviceMemoryError: the GPU's memory is full; the message has PyTorch's figures.
@@ -38,8 +39,8 @@ def explained(config: Config) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not _FULL.search(str(error)):
             raise
         train, data = config.train, config.data
-        raise DeviceMemoryError(
-            f"{str(error).splitlines()[0]} -- lower train.batch_size={train.batch_size}, raise "
-            f"train.accumulate={train.accumulate}, which divides a batch, or lower data.resize={data.resize} "
-            f"and with it data.crop={data.crop}"
-        ) from error
+        remedy = remedy or (
+            f"lower train.batch_size={train.batch_size}, raise train.accumulate={train.accumulate}, which "
+            f"divides a batch, or lower data.resize={data.resize} and with it data.crop={data.crop}"
+        )
+        raise DeviceMemoryError(f"{str(error).splitlines()[0]} -- {remedy}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,28 @@ class Errors:
 
 
 @torch.no_grad()
+def predict_batches(
+    network: nn.Module, loader: Iterable[tuple[Tensor | LazyBatch, Tensor]], runtime: Runtime
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the class probabilities and labels of each batch of a loader.
+
+    Args:
+        network: the network in evaluation mode, on the runtime's device.
+        loader: as for :func:`predict`.
+        runtime: the device, dtype and memory format.
+
+    Yields:
+        Probabilities, fp32 ``(B, classes)``: the softmax averaged over an image's views; and labels, int64
+        ``(B,)``; both on the runtime's device.
+    """
+    for images, labels in loader:
+        with runtime.autocast():
+            logits = network(images)
+        views = images.shape[0] // labels.shape[0]
+        softmax = F.softmax(logits.float(), dim=1)
+        yield softmax.view(labels.shape[0], views, -1).mean(dim=1), labels
+
+
 def predict(
     network: nn.Module,
     loader: Iterable[tuple[Tensor | LazyBatch, Tensor]],
@@ -57,14 +79,7 @@ def predict(
     """
     was_training = network.training
     network.eval()
-    probabilities, labels = [], []
-    for images, targets in loader:
-        with runtime.autocast():
-            logits = network(images)
-        views = images.shape[0] // targets.shape[0]
-        softmax = F.softmax(logits.float(), dim=1)
-        probabilities.append(softmax.view(targets.shape[0], views, -1).mean(dim=1))
-        labels.append(targets)
+    probabilities, labels = zip(*predict_batches(network, loader, runtime), strict=True)
     network.train(was_training)
     return world.interleave(torch.cat(probabilities)), world.interleave(torch.cat(labels))
 

@@ -49,13 +49,13 @@ def read(root: Path, paths: list[Path]) -> cache.FileContents:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of files of each read that the cache did not serve."""
     calls: list[int] = []
-    original = cache._read
+    original = cache.read_uncached
 
-    def counted(root: Path, paths: list[Path], *, progress: bool) -> cache.FileContents:
+    def counted(paths: list[Path], *, progress: str) -> cache.FileContents:
         calls.append(len(paths))
-        return original(root, paths, progress=progress)
+        return original(paths, progress=progress)
 
-    monkeypatch.setattr(cache, "_read", counted)
+    monkeypatch.setattr(cache, "read_uncached", counted)
     return calls
 
 
@@ -233,7 +233,7 @@ from pathlib import Path
 import numpy as np
 from fastalex.data import cache
 root, stop = Path(sys.argv[1]), sys.argv[2]
-read, save = cache._read, np.save
+read, save = cache.read_uncached, np.save
 def slow_read(*args, **kwargs):
     print("reading", flush=True)
     time.sleep(1 if stop == "no" else 0)
@@ -243,7 +243,7 @@ def half_save(file, array):
     file.flush()
     print("half", flush=True)
     time.sleep(600)
-cache._read = slow_read
+cache.read_uncached = slow_read
 if stop == "save":
     np.save = half_save
 contents = cache.read_files(root, sorted(root.iterdir()), progress=False)
