@@ -17,7 +17,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastalex.config import Optimizer, TrainConfig
 from fastalex.errors import MissingDependencyError
 from fastalex.models.factored_linear import FactoredLinear, factored_layers
-from fastalex.training.schedule import learning_rate
+from fastalex.models.layers import last_layer
+from fastalex.training.schedule import head_learning_rate, learning_rate
 
 # Steps between two updates of the average. Each update reads and writes all weights. Updating the average
 # less often would not hurt it.
@@ -32,27 +33,32 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     """Create SGD with momentum and weight decay, or timm's LARS (You, Gitman and Ginsburg, 2017).
 
     SGD uses PyTorch's fused kernel, which updates a parameter in one pass over memory. Sharded parameters
-    form a second group, because there is no fused kernel for them.
+    form a second group, because there is no fused kernel for them. With ``head_lr`` the last layer's form a
+    group as well. Frozen parameters are in no group.
 
     Args:
-        model: the network whose parameters are updated.
-        config: the recipe; ``optimizer``, ``lr``, ``momentum`` and ``weight_decay`` are used.
+        model: the network whose parameters are updated, except those that need no gradient.
+        config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``momentum`` and ``weight_decay`` are used.
 
     Raises:
         MissingDependencyError: LARS without timm.
     """
-    rate = learning_rate(config)
-    parameters = list(model.parameters())
+    rate, head_rate = learning_rate(config), head_learning_rate(config)
+    head = [] if config.head_lr is None else list(model.get_submodule(last_layer(model)).parameters())
+    apart = set(head)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in apart]
     if config.optimizer is Optimizer.lars:
         try:
             from timm.optim import Lars
         except ImportError as error:
             raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
         # timm adapts the rate only in groups with weight decay; biases take the plain step, as usual.
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = []
+        for members, lr in ((parameters, rate), (head, head_rate)) if head else ((parameters, rate),):
+            decaying = [p for p in members if p.ndim > 1]
+            plain = [p for p in members if p.ndim <= 1]
+            groups.append({"params": decaying, "lr": lr, "weight_decay": config.weight_decay})
+            groups.append({"params": plain, "lr": lr, "weight_decay": 0.0})
         lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
         return lars
     replicated = [p for p in parameters if not isinstance(p, DTensor)]
@@ -60,6 +66,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     groups = [{"params": replicated, "fused": True}]
     if sharded:
         groups.append({"params": sharded, "fused": False, "foreach": True})
+    if head:
+        groups.append({"params": head, "fused": True, "lr": head_rate})
     return FactoredSGD(
         groups,
         factored_layers(model),
@@ -96,8 +104,9 @@ class FactoredSGD(torch.optim.SGD):
         self._layers = layers
         # Allocate the momentum now: in the first step it would lie among activations and fragment memory.
         # Allocate it for all parameters, since PyTorch's fused step needs all buffers or none.
-        for parameter in self.param_groups[0]["params"]:
-            self._momentum(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["fused"] else ():
+                self._momentum(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}

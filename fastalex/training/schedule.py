@@ -29,6 +29,15 @@ def learning_rate(config: TrainConfig) -> float:
     return config.lr * _scale(config)
 
 
+def head_learning_rate(config: TrainConfig) -> float:
+    """Return the last layer's peak rate: ``train.head_lr`` in place of ``train.lr``, scaled like that.
+
+    Args:
+        config: the recipe.
+    """
+    return learning_rate(config) if config.head_lr is None else config.head_lr * _scale(config)
+
+
 def _scale(config: TrainConfig) -> float:
     return 1.0 if config.lr_scaling is Scaling.none else config.batch_size / LR_BATCH
 
@@ -51,6 +60,9 @@ def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
 class LearningRate:
     """Sets the optimizer's learning rate. Call ``after_step`` and ``after_validation`` with any schedule.
 
+    The schedule is that of the first parameter group. Each other group's rate is the same multiple of it at
+    every step: that of the rates that the optimizer was created with.
+
     ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first ``warmup`` of the steps and falls
     linearly to zero (Smith and Topin, "Super-Convergence", 2018). It restarts after a stage with a rate of
     its own (Loshchilov and Hutter, "SGDR", 2017). ``plateau`` divides the rate by ten when the validation
@@ -65,6 +77,7 @@ class LearningRate:
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
         self._optimizer = optimizer
         self._initial = learning_rate(config)
+        self._multiples = [group["lr"] / self._initial for group in optimizer.param_groups]
         self._warmup = config.warmup
         self._cycles = _cycles(config, steps) if config.schedule is Schedule.one_cycle else []
         self._scheduler: OneCycleLR | ReduceLROnPlateau
@@ -85,7 +98,7 @@ class LearningRate:
         warmup = 0.0 if self._warmup * (steps + 1) == 1 else self._warmup
         self._scheduler = OneCycleLR(
             self._optimizer,
-            max_lr=peak,
+            max_lr=[peak * multiple for multiple in self._multiples],
             # One more than the cycle has: PyTorch's schedule reaches zero at its last step.
             total_steps=steps + 1,
             pct_start=warmup,

@@ -27,6 +27,7 @@ from fastalex.models import load_weights
 from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
 from fastalex.runtime import Runtime
 from fastalex.training.flops import training_flops
+from fastalex.training.freezing import freeze, frozen_norms
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
 from fastalex.training.schedule import LearningRate
@@ -154,12 +155,14 @@ class Trainer:
         distributed: DistributedConfig | None = None,
     ) -> None:
         self.world = world
+        freeze(model, config)
         self._template = copy.deepcopy(model).to("meta")  # the network before it is parallelized
         self._parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
             strategy = distributed or DistributedConfig()
             self._parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
         self.model = model
+        self._frozen_norms = frozen_norms(model, config)
         self.config = config
         self.train_loader = train_loader
         self.validation_loader = validation_loader
@@ -252,6 +255,8 @@ class Trainer:
             return
         self.train_loader.set_epoch(self.epoch, first)
         self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
         if not first:
             progress.loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
             progress.wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
@@ -457,12 +462,14 @@ class Trainer:
     def _layers_to_factor(self) -> list[FactoredLinear]:
         """Return the layers that keep their weight's gradient as factors.
 
-        None under torch.compile or with several ranks, which both need the gradient itself.
+        None under torch.compile or with several ranks, which both need the gradient itself. The optimizer
+        takes factors in its first group, so not of the last layer where that has a rate of its own.
         """
         plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._parallel is None
         if not plain or not isinstance(self.optimizer, FactoredSGD):
             return []
-        return factored_layers(self.model)
+        first = set(self.optimizer.param_groups[0]["params"])
+        return [layer for layer in factored_layers(self.model) if layer.weight in first]
 
     def _no_sync(self) -> AbstractContextManager[None]:
         """Context in which backward passes accumulate gradients without averaging them over ranks."""
