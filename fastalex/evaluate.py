@@ -1,4 +1,4 @@
-"""``python -m fastalex.evaluate checkpoint=RUN/checkpoint.pt``: a run's test errors, and its mistakes."""
+"""``python -m fastalex.evaluate weights=RUN``: a run's test errors, and its mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import write_text
-from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.weights import open_weights
 from fastalex.runtime import choose_runtime
 from fastalex.training.evaluation import Evaluation, evaluate_model
 from fastalex.training.limits import explained
@@ -28,29 +28,28 @@ MISTAKES = 12
 
 
 def run(config: EvaluateConfig) -> Evaluation:
-    """Evaluate a checkpoint on its data set's test images and write the figures beside it.
+    """Evaluate trained weights on their data set's test images and write the figures beside them.
 
-    Writes ``evaluation.json``, ``confusion_matrix.png`` and ``mistakes.png`` to the checkpoint's folder.
+    Writes ``evaluation.json``, ``confusion_matrix.png`` and ``mistakes.png`` to the folder of the weights.
 
     Raises:
-        FastalexError: if the checkpoint or the data cannot be used.
+        FastalexError: if the weights or the data cannot be used.
     """
-    path = Path(config.checkpoint)
-    checkpoint = Checkpoint.load(path)
-    run_config = checkpoint.restore_config()
+    trained = open_weights(*_given(config))
+    run_config = trained.config
     if config.data.root is not None:
         run_config.data.root = config.data.root
-    model = checkpoint.restore_model()
+    model = trained.model()
     precision = config.runtime.precision or run_config.runtime.precision
     runtime = choose_runtime(replace(run_config.runtime, device=config.runtime.device, precision=precision))
-    print(runtime)
+    print(f"weights of {trained.source}\n{runtime}")
     splits = load_splits(run_config.data, run_config.seed)
     if not splits.is_measurable:
-        raise ConfigError(f"checkpoint={path}: was trained on synthetic data, where an error means nothing")
-    if list(splits.classes) != checkpoint.classes:
+        raise ConfigError(f"{trained.where}: was trained on synthetic data, where an error means nothing")
+    if list(splits.classes) != trained.classes:
         raise CheckpointError(
-            f"checkpoint={path}: knows other classes than data.root={run_config.data.root} has: "
-            f"{_difference(checkpoint.classes, splits.classes)}"
+            f"{trained.where}: knows other classes than data.root={run_config.data.root} has: "
+            f"{_difference(trained.classes, splits.classes)}"
         )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
@@ -61,14 +60,23 @@ def run(config: EvaluateConfig) -> Evaluation:
         evaluation = evaluate_model(network, splits.test, run_config, runtime)
     print(evaluation.table(f"{splits.source}, test set"))
 
-    folder = path.parent
+    folder = trained.source.parent
     write_text(folder / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
     predicted = evaluation.probabilities.argmax(dim=1).numpy()
     counts = confusion_matrix(splits.test.labels, predicted, labels=range(len(splits.classes)))
     plots.confusion_matrix(counts, splits.classes, folder / "confusion_matrix.png")
-    _draw_mistakes(splits.test, checkpoint.classes, evaluation.probabilities, folder / "mistakes.png")
+    _draw_mistakes(splits.test, trained.classes, evaluation.probabilities, folder / "mistakes.png")
     print(f"evaluation.json, confusion_matrix.png and mistakes.png are in {folder}")
     return evaluation
+
+
+def _given(config: EvaluateConfig) -> tuple[str, str]:
+    """Return the path of the weights, and the key that names it."""
+    if config.weights and config.checkpoint:
+        raise ConfigError(f"checkpoint={config.checkpoint}: is another name of weights=; give one of them")
+    if not config.weights and not config.checkpoint:
+        raise ConfigError("weights: has no value; give it as weights=RUN, a run's folder")
+    return (config.weights, "weights") if config.weights else (config.checkpoint, "checkpoint")
 
 
 def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Tensor, path: Path) -> None:
@@ -91,7 +99,7 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 @command("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig, run_dir: Path) -> None:
-    """Evaluate a checkpoint."""
+    """Evaluate trained weights."""
     run(config)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastalex.config import (
     AlexNetConfig,
@@ -25,6 +26,7 @@ from fastalex.config.plain import plain
 from fastalex.errors import CheckpointError
 from fastalex.models import create_model, load_weights
 from fastalex.runs.checkpoint import Checkpoint, save_weights
+from fastalex.runs.weights import open_weights
 
 CLASSES = ["cat", "dog", "eel"]
 
@@ -54,7 +56,7 @@ def test_comes_back_as_it_was(saved: Path) -> None:
     assert checkpoint.training == {"epoch": 2}
     torch.manual_seed(0)
     expected = create_model("mobilenet_v3_small", 3).state_dict()
-    restored = checkpoint.restore_model().state_dict()
+    restored = open_weights(saved).model().state_dict()
     assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
     assert [p.name for p in saved.parent.iterdir()] == ["checkpoint.pt"]
 
@@ -125,6 +127,37 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_them(tmp_path: Path) -> 
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         content = json.loads(file.metadata()["fastalex"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert content.pop("crc32") > 0
     assert content == {"config": plain(a_config()), "classes": CLASSES}
     assert tensors.keys() == model.state_dict().keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_means_its_final_weights_and_a_file_is_enough_alone(saved: Path, tmp_path: Path) -> None:
+    model = create_model("mobilenet_v3_small", 3)
+    assert open_weights(saved.parent).source == saved
+    final = saved.parent / "model.safetensors"
+    save_weights(model.state_dict(), final, plain(a_config()), CLASSES)
+    assert open_weights(saved.parent).source == final
+    moved = final.rename(tmp_path / "alone.safetensors")
+    alone = open_weights(moved)
+    assert (alone.config, alone.classes) == (a_config(), CLASSES)
+    restored = alone.model().state_dict()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_without_a_checksum_still_open(tmp_path: Path) -> None:
+    state = create_model("mobilenet_v3_small", 3).state_dict()
+    facts = json.dumps({"config": plain(a_config()), "classes": CLASSES})
+    save_file(state, tmp_path / "old.safetensors", metadata={"fastalex": facts})
+    assert open_weights(tmp_path / "old.safetensors").classes == CLASSES
+
+
+def test_weights_of_an_unknown_network_are_refused(tmp_path: Path) -> None:
+    config = a_config()
+    config.model.name = "mine"
+    save_weights({}, tmp_path / "w.safetensors", plain(config), CLASSES)
+    with pytest.raises(
+        CheckpointError, match=r"weights=\S+w.safetensors: its network cannot be built: .*mine"
+    ):
+        open_weights(tmp_path / "w.safetensors").model()

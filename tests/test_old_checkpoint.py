@@ -19,6 +19,7 @@ import torch
 from fastalex import train
 from fastalex.models import MODELS
 from fastalex.runs.checkpoint import FORMAT, Checkpoint
+from fastalex.runs.weights import open_weights
 from tests import tiny
 
 FILE = Path(__file__).parent / "files" / "checkpoint_v1.pt"
@@ -37,7 +38,7 @@ def test_it_holds_the_weights_and_the_configuration() -> None:
     assert checkpoint.step == 20
     config = checkpoint.restore_config()
     assert (config.model.name, config.data.name, config.train.ema_decay) == ("tiny", "digits", 0.9)
-    network = checkpoint.restore_model()
+    network = open_weights(FILE).model()
     assert checkpoint.average is not None
     for name, value in network.state_dict().items():
         assert torch.equal(value, checkpoint.average[name])

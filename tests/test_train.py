@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastalex import evaluate, plots, train
@@ -24,6 +25,7 @@ from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
 from fastalex.runs import checkpoint_writer, setup
+from fastalex.runs.checkpoint import read_weights, save_weights
 from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose_runtime
 from fastalex.training import trainer
@@ -546,10 +548,20 @@ def test_an_evaluation_takes_images_of_another_size_than_the_run_had(command: Co
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ([], r"checkpoint: has no value; give it as checkpoint="),
+        ([], r"weights: has no value; give it as weights=RUN"),
         (["checkpoint=none.pt"], r"checkpoint=none.pt: there is no such file"),
         (["checkpoint=cut.pt"], r"checkpoint=cut.pt: is damaged or cut short"),
-        (["checkpoint=x.safetensors"], r"checkpoint=x.safetensors: holds weights alone"),
+        (["weights=none"], r"weights=none: there is no such file"),
+        (["weights=."], r"weights=.: the folder holds neither model.safetensors nor checkpoint.pt"),
+        (["weights=cut.safetensors"], r"weights=cut.safetensors: is missing, damaged or cut short"),
+        (
+            ["weights=flipped.safetensors"],
+            r"weights=flipped.safetensors: is damaged \(it has another checksum",
+        ),
+        (["weights=foreign.safetensors"], r"weights=foreign.safetensors: does not say what network"),
+        (["weights=other.safetensors"], r"weights=other.safetensors: .*another architecture"),
+        (["weights=notes.txt"], r"weights=notes.txt: is neither a checkpoint \(.pt\) nor weights"),
+        (["weights=a", "checkpoint=b"], r"checkpoint=b: is another name of weights="),
     ],
 )
 def test_bad_checkpoints_are_one_line(
@@ -557,7 +569,14 @@ def test_bad_checkpoints_are_one_line(
 ) -> None:
     whole = (finished[0] / "checkpoint.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
-    Path("x.safetensors").write_bytes((finished[0] / "model.safetensors").read_bytes())
+    weights = bytearray((finished[0] / "model.safetensors").read_bytes())
+    Path("cut.safetensors").write_bytes(weights[:-1])
+    weights[-1] ^= 1
+    Path("flipped.safetensors").write_bytes(weights)
+    tensors, facts = read_weights(finished[0] / "model.safetensors")
+    save_file(tensors, "foreign.safetensors", metadata={"format": "pt"})
+    save_weights(tensors, Path("other.safetensors"), facts["config"], facts["classes"][:9])
+    Path("notes.txt").write_text("")
     status, _, err = command(evaluate.main, *checkpoint)
     assert status == 2
     assert len(err.splitlines()) == 1

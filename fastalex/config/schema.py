@@ -266,9 +266,10 @@ class ReproduceRuntime:
 
 @dataclass
 class EvaluateConfig:
-    """What ``python -m fastalex.evaluate`` takes; everything else is read from the checkpoint."""
+    """What ``python -m fastalex.evaluate`` takes; everything else is read with the weights."""
 
-    checkpoint: str = MISSING
+    weights: str = ""  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
+    checkpoint: str = ""  # another name of weights
     data: EvaluateData = field(default_factory=EvaluateData)
     runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
 

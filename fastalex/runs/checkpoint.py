@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from fastalex.config import Config
-from fastalex.config.plain import from_plain, model_options
+from fastalex.config.plain import from_plain
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import replacing
-from fastalex.models import create_model, load_weights
 
 FORMAT = 1
+FINAL_WEIGHTS = "model.safetensors"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,20 @@ class Checkpoint:
                 raise
 
     @classmethod
-    def load(cls, path: Path) -> Checkpoint:
+    def load(cls, path: Path, key: str = "checkpoint") -> Checkpoint:
         """Read a file; only tensors and plain values are unpickled, never code.
 
         The file is a zip archive with a CRC-32 of each of its members, which is compared first.
+
+        Args:
+            path: the file.
+            key: the configuration key that named it, for error messages.
 
         Raises:
             CheckpointError: if it is missing, damaged, or not a checkpoint of fastalex.
         """
         if not path.is_file():
-            raise CheckpointError(f"checkpoint={path}: there is no such file; a run leaves RUN/checkpoint.pt")
-        if path.suffix == ".safetensors":
-            raise CheckpointError(
-                f"checkpoint={path}: holds weights alone, without their network and data; use the run's "
-                "checkpoint.pt"
-            )
+            raise CheckpointError(f"{key}={path}: there is no such file; a run leaves RUN/checkpoint.pt")
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -91,27 +90,26 @@ class Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
         except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
             raise CheckpointError(
-                f"checkpoint={path}: is damaged or cut short; use an older checkpoint or train again"
+                f"{key}={path}: is damaged or cut short; use an older checkpoint or train again"
             ) from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise CheckpointError(f"checkpoint={path}: was not written by this version of fastalex")
+            raise CheckpointError(f"{key}={path}: was not written by this version of fastalex")
         try:
             checkpoint = cls(**content)
         except TypeError as error:
-            raise CheckpointError(f"checkpoint={path}: lacks a part; train again") from error
-        checkpoint._check_types(path)
+            raise CheckpointError(f"{key}={path}: lacks a part; train again") from error
+        checkpoint._check_types(path, key)
         return checkpoint
 
-    def _check_types(self, path: Path) -> None:
+    def _check_types(self, path: Path, key: str) -> None:
         states = [self.model, *([] if self.average is None else [self.average])]
         if (
             not all(isinstance(part, dict) for part in (self.config, self.training, *states))
             or not isinstance(self.config.get("model"), dict)
-            or not isinstance(self.classes, list)
-            or not all(isinstance(name, str) for name in self.classes)
+            or not _is_names(self.classes)
             or not all(isinstance(tensor, torch.Tensor) for state in states for tensor in state.values())
         ):
-            raise CheckpointError(f"checkpoint={path}: a part of it is not what it should be; train again")
+            raise CheckpointError(f"{key}={path}: a part of it is not what it should be; train again")
 
     def restore_config(self) -> Config:
         """Return the run's configuration.
@@ -125,20 +123,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"the checkpoint's configuration is from another version: {error}"
             ) from error
-
-    def restore_model(self) -> nn.Module:
-        """Return the network with the checkpoint's weights, or their average, on the CPU.
-
-        Raises:
-            CheckpointError: if the weights belong to another network.
-        """
-        config = self.restore_config().model
-        try:
-            model = create_model(config.name, len(self.classes), **model_options(config))
-        except ConfigError as error:
-            raise CheckpointError(f"the checkpoint's network cannot be built: {error}") from error
-        load_weights(model, self.average or self.model)
-        return model
 
 
 def save_weights(
@@ -157,26 +141,57 @@ def save_weights(
         OutputError: if it cannot be written; a file that was there is left.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"fastalex": json.dumps({"config": config, "classes": classes, **facts})}
+    facts = {"config": config, "classes": classes, "crc32": _crc32(tensors), **facts}
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata={"fastalex": json.dumps(facts)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_weights(path: Path, key: str = "weights") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the weights that :func:`save_weights` wrote, and its metadata.
 
+    Args:
+        path: of the file.
+        key: the configuration key that named it, for error messages.
+
     Raises:
-        CheckpointError: if the file is missing or damaged.
+        CheckpointError: the file is missing, damaged, or was not written by fastalex.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["fastalex"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: is missing or damaged") from error
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{key}={path}: is missing, damaged or cut short; use the run's checkpoint.pt or train again"
+        ) from error
+    try:
+        facts = json.loads(metadata["fastalex"])
+        if not isinstance(facts["config"]["model"], dict) or not _is_names(facts["classes"]):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{key}={path}: does not say what network its weights are of; fastalex did not write it"
+        ) from error
+    if "crc32" in facts and facts["crc32"] != _crc32(weights):  # files of older versions have none
+        raise CheckpointError(
+            f"{key}={path}: is damaged (it has another checksum); use the run's checkpoint.pt or train again"
+        )
+    return weights, facts
+
+
+def _crc32(tensors: dict[str, torch.Tensor]) -> int:
+    """Return a CRC-32 of tensors' bytes, in the order of their names; safetensors has no checksum."""
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return checksum
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _copied(value: Any, device: str | None) -> Any:

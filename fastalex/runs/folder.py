@@ -22,6 +22,7 @@ from fastalex.config import Config
 from fastalex.errors import ConfigError, OutputError
 from fastalex.files import remove_partial, write_text
 from fastalex.runs.background import Background
+from fastalex.runs.checkpoint import FINAL_WEIGHTS
 from fastalex.training.trainer import Epoch
 
 SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
@@ -117,7 +118,8 @@ class RunFolder:
     def resumed(cls, path: Path, lock: RunLock, history: Sequence[Epoch], step: int) -> RunFolder:
         """Open the folder of a resumed run, and remove what was written after its checkpoint."""
         folder = cls(path, lock, history, step)
-        (path / SUMMARY).unlink(missing_ok=True)
+        for name in (SUMMARY, FINAL_WEIGHTS):
+            (path / name).unlink(missing_ok=True)
         folder._write_metrics()
         return folder
 

@@ -15,7 +15,7 @@ from fastalex.config import Config
 from fastalex.config.plain import plain
 from fastalex.errors import DivergedError, FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
-from fastalex.runs.checkpoint import Checkpoint, save_weights
+from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, save_weights
 from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
 from fastalex.runs.folder import RunFolder
 from fastalex.runs.resume import UnfinishedRun
@@ -202,7 +202,7 @@ class FolderRecorder(Recorder):
 
     def final_weights(self, weights: dict[str, Tensor]) -> None:
         with self._policy.applied():
-            path = self._folder.path / "model.safetensors"
+            path = self._folder.path / FINAL_WEIGHTS
             save_weights(weights, path, plain(self._config), self._classes)
 
     def best(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -1,0 +1,109 @@
+"""One place that opens trained weights: a run's folder, a checkpoint or a ``.safetensors`` file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastalex.config import Config
+from fastalex.config.plain import from_plain, model_options
+from fastalex.errors import CheckpointError, ConfigError
+from fastalex.models import create_model, load_weights
+from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, read_weights
+from fastalex.runs.checkpoint_writer import NEWEST
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network's weights, and what is needed to use them.
+
+    Attributes:
+        source: the file that the weights were read from.
+        where: the key and value that named it, for error messages.
+        config: the run's configuration; its ``data`` says how images are prepared.
+        classes: names of the classes, in the order of the network's outputs.
+        weights: the network's state dict, on the CPU; the averaged weights where the run kept an average.
+    """
+
+    source: Path
+    where: str
+    config: Config
+    classes: list[str]
+    weights: dict[str, Tensor]
+
+    def model(self) -> nn.Module:
+        """Build the network with these weights, in fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the weights belong to another network than the file says, or there is no such
+                network.
+        """
+        config = self.config.model
+        try:
+            model = create_model(config.name, len(self.classes), **model_options(config))
+        except ConfigError as error:
+            raise CheckpointError(f"{self.where}: its network cannot be built: {error}") from error
+        try:
+            load_weights(model, self.weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
+        return model
+
+
+def open_weights(path: Path | str, key: str = "weights") -> TrainedNetwork:
+    """Read the trained weights that a path names.
+
+    ===================================  ====================================================
+    path                                 weights
+    ===================================  ====================================================
+    a run's folder                       its final weights, ``model.safetensors``; of a run
+                                         that has not ended, those of ``checkpoint.pt``
+    ``checkpoint.pt``,                   those of the checkpoint
+    ``checkpoint-STEP.pt``
+    ``model.safetensors``,               those of the file, which is enough without its run
+    ``best.safetensors``
+    ===================================  ====================================================
+
+    Args:
+        path: the folder or file.
+        key: the configuration key that named it, for error messages.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged, of another kind or of another version.
+    """
+    path = Path(path).expanduser()
+    where = f"{key}={path}"
+    file = _find(path, where)
+    if file.suffix == ".safetensors":
+        weights, facts = read_weights(file, key)
+        content, classes = facts["config"], facts["classes"]
+    else:
+        checkpoint = Checkpoint.load(file, key)
+        content, classes = checkpoint.config, checkpoint.classes
+        weights = checkpoint.average or checkpoint.model
+    try:
+        config = from_plain(content)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: its configuration is from another version: {error}") from error
+    return TrainedNetwork(file, where, config, classes, weights)
+
+
+def _find(path: Path, where: str) -> Path:
+    """Return the file of the weights."""
+    if path.is_dir():
+        for name in (FINAL_WEIGHTS, NEWEST):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{where}: the folder holds neither {FINAL_WEIGHTS} nor {NEWEST}")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{where}: there is no such file; name a run's folder, or its {FINAL_WEIGHTS} or {NEWEST}"
+        )
+    if path.suffix not in (".pt", ".safetensors"):
+        raise CheckpointError(
+            f"{where}: is neither a checkpoint (.pt) nor weights (.safetensors); name a run's folder, or its "
+            f"{FINAL_WEIGHTS} or {NEWEST}"
+        )
+    return path
