@@ -111,13 +111,16 @@ class RunFolder:
             ConfigError: if the user named a folder that already holds a run.
         """
         folder = cls(*_claim(path, given, restart))
-        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        folder._write_config(config)
         return folder
 
     @classmethod
-    def resumed(cls, path: Path, lock: RunLock, history: Sequence[Epoch], step: int) -> RunFolder:
+    def resumed(
+        cls, path: Path, lock: RunLock, config: Config, history: Sequence[Epoch], step: int
+    ) -> RunFolder:
         """Open the folder of a resumed run, and remove what was written after its checkpoint."""
         folder = cls(path, lock, history, step)
+        folder._write_config(config)
         for name in (SUMMARY, FINAL_WEIGHTS):
             (path / name).unlink(missing_ok=True)
         folder._write_metrics()
@@ -184,6 +187,9 @@ class RunFolder:
             self._drawn = len(epochs)
 
         self._drawing.start(draw)
+
+    def _write_config(self, config: Config) -> None:
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def _write_metrics(self, *, durable: bool = True) -> None:
         lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in self.epochs]

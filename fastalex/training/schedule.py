@@ -57,6 +57,16 @@ def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
     return [*cycles, (steps - taken, learning_rate(config))]
 
 
+def has_ended(config: TrainConfig, rate: float) -> bool:
+    """Whether a plateau schedule has made its last reduction.
+
+    Args:
+        config: the recipe.
+        rate: the learning rate now.
+    """
+    return config.schedule is Schedule.plateau and rate < learning_rate(config) * PLATEAU_FLOOR
+
+
 class LearningRate:
     """Sets the optimizer's learning rate. Call ``after_step`` and ``after_validation`` with any schedule.
 
@@ -76,8 +86,8 @@ class LearningRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
         self._optimizer = optimizer
-        self._initial = learning_rate(config)
-        self._multiples = [group["lr"] / self._initial for group in optimizer.param_groups]
+        self._config = config
+        self._multiples = [group["lr"] / learning_rate(config) for group in optimizer.param_groups]
         self._warmup = config.warmup
         self._cycles = _cycles(config, steps) if config.schedule is Schedule.one_cycle else []
         self._scheduler: OneCycleLR | ReduceLROnPlateau
@@ -114,7 +124,7 @@ class LearningRate:
     @property
     def exhausted(self) -> bool:
         """Whether a plateau schedule has made its last reduction."""
-        return isinstance(self._scheduler, ReduceLROnPlateau) and self.current < self._initial * PLATEAU_FLOOR
+        return has_ended(self._config, self.current)
 
     def after_step(self) -> None:
         """Set the rate of the next step, under ``one_cycle``."""
