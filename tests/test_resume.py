@@ -31,7 +31,8 @@ from fastalex.config import (
 )
 from fastalex.data import CutMixLoader, Loader, StagedLoader, Views, load_splits
 from fastalex.errors import CheckpointError, OutputError
-from fastalex.runs.checkpoint import Checkpoint, load_weights, read_weights
+from fastalex.models import load_weights
+from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter, OutputPolicy, load_newest
 from fastalex.runs.folder import RunLock
 from fastalex.runtime import choose_runtime
