@@ -20,7 +20,7 @@ CLASSES = {
 }
 IMAGES = {"first": {"train": 1200, "test": 200}, "second": {"train": 300, "test": 200}}  # of each class
 CROP = ["data.resize=73", "data.crop=64"]
-EPOCHS = {"first": 6, "second": 8}
+EPOCHS = 6
 SEEDS = [0, 1]
 
 
@@ -38,7 +38,7 @@ def link_images(data: Path, half: Path) -> None:
 
 def train(half: Path, run: Path, *settings: str) -> dict:
     """Train on one half, unless the run is there; return its summary."""
-    command = ["data=imagefolder", f"data.root={half}", *CROP, f"train.epochs={EPOCHS[half.name]}", *settings]
+    command = ["data=imagefolder", f"data.root={half}", *CROP, f"train.epochs={EPOCHS}", *settings]
     if not (run / "summary.json").exists():
         print("python -m fastalex.train", *command, flush=True)
         subprocess.run([sys.executable, "-m", "fastalex.train", *command, f"hydra.run.dir={run}"], check=True)
@@ -55,14 +55,15 @@ ways = {
     "fine-tuned": [f"init_from={first}"],
     "fine-tuned, convolutions frozen": [f"init_from={first}", "train.freeze=[conv]"],
 }
-errors: dict[str, dict] = {}
-for number, (way, settings) in enumerate(ways.items()):
-    runs = [
-        train(folder / "second", folder / f"run_{number}_{seed}", f"seed={seed}", *settings) for seed in SEEDS
-    ]
+runs_of: dict[str, list[dict]] = {way: [] for way in ways}
+for seed in SEEDS:
+    for number, (way, settings) in enumerate(ways.items()):
+        run = folder / f"run_{number}_{seed}"
+        runs_of[way].append(train(folder / "second", run, f"seed={seed}", *settings))
+errors = {}
+for way, runs in runs_of.items():
     single = [run["single_crop"]["top1_error"] for run in runs]
     errors[way] = {
-        "settings": [setting for setting in settings if not setting.startswith("init_from")],
         "single_crop_top1_error": single,
         "mean_single_crop_top1_error": mean(single),
         "ten_crop_top1_error": [run["ten_crop"]["top1_error"] for run in runs],

@@ -179,9 +179,9 @@ class RunFolder:
             step: the run's last.
         """
         values = flat(plain(config))
+        # PyTorch would write a truth value as the number 1 or 0.
         settings = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in values.items()
+            key: value if type(value) in (int, float) else str(value) for key, value in values.items()
         }
         figures = {"hparams/images per second": summary["images_per_second"]}
         for name in ("single_crop", "ten_crop"):
