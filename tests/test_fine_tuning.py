@@ -395,11 +395,16 @@ def test_a_run_on_other_classes_starts_from_a_runs_weights(
     """Everything but the last layer is frozen, so it must be there at the end as it was at the start."""
     config = a_config(folder / "two", freeze=["0", "1"], head_lr=0.1)
     config.init_from = str(folder / "run" / name)
+    if name:
+        config.data.std = [0.5, 0.5, 0.5]
     launch.train(config, tmp_path / "run")
+    captured = capsys.readouterr()
+    warning = r"warning: init_from=\S+: was trained on images with .* data.std=\[1.0, 1.0, 1.0\]"
+    assert bool(re.search(warning, captured.err)) == bool(name)
     assert (
         f"init_from={folder / 'run' / name}: 7 of 9 tensors taken; 6.weight and 6.bias start anew: "
         "2 classes there, 3 here\n"
-    ).replace("/:", ":") in capsys.readouterr().out.replace("/:", ":")
+    ).replace("/:", ":") in captured.out.replace("/:", ":")
     source = "best.safetensors" if name == "best.safetensors" else "model.safetensors"
     before, after = (
         read_weights(folder / "run" / source)[0],

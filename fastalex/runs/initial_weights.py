@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastalex.config import ModelConfig, TrainConfig
+from fastalex.config import DataConfig, ModelConfig, TrainConfig
 from fastalex.config.plain import model_options
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models.layers import last_layer, layers
@@ -37,11 +37,13 @@ class InitialWeights:
         where: the key and value that named them, for messages.
         weights: the state dict, on the CPU.
         classes: names of the classes, in the order of the outputs; None where the file does not say.
+        data: how the images were prepared that they were trained on; None where the file does not say.
     """
 
     where: str
     weights: dict[str, Tensor]
     classes: list[str] | None
+    data: DataConfig | None = None
 
     @classmethod
     def read(cls, path: str, model: nn.Module, config: ModelConfig) -> InitialWeights:
@@ -60,11 +62,24 @@ class InitialWeights:
         if not file.is_file() or _is_ours(file):
             trained = open_weights(file, KEY)
             _check_same(trained.config.model, config, where)
-            initial = cls(where, trained.weights, trained.classes)
+            initial = cls(where, trained.weights, trained.classes, trained.config.data)
         else:
             initial = cls(where, _named_as_in(model, _read_state_dict(file, where)), None)
         initial._check_fits(model, config.name)
         return initial
+
+    def warning(self, data: DataConfig) -> str:
+        """Return a line if the new images are normalised in another way; empty if not, or not known.
+
+        Args:
+            data: how they are prepared.
+        """
+        if self.data is None or (self.data.mean, self.data.std) == (data.mean, data.std):
+            return ""
+        return (
+            f"{self.where}: was trained on images with data.mean={self.data.mean} data.std={self.data.std}, "
+            "and these have others; give the same, which its first layer expects"
+        )
 
     def copy_to(self, model: nn.Module, classes: Sequence[str], config: TrainConfig) -> str:
         """Copy the weights into a network; the last layer keeps its own if the classes are others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -144,6 +145,8 @@ def build(
 
 def _start_from(initial: InitialWeights | None, model: nn.Module, splits: DataSplits, config: Config) -> None:
     if initial is not None:
+        if warning := initial.warning(config.data):
+            print(f"fastalex: warning: {warning}", file=sys.stderr)
         print(initial.copy_to(model, splits.classes, config.train))
 
 
