@@ -121,8 +121,8 @@ class InitialWeights:
         """Return why the last layer starts anew; empty if it does not."""
         if any(name not in self.weights for name in last):
             return "the file has none of that name"
-        theirs, ours = (len(each[last[0]]) for each in (self.weights, expected))
-        if theirs != ours:
+        if any(self.weights[name].shape != expected[name].shape for name in last):
+            theirs, ours = (len(each[last[0]]) for each in (self.weights, expected))
             return f"{theirs} classes there, {ours} here"
         if self.classes is None:
             return "the file does not name its classes"
