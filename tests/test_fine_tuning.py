@@ -36,9 +36,11 @@ from fastalex.config import (
     RuntimeConfig,
     Schedule,
     Stage,
+    Strategy,
     TrainConfig,
 )
 from fastalex.config.plain import model_options, plain
+from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import create_model
 from fastalex.models.factored_linear import FactoredLinear
@@ -48,6 +50,7 @@ from fastalex.runs.checkpoint import Checkpoint, read_weights, save_weights
 from fastalex.runs.initial_weights import InitialWeights, _check_same
 from fastalex.runtime import choose_runtime
 from fastalex.training import flops
+from fastalex.training.freezing import freeze
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from fastalex.training.trainer import Trainer
@@ -222,6 +225,17 @@ def test_the_last_layer_is_the_one_that_depends_on_the_number_of_classes(name: s
     changed = {key for key, tensor in small.state_dict().items() if tensor.shape != other[key].shape}
     assert changed == {f"{last}.weight", f"{last}.bias"}
     assert last_layer(small) == last
+
+
+def test_the_hybrid_needs_a_trained_layer_beside_the_hidden_ones() -> None:
+    with torch.device("meta"):
+        alexnet = create_model("alexnet", 2)
+    freeze(alexnet, TrainConfig(freeze=["conv"]))
+    check_strategy(alexnet, Strategy.hybrid)
+    freeze(alexnet, TrainConfig(freeze=["fc8"]))
+    check_strategy(alexnet, Strategy.ddp)
+    with pytest.raises(ConfigError, match=r"fc6 and fc7, and train\.freeze freezes all of those"):
+        check_strategy(alexnet, Strategy.hybrid)
 
 
 def randomised(network: nn.Module) -> nn.Module:

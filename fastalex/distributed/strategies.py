@@ -79,8 +79,9 @@ def check_strategy(model: nn.Module, strategy: Strategy) -> None:
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     if trained <= set(hidden):  # DistributedDataParallel takes no network without gradients of its own
         raise ConfigError(
-            f"distributed.strategy=hybrid: averages gradients of the layers beside {' and '.join(hidden)}, "
-            "which train.freeze all freezes; leave one out of it, or use distributed.strategy=ddp"
+            f"distributed.strategy=hybrid: averages the gradients of the layers other than "
+            f"{' and '.join(hidden)}, and train.freeze freezes all of those; leave one out of it, or use "
+            "distributed.strategy=ddp"
         )
 
 
