@@ -62,12 +62,10 @@ for seed in SEEDS:
         runs_of[way].append(train(folder / "second", run, f"seed={seed}", *settings))
 errors = {}
 for way, runs in runs_of.items():
-    single = [run["single_crop"]["top1_error"] for run in runs]
-    errors[way] = {
-        "single_crop_top1_error": single,
-        "mean_single_crop_top1_error": mean(single),
-        "ten_crop_top1_error": [run["ten_crop"]["top1_error"] for run in runs],
-    }
+    errors[way] = {}
+    for views in ("single_crop", "ten_crop"):
+        top1 = [round(run[views]["top1_error"], 4) for run in runs]
+        errors[way][views] = {"top1_error": top1, "mean": round(mean(top1), 4)}
 result = {
     "data": "CIFAR-10 (JPEG copy)",
     "images_of_each_class": IMAGES,
@@ -75,10 +73,10 @@ result = {
     "epochs": EPOCHS,
     "seeds": SEEDS,
     "test_images": 5 * IMAGES["second"]["test"],
-    "first_half_single_crop_top1_error": before["single_crop"]["top1_error"],
+    "first_half_single_crop_top1_error": round(before["single_crop"]["top1_error"], 4),
     "errors": errors,
     "hardware": before["hardware"],
-    "runtime": before["runtime"],
+    "runtimes": sorted({run["runtime"] for runs in (*runs_of.values(), [before]) for run in runs}),
     "versions": before["versions"],
 }
 path = Path(__file__).parents[1] / "results" / "fine_tune.json"
