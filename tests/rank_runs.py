@@ -63,6 +63,12 @@ def stages(config: Config) -> None:
     config.train.stages = [Stage(epochs=1, resize=34, crop=32)]
 
 
+def fine_tuned(config: Config) -> None:
+    """Starts from the weights of the first option's run, which is beside the images."""
+    config.init_from = str(Path(config.data.root).parent / "plain")
+    config.train.freeze, config.train.head_lr = ["0", "1"], 0.1
+
+
 def set_in(section: str, **values: Any) -> Callable[[Config], None]:
     def change(config: Config) -> None:
         for key, value in values.items():
@@ -82,6 +88,7 @@ OPTIONS: dict[str, Callable[[Config], None]] = {
     "plateau": set_in("train", schedule=Schedule.plateau, patience=0),
     "stages": stages,
     "CutMix": set_in("train", cutmix=0.5),
+    "initial weights and frozen layers": fine_tuned,
     "compressed gradients": set_in("distributed", compression=Compression.bf16),
     "hybrid": hybrid,
     "divergence": set_in("train", lr=1e30, clip_norm=0.0),

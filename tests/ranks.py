@@ -72,6 +72,10 @@ CASES = {
     "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
     "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
     "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16)),
+    "frozen with batch normalisation, ddp": Case(
+        recipe(freeze=["conv1", "norm_pool1", "fc6"], head_lr=1e-3), {"norm": "batch"}, 4, DDP
+    ),
+    "frozen, hybrid": Case(recipe(freeze=["conv1", "fc6"], head_lr=1e-3), {}, 4, HYBRID),
     "bf16, hybrid": Case(recipe(), {}, 4, HYBRID, Precision.bf16),
 }
 
@@ -202,7 +206,7 @@ def main(folder: Path) -> None:
         world.sum(1)  # starts the threads
         own = gloo_threads()
         results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
-        for name in ("ddp", "hybrid", "batch normalisation, hybrid"):
+        for name in ("ddp", "hybrid", "batch normalisation, hybrid", "frozen, hybrid"):
             results[f"{name}, resumed"] = resumed(CASES[name], world)
         results["collectives"] = collectives(world)
     results["gloo's threads"] = {"own": list(own), "left": list(own & gloo_threads())}

@@ -62,6 +62,7 @@ def validate(config: Config) -> None:
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
     _validate_cutmix("train", train.cutmix)
+    _validate_head_lr(train.head_lr, config.init_from)
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     if config.distributed.strategy is Strategy.hybrid:
@@ -104,6 +105,18 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
         raise ConfigError(
             f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
             f"data.crop={data.crop}; raise train.epochs or shorten a stage"
+        )
+
+
+def _validate_head_lr(head_lr: float | None, init_from: str) -> None:
+    if head_lr is None:
+        return
+    if not 0 < head_lr < math.inf:
+        raise ConfigError(f"train.head_lr={head_lr}: must lie between 0 and inf, both left out")
+    if not init_from:
+        raise ConfigError(
+            f"train.head_lr={head_lr}: is the last layer's learning rate where the other layers are trained "
+            "already; give their weights with init_from, or leave it out"
         )
 
 

@@ -188,6 +188,8 @@ class TrainConfig:
     ema_decay: float = 0.0  # decay a step of an average of the weights, which is then evaluated; 0: none
     accumulate: int = 1  # parts that a batch is computed in, one after another, to use less memory
     stages: list[Stage] = field(default_factory=list)  # in order; the remaining epochs are at data.crop
+    freeze: list[str] = field(default_factory=list)  # layers, by name or prefix, that keep their weights
+    head_lr: float | None = None  # with init_from: as lr, for the last layer; null: lr
 
 
 @dataclass
@@ -235,6 +237,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: str = ""  # start from the weights of a run or a file; empty: from random ones
     resume: str = ""  # auto: the newest unfinished run, or the one in hydra.run.dir; or a checkpoint or run
     seed: int = 0
     log_every: int = 20  # steps between two reads of the loss, each of which waits for the device

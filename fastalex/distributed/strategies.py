@@ -63,15 +63,25 @@ def parallelize(
 
 
 def check_strategy(model: nn.Module, strategy: Strategy) -> None:
-    """Refuse the hybrid of a network that has no hidden layers to divide.
+    """Refuse the hybrid of a network that has no hidden layers to divide, or nothing else to train.
 
     Raises:
         ConfigError: saying what to use instead.
     """
-    if strategy is Strategy.hybrid and getattr(model, "hidden_layers", None) is None:
+    if strategy is not Strategy.hybrid:
+        return
+    hidden: tuple[str, ...] | None = getattr(model, "hidden_layers", None)
+    if hidden is None:
         raise ConfigError(
             "distributed.strategy=hybrid: divides AlexNet's two hidden layers, which this network does not "
             "have; use distributed.strategy=ddp"
+        )
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    if trained <= set(hidden):  # DistributedDataParallel takes no network without gradients of its own
+        raise ConfigError(
+            f"distributed.strategy=hybrid: averages the gradients of the layers other than "
+            f"{' and '.join(hidden)}, and train.freeze freezes all of those; leave one out of it, or use "
+            "distributed.strategy=ddp"
         )
 
 
@@ -91,7 +101,7 @@ def _shard_hidden_layers(model: nn.Module, world: World, device: torch.device) -
     group = cast(dist.ProcessGroup, dist.new_group(timeout=timedelta(seconds=world.timeout)))
     parallelize_module(model, DeviceMesh.from_group(group, device.type), plan)
     for name in names:
-        for parameter in model.get_submodule(name).parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.get_submodule(name).parameters()):
             # The gradient is summed over the ranks' mean losses; divide to get that of the batch's mean.
             parameter.register_hook(lambda gradient: gradient / world.size)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -220,11 +230,17 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer has parameters and none is trained: a batch normalisation then keeps its statistics."""
+    trained = [parameter.requires_grad for parameter in layer.parameters()]
+    return bool(trained) and not any(trained)
+
+
 def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Replace each batch normalisation by one whose statistics cover all ranks."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is not nn.BatchNorm2d:
+            if type(child) is not nn.BatchNorm2d or _is_frozen(child):
                 continue
             if device.type == "cuda":
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

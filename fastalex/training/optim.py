@@ -17,7 +17,8 @@ from fastalex.config import Optimizer, TrainConfig
 from fastalex.errors import MissingDependencyError
 from fastalex.kernels.factored_sgd import factored_sgd
 from fastalex.models.factored_linear import FactoredLinear, factored_layers
-from fastalex.training.schedule import learning_rate
+from fastalex.models.layers import last_layer
+from fastalex.training.schedule import head_learning_rate, learning_rate
 
 # Steps between two updates of the average. Each update reads and writes all weights. Updating the average
 # less often would not hurt it.
@@ -28,27 +29,32 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     """Create SGD with momentum and weight decay, or timm's LARS (You, Gitman and Ginsburg, 2017).
 
     SGD uses PyTorch's fused kernel, which updates a parameter in one pass over memory. Sharded parameters
-    form a second group, because there is no fused kernel for them.
+    form a second group, because there is no fused kernel for them. With ``head_lr`` the last layer's form a
+    group as well. Frozen parameters are in no group.
 
     Args:
-        model: the network whose parameters are updated.
-        config: the recipe; ``optimizer``, ``lr``, ``momentum`` and ``weight_decay`` are used.
+        model: the network whose parameters are updated, except those that need no gradient.
+        config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``momentum`` and ``weight_decay`` are used.
 
     Raises:
         MissingDependencyError: LARS without timm.
     """
-    rate = learning_rate(config)
-    parameters = list(model.parameters())
+    rate, head_rate = learning_rate(config), head_learning_rate(config)
+    head = [] if config.head_lr is None else list(model.get_submodule(last_layer(model)).parameters())
+    apart = set(head)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in apart]
     if config.optimizer is Optimizer.lars:
         try:
             from timm.optim import Lars
         except ImportError as error:
             raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
         # timm adapts the rate only in groups with weight decay; biases take the plain step, as usual.
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = []
+        for members, lr in ((parameters, rate), (head, head_rate)) if head else ((parameters, rate),):
+            decaying = [p for p in members if p.ndim > 1]
+            plain = [p for p in members if p.ndim <= 1]
+            groups.append({"params": decaying, "lr": lr, "weight_decay": config.weight_decay})
+            groups.append({"params": plain, "lr": lr, "weight_decay": 0.0})
         lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
         return lars
     replicated = [p for p in parameters if not isinstance(p, DTensor)]
@@ -56,6 +62,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     groups = [{"params": replicated, "fused": True}]
     if sharded:
         groups.append({"params": sharded, "fused": False, "foreach": True})
+    if head:
+        groups.append({"params": head, "fused": True, "lr": head_rate})
     return FactoredSGD(
         groups,
         factored_layers(model),
@@ -70,7 +78,7 @@ class FactoredSGD(torch.optim.SGD):
 
     Args:
         groups: parameter groups, as :class:`torch.optim.SGD` takes them, each with ``fused``.
-        layers: the layers that may keep factors; their weights are in the first group.
+        layers: the layers that may leave their gradients as factors.
         lr: learning rate, a factor of the whole step.
         momentum: fraction of the last step's velocity that the next one keeps, 0 to 1; 0 keeps no velocity.
         weight_decay: multiple of the weight that is added to its gradient.
@@ -92,8 +100,9 @@ class FactoredSGD(torch.optim.SGD):
         self._layers = layers
         # Allocate the momentum now: in the first step it would lie among activations and fragment memory.
         # Allocate it for all parameters, since PyTorch's fused step needs all buffers or none.
-        for parameter in self.param_groups[0]["params"]:
-            self._momentum(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["fused"] else ():
+                self._momentum(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
@@ -123,11 +132,12 @@ class FactoredSGD(torch.optim.SGD):
         # divided by it, and whether a gradient is infinite or NaN, in which case nothing may change.
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
         skip: Tensor | None = getattr(self, "found_inf", None)
-        group = self.param_groups[0]
+        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for layer in self._layers:
             gradient = layer.gradient
             if gradient is None:
                 continue
+            group = groups[layer.weight]
             scale = gradient.scale
             if loss_scale is not None:
                 scale = loss_scale.reciprocal() if scale is None else scale / loss_scale
@@ -136,7 +146,7 @@ class FactoredSGD(torch.optim.SGD):
                 self._momentum(layer.weight),
                 gradient.output,
                 gradient.input,
-                rate=self._rate(layer.weight.device),
+                rate=_rate(group["lr"], layer.weight.device),
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 pooling=gradient.pooling,
@@ -154,12 +164,12 @@ class FactoredSGD(torch.optim.SGD):
         for layer in self._layers:
             layer.parts.clear()
 
-    def _rate(self, device: torch.device) -> Tensor:
-        """Return the learning rate as a tensor ``()``, in fp64 on a CPU, which reads it back."""
-        rate: float | Tensor = self.param_groups[0]["lr"]
-        if isinstance(rate, Tensor):
-            return rate
-        return torch.full((), rate, dtype=torch.float64 if device.type == "cpu" else None, device=device)
+
+def _rate(rate: float | Tensor, device: torch.device) -> Tensor:
+    """Return a learning rate as a tensor ``()``, in fp64 on a CPU, which reads it back."""
+    if isinstance(rate, Tensor):
+        return rate
+    return torch.full((), rate, dtype=torch.float64 if device.type == "cpu" else None, device=device)
 
 
 class WeightAverage:

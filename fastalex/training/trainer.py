@@ -26,6 +26,7 @@ from fastalex.kernels import LazyBatch
 from fastalex.models import load_weights
 from fastalex.runtime import Runtime
 from fastalex.training.flops import training_flops
+from fastalex.training.freezing import freeze, frozen_norms
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
 from fastalex.training.schedule import LearningRate
@@ -154,12 +155,14 @@ class Trainer:
         distributed: DistributedConfig | None = None,
     ) -> None:
         self.world = world
+        freeze(model, config)
         self._template = copy.deepcopy(model).to("meta")  # the network before it is parallelized
         self._parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
             strategy = distributed or DistributedConfig()
             self._parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
         self.model = model
+        self._frozen_norms = frozen_norms(model, config)
         self.config = config
         self.train_loader = train_loader
         self.validation_loader = validation_loader
@@ -256,6 +259,8 @@ class Trainer:
             return
         self.train_loader.set_epoch(self.epoch, first)
         self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
         if not first:
             progress.loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
             progress.wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
