@@ -83,7 +83,9 @@ def _signature(
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments.get(name)
         divisible = False
-        if name in constants or (isinstance(value, int) and value == 1 and name not in serves_all):
+        is_one = isinstance(value, int) and value == 1 and name not in serves_all
+        is_left_out = value is None and name in launch.arguments
+        if name in constants or is_one or is_left_out:
             types[name] = "constexpr"
             if name in launch.arguments:
                 values[name] = value

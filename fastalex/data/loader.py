@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.config import DataConfig, Fit, Flip, LoaderConfig
+from fastalex.data import color
 from fastalex.data.imageset import ImageSet
 from fastalex.data.sampling import (
     EpochPlan,
@@ -35,8 +36,10 @@ class Views(Enum):
 class Loader(Protocol):
     """An iterable over the batches of one epoch: pairs of images and labels, on the device.
 
-    Images are (B * V, 3, crop, crop) in the runtime's dtype: resized to resize x resize as torchvision's
-    bilinear resize with ``antialias=True``, cropped, flipped, and normalised as (x / 255 - mean) / std.
+    Images are (B * V, 3, crop, crop) in the runtime's dtype: resized to a square of resize x resize pixels,
+    as ``data.fit`` says, by torchvision's bilinear resize with ``antialias=True``, cropped, flipped, and
+    normalised as (x / 255 + color - mean) / std. ``color`` is that of the epoch's plan with ``Views.random``
+    and ``data.color=pca``, else 0.
     Labels are int64 (B,), unless CutMix has mixed the batch (:class:`fastalex.data.wrappers.CutMixLoader`).
     V is the number of views per image, which are adjacent: 1, or with ``Views.ten_crop`` 10 in the order of
     torchvision's TenCrop. With ``data.flip=none`` it is TenCrop's first 5: the network has never been trained
@@ -105,7 +108,8 @@ class PlannedLoader(ABC):
         network: nn.Module | None = None,
     ) -> None:
         self.images = images
-        self.data = data
+        # Those who build several loaders for a run compute the components once, before.
+        self.data = color.with_components(data, images) if views is Views.random else data
         self.loader = loader
         self.views = views
         self.batch_size = batch_size
@@ -149,6 +153,11 @@ class PlannedLoader(ABC):
             "dtype": self.dtype,
         }
 
+    @property
+    def keep_shape(self) -> bool:
+        """The argument of :func:`fastalex.kernels.augment` that ``data.fit`` stands for."""
+        return self.data.fit is Fit.shorter_side
+
     def _evaluation_plan(self) -> Tensor:
         return evaluation_plan(len(self.images), rank=self.world.rank, world_size=self.world.size)
 
@@ -171,6 +180,7 @@ class PlannedLoader(ABC):
                 rank=self.world.rank,
                 world_size=self.world.size,
                 device=device,
+                color_steps=color.steps(self.data),
             )
         indices = self._evaluation_plan().to(device)
         offset = center_offset(self.data.resize, self.data.crop)
