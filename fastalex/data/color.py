@@ -13,7 +13,6 @@ eigenvalue is a variance, so the size of the shift depends on the unit of a pixe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +33,37 @@ _DECODED_CHUNK = 1024  # decoded images at a time
 _Matrix = NDArray[np.float64]
 
 
-def with_components(data: DataConfig, images: ImageSet, *, progress: bool = False) -> DataConfig:
-    """Return the configuration with the principal components of the images' colours, where it needs them.
+def components(
+    data: DataConfig, images: ImageSet, *, progress: bool = False
+) -> tuple[list[float], list[list[float]]]:
+    """Return the values of ``color_eigenvalues`` and ``color_eigenvectors`` for a training.
 
     Args:
-        data: returned as it is without ``color=pca``, or if it has the components already.
-        images: the training images.
+        data: with ``color=none``, or if it has the values already, they are returned as they are.
+        images: the training images, from which they are computed otherwise.
         progress: show a progress bar while files are read.
 
     Raises:
         DataError: a file, which is named, cannot be decoded.
     """
     if data.color is not Color.pca or data.color_eigenvalues:
-        return data
+        return data.color_eigenvalues, data.color_eigenvectors
     values, vectors = principal_components(images, progress=progress)
-    return replace(data, color_eigenvalues=values.tolist(), color_eigenvectors=vectors.tolist())
+    return values.tolist(), vectors.tolist()
 
 
 def steps(data: DataConfig) -> list[list[float]]:
     """Return what is added to a pixel's RGB for a factor of 1 of each component: three rows, or none.
 
     Args:
-        data: with its components (:func:`with_components`), if ``color=pca``.
+        data: with its components (:func:`components`), if ``color=pca``.
     """
     if data.color is not Color.pca:
         return []
-    return (np.array(data.color_eigenvalues)[:, None] * np.array(data.color_eigenvectors)).tolist()
+    rows: list[list[float]] = (
+        np.array(data.color_eigenvalues)[:, None] * np.array(data.color_eigenvectors)
+    ).tolist()
+    return rows
 
 
 def principal_components(images: ImageSet, *, progress: bool = False) -> tuple[_Matrix, _Matrix]:

@@ -12,9 +12,9 @@ from fastalex.kernels.augment_reference import frame
 def fitted(image: Tensor, size: int, fit: Fit) -> Tensor:
     """Resize an image to a square, with torchvision's bilinear resize and ``antialias=True``.
 
-    With ``Fit.shorter_side`` the result is that of ``Resize(size)`` and ``CenterCrop(size)``, for uint8 to one
-    grey level. The longer side is resized and cut before the other is resized, so that a long, thin image
-    takes little memory.
+    With ``Fit.shorter_side`` the result is that of ``Resize(size)`` and ``CenterCrop(size)``, in uint8 to one
+    level. The longer side is resized and cut before the other is resized, so that a long, thin image takes
+    little memory.
 
     Args:
         image: uint8 or float (3, H, W), upright: its EXIF orientation has been applied.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -108,8 +109,10 @@ class PlannedLoader(ABC):
         network: nn.Module | None = None,
     ) -> None:
         self.images = images
-        # Those who build several loaders for a run compute the components once, before.
-        self.data = color.with_components(data, images) if views is Views.random else data
+        if views is Views.random:  # a run has computed them before, once for all its loaders
+            values, vectors = color.components(data, images)
+            data = replace(data, color_eigenvalues=values, color_eigenvectors=vectors)
+        self.data = data
         self.loader = loader
         self.views = views
         self.batch_size = batch_size

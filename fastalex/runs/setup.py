@@ -20,7 +20,7 @@ from fastalex.data import (
     load_splits,
     resolve_loader,
 )
-from fastalex.data.color import with_components
+from fastalex.data.color import components
 from fastalex.data.sampling import mix
 from fastalex.distributed.processes import World
 from fastalex.distributed.strategies import check_strategy
@@ -85,7 +85,9 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
     world.on_main(lambda: _check_images(splits, config, world))
-    config.data = world.on_main(lambda: with_components(config.data, splits.train, progress=True))
+    config.data.color_eigenvalues, config.data.color_eigenvectors = world.on_main(
+        lambda: components(config.data, splits.train, progress=True)
+    )
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
     world.on_main(lambda: check_strategy(model, config.distributed.strategy))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
@@ -185,6 +185,26 @@ def test_pixels_of_photographs(name: str, photographs: ImageSet, views: Views, c
     loader = build(name, photographs, views, data=data)
     # DALI's own CMYK conversion may round differently before the resize.
     assert largest_error(loader, photographs, data, views) < UINT8_TOLERANCE
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_a_photograph_is_upright_before_its_shorter_side_is_found(
+    name: str, orientation: int, tmp_path: Path
+) -> None:
+    if name == "resident":
+        pytest.skip("resident holds images of one size only: loader=auto leaves files to torchvision")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rows = np.linspace(0, 255, 90)[:, None, None]  # a gradient: another part of the image is of another grey
+    Image.fromarray(np.broadcast_to(rows, (90, 45, 3)).astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert upright.shape == (45, 90, 3)
+    data = config(fit=Fit.shorter_side, crop=40)
+    images = ImageSet(np.zeros(1, np.int64), paths=(tmp_path / "a.jpg",))
+    ((found, _),) = build(name, images, Views.center, data=data)
+    difference = found[0] - expected(square(upright, data), data, 0, 0, flip=False)
+    assert (difference * torch.tensor(data.std)[:, None, None] * 255).abs().max() < UINT8_TOLERANCE
 
 
 @pytest.mark.parametrize("flip", [Flip.none, Flip.both], ids=lambda flip: flip.value)
