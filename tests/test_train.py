@@ -335,7 +335,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["data=synthetic", "data.images=1000000000000"], r"data.images=1000000000000: so many"),
         (["data.std=[nan,1,1]"], r"data.std=\[nan, 1.0, 1.0\]: each needs three numbers"),
         (["data.color_eigenvalues=[1,2]"], r"data.color_eigenvalues=\[1.0, 2.0\] .*: need three numbers"),
-        (["data.color_eigenvectors=[[1,0,0]]"], r"data.color_eigenvectors=\[\[1.0, 0.0, 0.0\]\]: need"),
+        (["data.color_eigenvectors=[[1.0,0.0,0.0]]"], r"data.color_eigenvectors=\[\[1.0, 0.0, 0.0\]\]: need"),
         (["data.fit=longer_side"], r"data.fit: invalid value 'longer_side', expected one of"),
         (["data.mean=[inf,0,0]"], r"data.mean=\[inf, 0.0, 0.0\] .*: each needs three numbers"),
         (["model=resnet18", "train.batch_size=1"], r"train.batch_size: resnet18 gets one image at a time"),

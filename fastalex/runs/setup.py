@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastalex.config import Config, Stage, Strategy
+from fastalex.config import Color, Config, Fit, Stage, Strategy
 from fastalex.config.checks import validate
 from fastalex.config.plain import model_options
 from fastalex.data import (
@@ -196,9 +196,11 @@ def _loader(
 
 def _describe(config: Config, splits: DataSplits) -> str:
     skipped = f", {splits.skipped} damaged images skipped" if splits.skipped else ""
+    kept = ", their shape kept" if config.data.fit is Fit.shorter_side else ""
+    shifted = ", colours shifted" if config.data.color is Color.pca else ""
     return (
         f"{splits.source}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images in {len(splits.classes)} classes{skipped}; "
         f"{config.loader.name} loader, {config.data.crop}x{config.data.crop} crops of "
-        f"{config.data.resize}x{config.data.resize}"
+        f"{config.data.resize}x{config.data.resize}{kept}{shifted}"
     )

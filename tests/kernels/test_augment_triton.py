@@ -118,6 +118,15 @@ def test_agrees_with_float64_on_a_gpu(shape: tuple[int, int, int, int], dtype: t
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES_KEPT, ids=str)
+def test_an_image_keeps_its_shape_on_a_gpu(shape: tuple[int, int, int, int]) -> None:
+    arguments = {**sample(*shape), "keep_shape": True}
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    found = augment(**on_gpu, dtype=torch.float32).cpu()
+    torch.testing.assert_close(found.double(), in_float64(**arguments), rtol=0, atol=ERROR)
+
+
+@pytest.mark.gpu
 def test_ten_crop_agrees_on_gpu_and_cpu() -> None:
     images = sample(32, 32, 64, 56)["images"]
     options = {"resize": 64, "crop": 56, "mean": MEAN, "std": STD, "dtype": torch.float32}
