@@ -332,13 +332,8 @@ def inspect_cases() -> list[KernelCase]:
     def case(
         name: str, height: int, width: int, views: int, traffic_limit: float, *, paper: bool = False
     ) -> KernelCase:
-        geometry = (
-            resize,
-            paper,
-            crop,
-            [0.5] * 3,
-            [1.0] * 3,
-        )  # as the paper has it: shape kept, colours shifted
+        # The paper keeps the shape of images, and shifts colours.
+        geometry = resize, paper, crop, [0.5] * 3, [1.0] * 3
 
         def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
             out = torch.zeros((batch * views, 3, crop, crop), dtype=dtype, device=device)

@@ -99,8 +99,8 @@ class DaliLoader(PlannedLoader):
     def _exact_edges(self) -> Edges:
         pixels, margin = self.images.pixels, self.data.resize - self.data.crop
         if pixels is not None:
-            longest = min(pixels.shape[1:3]) if self.keep_shape else max(pixels.shape[1:3])
-            if longest <= self.data.resize:
+            sides = pixels.shape[1:3]
+            if (min(sides) if self.keep_shape else max(sides)) <= self.data.resize:
                 return Edges.none  # enlarged images agree with torchvision's bit for bit
         if self.views is Views.center and margin >= 2:
             return Edges.none
@@ -230,7 +230,7 @@ def _pipeline(
 def _centre_square(shape: Any, size: int) -> tuple[Any, Any]:
     """Return where in an image the square of :func:`fastalex.kernels.augment_reference.frame` is.
 
-    Resizing only this part takes no more memory for a long, thin image.
+    Resizing this part alone takes no more memory for a long, thin image than for another.
 
     Args:
         shape: int32 (2,), height and width of the image, in pixels.

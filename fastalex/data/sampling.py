@@ -137,9 +137,10 @@ def training_plan(
         # A generator of its own: the other draws are the same with colours and without.
         of_colors = torch.Generator(device).manual_seed(mix(mix(seed, epoch), 1))
         factors = COLOR_DEVIATION * torch.randn((samples, 3), generator=of_colors, device=device)
-        red, green, blue = factors[order[rows], :, None].unbind(1)
+        a1, a2, a3 = factors[order[rows], :, None].unbind(1)
         steps = torch.tensor(color_steps, dtype=torch.float32, device=device)
-        colors = red * steps[0] + green * steps[1] + blue * steps[2]  # no matmul, which may round to TF32
+        # Not a matrix product, which a GPU may round to TF32.
+        colors = a1 * steps[0] + a2 * steps[1] + a3 * steps[2]
     return EpochPlan(indices[rows].contiguous(), offsets[rows].contiguous(), flips[rows].contiguous(), colors)
 
 
