@@ -16,6 +16,7 @@ from unittest import mock
 
 from fastalex.config import (
     CheckpointConfig,
+    Color,
     Compression,
     Config,
     DataConfig,
@@ -87,6 +88,7 @@ OPTIONS: dict[str, Callable[[Config], None]] = {
     "accumulation": set_in("train", accumulate=3),
     "plateau": set_in("train", schedule=Schedule.plateau, patience=0),
     "stages": stages,
+    "shifted colours": set_in("data", color=Color.pca),
     "CutMix": set_in("train", cutmix=0.5),
     "initial weights and frozen layers": fine_tuned,
     "compressed gradients": set_in("distributed", compression=Compression.bf16),

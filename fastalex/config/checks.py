@@ -80,6 +80,18 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
         )
+    _validate_colors(data)
+
+
+def _validate_colors(data: DataConfig) -> None:
+    values, vectors = data.color_eigenvalues, data.color_eigenvectors
+    lengths = [len(values), *map(len, vectors)]
+    numbers = [*values, *(number for vector in vectors for number in vector)]
+    if lengths != [0] and (lengths != [3] * 4 or not all(map(math.isfinite, numbers)) or min(values) < 0):
+        raise ConfigError(
+            f"data.color_eigenvalues={values} data.color_eigenvectors={vectors}: need three numbers, at "
+            "least 0, and three vectors of three numbers; leave both out to have them computed"
+        )
 
 
 def _validate_stages(train: TrainConfig, data: DataConfig) -> None:

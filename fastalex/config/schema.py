@@ -47,6 +47,20 @@ class Flip(Enum):
     alternate = "alternate"  # each image mirrored every other epoch; in which half it starts is random
 
 
+class Fit(Enum):
+    """How an image that is not square becomes the square that crops are cut from."""
+
+    square = "square"  # both sides are resized to data.resize, which changes its shape
+    shorter_side = "shorter_side"  # the shorter side is resized to data.resize, and the centre is cut out
+
+
+class Color(Enum):
+    """How a training epoch changes colours."""
+
+    none = "none"
+    pca = "pca"  # a shift along the principal components of the training images' colours
+
+
 class Schedule(Enum):
     """Learning-rate schedule."""
 
@@ -135,9 +149,14 @@ class DataConfig:
     name: str = MISSING  # cifar10, digits, imagefolder, tiny_imagenet, synthetic
     root: str = "data"
     download: bool = True
-    resize: int = 256  # each image is resized to resize x resize pixels ...
+    resize: int = 256  # each image becomes a square of resize x resize pixels ...
     crop: int = 224  # ... and a crop x crop square is cut from it
+    fit: Fit = Fit.square
     flip: Flip = Flip.random
+    color: Color = Color.none
+    # of the colours, for color=pca; where they are empty, they are computed from the training images
+    color_eigenvalues: list[float] = field(default_factory=list)
+    color_eigenvectors: list[list[float]] = field(default_factory=list)  # a row for each eigenvalue
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     validation_fraction: float = 0.2  # of the training images, where the data set has no split of its own

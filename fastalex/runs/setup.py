@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastalex.config import Config, Stage, Strategy
+from fastalex.config import Color, Config, Fit, Stage, Strategy
 from fastalex.config.checks import validate
 from fastalex.config.plain import model_options
 from fastalex.data import (
@@ -21,6 +21,7 @@ from fastalex.data import (
     load_splits,
     resolve_loader,
 )
+from fastalex.data.color import components
 from fastalex.data.sampling import mix
 from fastalex.distributed.processes import World
 from fastalex.distributed.strategies import check_strategy
@@ -96,7 +97,8 @@ def build(
     ones, which would print a second error.
 
     Args:
-        config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for.
+        config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for,
+            and with ``data.color=pca`` the colours' principal components are filled in.
         signals: end the training when one arrives.
         world: the processes that train together.
         initial: the weights to start from, on rank 0, which hands them to the others; None for random ones.
@@ -110,6 +112,9 @@ def build(
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
     world.on_main(lambda: _check_images(splits, config, world))
+    config.data.color_eigenvalues, config.data.color_eigenvectors = world.on_main(
+        lambda: components(config.data, splits.train, progress=True)
+    )
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
     world.on_main(lambda: _start_from(initial, model, splits, config))
@@ -226,9 +231,11 @@ def _loader(
 
 def _describe(config: Config, splits: DataSplits) -> str:
     skipped = f", {splits.skipped} damaged images skipped" if splits.skipped else ""
+    kept = ", their shape kept" if config.data.fit is Fit.shorter_side else ""
+    shifted = ", colours shifted" if config.data.color is Color.pca else ""
     return (
         f"{splits.source}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images in {len(splits.classes)} classes{skipped}; "
         f"{config.loader.name} loader, {config.data.crop}x{config.data.crop} crops of "
-        f"{config.data.resize}x{config.data.resize}"
+        f"{config.data.resize}x{config.data.resize}{kept}{shifted}"
     )
