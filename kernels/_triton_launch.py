@@ -46,14 +46,14 @@ class Launch:
 
     kernel: a `@triton.jit` function.
     programs: the size of the one-dimensional grid.
-    arguments: every argument by parameter name.
+    arguments: every argument by parameter name; None is a tensor that this launch does without.
     warps: warps (of 32 threads) per program.
     maxnreg: registers per thread, at most; None leaves it to the compiler.
     """
 
     kernel: Any
     programs: int
-    arguments: Mapping[str, Tensor | int | float | bool]
+    arguments: Mapping[str, Tensor | int | float | bool | None]
     warps: int
     maxnreg: int | None = None
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import reference
+from benchmarks.cuda_formulation import cuda_formulation, distances
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
 from fastalex.kernels import winograd_conv2d
 from fastalex.models import MODELS, AlexNet, check_batch, check_crop, count_parameters, create_model, winograd
+from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import WinogradConv2d, allow_winograd
 from fastalex.runtime import choose_runtime
 
@@ -100,6 +106,80 @@ def test_equals_the_eager_baseline_with_the_same_weights() -> None:
     for mine, theirs in zip(ours.parameters(), baseline.parameters(), strict=True):
         scale = theirs.grad.abs().max().item()
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def narrow(**options: str) -> AlexNet:
+    """AlexNet with hidden layers of 32 units, without dropout; biases of a size that matters."""
+    torch.manual_seed(0)
+    model = AlexNet(init="he", dropout=0.0, **options)
+    model.fc6, model.fc7 = PooledLinear(256, 6, 32), FactoredLinear(32, 32)
+    model.fc8 = nn.Linear(32, 10)
+    for layer in (model.conv1, model.conv2):
+        nn.init.normal_(layer.bias, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def narrow_alexnet() -> AlexNet:
+    return narrow()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_logits", "of_gradients"),
+    # In fp32 sums have another order. In bf16 eight layers round by up to 2^-9 each; and as values of a
+    # pooling window become equal, another pixel receives the gradient, which changes it by 10% to 40% in
+    # either formulation. Without a gradient, or with twice that, the distance is 1.
+    [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 8 * 2.0**-9, 0.6)],
+    ids=str,
+)
+def test_the_formulation_of_cuda_equals_that_of_the_cpu(
+    narrow_alexnet: AlexNet, dtype: torch.dtype, of_logits: float, of_gradients: float
+) -> None:
+    images = torch.randn(4, 3, 63, 63, generator=torch.Generator().manual_seed(0))
+    images = images.to(dtype, memory_format=torch.channels_last)
+    found = distances(narrow_alexnet, images, torch.arange(4))
+    assert found.keys() >= {"logits", "conv1.bias", "conv1.weight", "conv2.bias", "conv2.weight"}
+    assert any(ours != usual for ours, usual in found.values()), "both are the same"
+    ours, _ = found.pop("logits")
+    assert ours < of_logits
+    assert {name: ours for name, (ours, _) in found.items() if ours > of_gradients} == {}
+
+
+class Convolutions(TorchDispatchMode):
+    """Records whether each convolution is given a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.biased.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "norm", "biased"),
+    [("cuda", "lrn", [False] * 2 + [True] * 3), ("cuda", "none", [True] * 5), ("cpu", "lrn", [True] * 5)],
+)
+def test_the_kernel_adds_the_bias_on_cuda(device: str, norm: str, biased: list[bool]) -> None:
+    with FakeTensorMode(), torch.device(device):  # needs no GPU
+        model, images = narrow(norm=norm), torch.empty(2, 3, 63, 63)
+        with Convolutions() as convolutions:
+            model(images)
+    assert convolutions.biased == biased
+
+
+def test_a_convolution_without_its_bias_runs_its_hooks(narrow_alexnet: AlexNet) -> None:
+    """`diagnose` finds the layers' inputs by hooks."""
+    seen = []
+    hook = narrow_alexnet.conv1.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].shape)
+    )
+    with cuda_formulation():
+        narrow_alexnet(torch.randn(1, 3, 63, 63))
+    hook.remove()
+    assert seen == [(1, 3, 63, 63)]
 
 
 def test_normalisation_changes_the_result() -> None:
