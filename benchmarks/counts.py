@@ -74,6 +74,7 @@ def count_step(
             memory_format=torch.contiguous_format,
             compile=False,
             winograd=False,
+            fused_bias=False,
             factored=factored,
             threads=1,
             hardware="",

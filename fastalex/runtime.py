@@ -33,6 +33,7 @@ class Runtime:
         memory_format: of batches and convolution weights.
         compile: whether the network runs under ``torch.compile``.
         winograd: whether convolutions use Winograd's algorithm where they can.
+        fused_bias: whether the kernel after a convolution adds its bias, where there is one that can.
         factored: whether training keeps the gradients of wide fully connected layers as factors.
         threads: number of CPU threads.
         hardware: name of the CPU or GPU.
@@ -43,6 +44,7 @@ class Runtime:
     memory_format: torch.memory_format
     compile: bool
     winograd: bool
+    fused_bias: bool
     factored: bool
     threads: int
     hardware: str
@@ -62,7 +64,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device and the memory format, and switch Winograd on or off in it.
+        """Move a network to the device and the memory format, and choose its layers' kernels.
 
         Args:
             model: the network; it is modified.
@@ -70,6 +72,8 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
                 module.winograd = self.winograd  # type: ignore[assignment]
+            if hasattr(module, "fused_bias"):  # fastalex.models.alexnet's pooling
+                module.fused_bias = self.fused_bias  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
@@ -148,7 +152,8 @@ def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         compile=device.type == "cuda" if config.compile is None else config.compile,
         winograd=config.winograd and device.type == "cpu",
-        # On a GPU only if asked for, until a card has run it (docs/gpu.md).
+        # These two on a GPU only if asked for, until a card has run them (docs/gpu.md).
+        fused_bias=bool(config.fused_bias),
         factored=device.type == "cpu" if config.factored is None else config.factored,
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

@@ -29,6 +29,7 @@ def a_runtime(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         compile=False,
         winograd=False,
+        fused_bias=False,
         factored=False,
         threads=torch.get_num_threads(),
         hardware="of a test",

@@ -106,7 +106,7 @@ class GpuRuntime(Runtime):
 
 
 def gpu() -> GpuRuntime:
-    return GpuRuntime(GPU, torch.float32, torch.channels_last, False, False, False, 1, "none")
+    return GpuRuntime(GPU, torch.float32, torch.channels_last, False, False, False, False, 1, "none")
 
 
 @contextmanager

@@ -220,6 +220,8 @@ class RuntimeConfig:
     channels_last: bool = True
     compile: bool | None = None  # torch.compile; null: on a GPU, where it is faster
     winograd: bool = True  # CPU: Winograd convolutions, with under half the products and more rounding
+    # add the biases of AlexNet's first two convolutions in the kernel after them; null: no
+    fused_bias: bool | None = None
     # keep the gradients of AlexNet's hidden layers as factors, never multiplied out; null: on a CPU
     factored: bool | None = None
     threads: int = 0  # CPU threads; 0: one for each core
