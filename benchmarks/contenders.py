@@ -231,6 +231,8 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
     "fastalex": Fastalex,
     "fastalex without graphs": partial(Fastalex, graphs=False),
     "fastalex eager": partial(Fastalex, overrides=["runtime.compile=false"]),
+    "fastalex factored": partial(Fastalex, overrides=["runtime.factored=true"]),
+    "fastalex fused bias": partial(Fastalex, overrides=["runtime.fused_bias=true"]),
 }
 
 
