@@ -106,7 +106,7 @@ def _variants() -> str:
     """The steps of :func:`steps` as a Markdown table."""
     heads = ["", "GB", "GB outside convolutions and products"]
     heads += [f"{card.name}, ms" for card in CARDS]
-    heads += [f"{card.name}, ms, convolutions at {EFFICIENCY:.0%}" for card in CARDS]
+    heads += [f"{card.name}, at {EFFICIENCY:.0%}" for card in CARDS]
     rows = []
     for name, operations in steps().items():
         outside = [op for op in operations if op.part not in (CONVOLUTIONS, PRODUCTS)]
@@ -118,6 +118,43 @@ def _variants() -> str:
         moved = [sum(op.bytes for op in chosen) / 1e9 for chosen in (operations, outside)]
         rows.append([name, *(f"{gb:.2f}" for gb in moved), *(f"{1e3 * time:.2f}" for time in times)])
     return table(heads, rows)
+
+
+# Products for each output of the first convolution: 11x11 pixels of 3 channels, or what they become
+FIRST_CONVOLUTION = {
+    "11x11 pixels, 3 channels": 11 * 11 * 3,
+    "padded to 4 channels": 11 * 11 * 4,
+    "padded to 8 channels": 11 * 11 * 8,
+    "blocks of 4x4 pixels as channels (3x3 blocks, stride 1)": 3 * 3 * 48,
+    "folded onto images of 32x32, enlarged eight times (4x4 pixels, 4 kernels an axis)": 4 * 4 * 3,
+}
+
+
+def _first_seconds(products: int, card: Card) -> float:
+    """Seconds of the first convolution's forward pass and weight gradient."""
+    return 2 * 2 * products * BATCH * 96 * 55**2 / card.flops_per_second
+
+
+def _first_convolution() -> str:
+    """The ways to compute the first convolution as a Markdown table."""
+    step = steps()["and `runtime.fused_bias=true`"]
+    rows = []
+    for name, products in FIRST_CONVOLUTION.items():
+        times = [_first_seconds(products, card) for card in CARDS]
+        shares = [time / least_seconds(step, card) for time, card in zip(times, CARDS, strict=True)]
+        numbers = [f"{1e3 * time:.3f} ({share:.1%})" for time, share in zip(times, shares, strict=True)]
+        rows.append([name, str(products), *numbers])
+    return table(["", "products an output", *(f"{card.name}, ms" for card in CARDS)], rows)
+
+
+def _fold_saves() -> str:
+    whole, *_, folded = FIRST_CONVOLUTION.values()
+    step = steps()["and `runtime.fused_bias=true`"]
+    saved = [
+        (_first_seconds(whole, card) - _first_seconds(folded, card)) / least_seconds(step, card)
+        for card in CARDS
+    ]
+    return " and ".join(f"{share:.1%}" for share in saved)
 
 
 def section() -> str:
@@ -147,15 +184,26 @@ At those rates:
 
 {rates}
 
-These counts leave out the passes for the biases of the first two convolutions. With them, and with the fusions that
-fastalex has and that are not its default on a GPU, since no card has run them:
+These counts leave out the passes for the biases of the first two convolutions. With them, and with the
+fusions that fastalex has and that are not its default on a GPU, since no card has run them (*at
+{EFFICIENCY:.0%}*: with convolutions at {EFFICIENCY:.0%} of the card's rate):
 
 {_variants()}
 
-- `runtime.factored=true`: the gradients of the two hidden layers are never stored; `factored_sgd` multiplies them out
-  and applies them in one pass (18 bytes a weight, where cast, clipping and update take 46).
-- `runtime.fused_bias=true`: `relu_lrn_max_pool` adds the bias of the convolution before it, and sums its gradient.
+- `runtime.factored=true`: the gradients of the two hidden layers are never stored; `factored_sgd` multiplies
+  them out and applies them in one pass (18 bytes a weight, where cast, clipping and update take 46).
+- `runtime.fused_bias=true`: `relu_lrn_max_pool` adds the bias of the convolution before it, and sums its
+  gradient.
 - *floor*: convolutions, products, the pooled kernels, pooling and the updates; everything else within these.
+
+**The first convolution** has three input channels, which tensor cores take in groups: forward and the
+weight's gradient at the card's full rate, for each way to compute them, and as a share of the whole step.
+
+{_first_convolution()}
+
+At the arithmetic of the first row, the fold would save {_fold_saves()} of the step, less than the 5%
+for which it would be built for a GPU. Whether cuDNN pads the channels to eight, which would change that, a
+profile on a card shows (`make card`).
 
 The rates of arithmetic are for dense bf16 with fp32 accumulation (`benchmarks/expected.py` says where they
 are from). FLOPs are PyTorch's count, forward and backward. Bytes are every operator's inputs and outputs
