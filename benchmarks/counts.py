@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.parts import INPUT, OPTIMIZER, part_of
+from fastalex.config import Graph
 from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.factored_linear import factored_layers
 from fastalex.runtime import Runtime
@@ -73,6 +74,7 @@ def count_step(
             dtype=dtype,
             memory_format=torch.contiguous_format,
             compile=False,
+            graph=Graph.off,
             winograd=False,
             fused_bias=False,
             factored=factored,

@@ -3,7 +3,7 @@
     python -m benchmarks.card.throughput FOLDER ROOT [--toy]
 
 The programs of ``benchmarks/test_step.py`` and fastalex without CUDA graphs, without compilation, and with
-each of the fusions that are not its default on a GPU, take turns of 200 steps each. For fastalex it also
+each of the options that are not its default on a GPU, take turns of 200 steps each. For fastalex it also
 measures Python's time to enqueue a step, how often the host waits for the GPU, and the kernels of a step.
 Rewrites ``throughput.json`` after each part, and writes ``benchmarks/results/step_cuda.csv``.
 """
@@ -24,8 +24,8 @@ from benchmarks.turns import RoundRunner
 from fastalex.files import write_text
 
 BATCH = 128
-FUSIONS = ("fastalex factored", "fastalex fused bias")
-PROGRAMS = ("reference", "stock", "fastalex", "fastalex without graphs", "fastalex eager", *FUSIONS)
+OPTIONS = ("fastalex factored", "fastalex fused bias", "fastalex step graph")
+PROGRAMS = ("reference", "stock", "fastalex", "fastalex without graphs", "fastalex eager", *OPTIONS)
 PROFILED = 20  # steps
 
 
@@ -48,7 +48,7 @@ def measure(folder: Path, root: Path, toy: bool) -> None:
             write(waits_a_step=fastalex.ask("waits", steps=GPU_TURN) / GPU_TURN)
             write(kernels=fastalex.ask("kernels", steps=PROFILED))
             write(kernels_stock=bench.workers["stock"].ask("kernels", steps=PROFILED))
-            for name in FUSIONS:
+            for name in OPTIONS:
                 write(**{f"kernels_{name}": bench.workers[name].ask("kernels", steps=PROFILED)})
         if not toy:
             bench.evaluation(rounds)

@@ -110,6 +110,14 @@ class Budget(Enum):
     quick = "quick"  # a few epochs on the digits: tests the whole path; the figures mean nothing
 
 
+class Graph(Enum):
+    """What a GPU records as a CUDA graph, whose kernels one call launches."""
+
+    network = "network"  # the network's forward pass, and its backward pass
+    step = "step"  # the whole training step
+    off = "off"
+
+
 class Precision(Enum):
     """Arithmetic of the forward and backward pass; master weights are always fp32."""
 
@@ -219,6 +227,7 @@ class RuntimeConfig:
     precision: Precision = Precision.auto
     channels_last: bool = True
     compile: bool | None = None  # torch.compile; null: on a GPU, where it is faster
+    graph: Graph = Graph.network  # GPU: what is recorded as a CUDA graph
     winograd: bool = True  # CPU: Winograd convolutions, with under half the products and more rounding
     # add the biases of AlexNet's first two convolutions in the kernel after them; null: no
     fused_bias: bool | None = None
