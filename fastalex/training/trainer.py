@@ -515,7 +515,7 @@ class Trainer:
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Context in which a recorded step reads its rates from tensors, which are filled before each step."""
+        """Context in which a recorded step reads its rates from tensors, filled before each step."""
         if self._graphs is None:
             yield
             return
