@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +19,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastalex.config import Graph, RuntimeConfig, TrainConfig
+from fastalex.config import (
+    Config,
+    DataConfig,
+    Graph,
+    LoaderConfig,
+    ModelConfig,
+    Precision,
+    RuntimeConfig,
+    TrainConfig,
+)
 from fastalex.distributed.processes import ALONE
 from fastalex.errors import ConfigError
 from fastalex.kernels import relu_lrn_max_pool
 from fastalex.models.factored_linear import FactoredLinear, Tap
 from fastalex.models.pooled_linear import PooledLinear
+from fastalex.runs.weights import TrainedNetwork
 from fastalex.runtime import _check_step_graph, choose_runtime
 from fastalex.training.graphs import WARMUP_STEPS, StepGraphs
 from fastalex.training.trainer import Trainer
@@ -233,5 +244,33 @@ def test_where_a_step_cannot_be_recorded(device: str, dtype: torch.dtype, size: 
 
 
 def test_a_cpu_records_no_step() -> None:
-    with pytest.raises(ConfigError, match=r"runtime\.graph=step: is for a GPU; on a CPU leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"runtime\.graph=step: is for a GPU; on a CPU use runtime.graph=network"
+    ):
         choose_runtime(RuntimeConfig(device="cpu", graph=Graph.step))
+
+
+def test_a_network_whose_steps_were_recorded_can_be_used_on_a_cpu() -> None:
+    runtime = RuntimeConfig(graph=Graph.step, precision=Precision.fp32)
+    config = Config(ModelConfig(), DataConfig(), LoaderConfig(), runtime=runtime)
+    network = TrainedNetwork(Path("model.safetensors"), "weights=model.safetensors", config, ["a", "b"], {})
+    assert network.runtime("cpu").device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu(compiled: bool) -> None:
+    """Without dropout. Kernels may add in another order when they are recorded, so not to the bit."""
+    losses = []
+    for graph in (Graph.off, Graph.step):
+        torch.manual_seed(0)
+        network = Network()
+        network.dropout.p = 0.0
+        options = {"compile": compiled, "factored": True, "graph": graph, "precision": Precision.fp32}
+        runtime = choose_runtime(RuntimeConfig(device="cuda", **options))
+        loader = Batches()
+        loader.batches = [(images.cuda(), labels.cuda()) for images, labels in loader.batches]
+        trainer = Trainer(runtime.place(network), TrainConfig(epochs=EPOCHS, lr=0.05), loader, None, runtime)
+        losses.append([trainer.run_epoch().train_loss for _ in range(EPOCHS)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
