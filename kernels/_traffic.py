@@ -252,6 +252,7 @@ def main() -> None:
                         "kernel": case.name,
                         "dtype": dtype_name(dtype),
                         **asdict(traffic),
+                        "step_elements": case.step_elements,
                         "eager": eager_bytes(case, dtype, _BATCH),
                         "problems": problems(case, traffic),
                     }

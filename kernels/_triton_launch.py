@@ -88,6 +88,8 @@ class KernelCase:
         touched) and with the CPU to count bytes.
     writes: the names of the tensor arguments that the kernel writes; it reads the others.
     updates: those that it reads and writes.
+    step_elements: the elements that a training step has, where that is not a number for each image; None to
+        multiply those of the counted image by the images of a batch.
     wave: programs, consecutive in the grid, that read a sector from memory once between them, since they run
         at the same time and the L2 cache serves all but the first.
     elements: the name of the tensor argument whose number of elements divides the byte counts.
@@ -110,4 +112,5 @@ class KernelCase:
     eager: Callable[[torch.dtype, int], Callable[[], object]] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     updates: tuple[str, ...] = ()
+    step_elements: int | None = None
     wave: int = 1

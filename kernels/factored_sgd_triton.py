@@ -207,6 +207,7 @@ def inspect_cases() -> list[KernelCase]:
             writes=("copy_pointer",),
             updates=("weight_pointer", "velocity_pointer"),
             elements="weight_pointer",
+            step_elements=4096 * (9216 + 4096),
             traffic_limit=1.05,
             wave=WAVE,
             vector_loads=1,

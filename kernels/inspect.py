@@ -122,8 +122,9 @@ def _time_table(traffic: list[dict[str, Any]]) -> str:
     header = ["kernel", "dtype", *(f"{gpu}, {key}" for gpu in BANDWIDTH for key in _BYTES)]
     rows = []
     for row in traffic:
+        repeats = row["step_elements"] / row["elements"] if row["step_elements"] else BATCH
         times = [
-            "" if row[key] is None else f"{row[key] * BATCH / bandwidth * 1e6:,.0f}"
+            "" if row[key] is None else f"{row[key] * repeats / bandwidth * 1e6:,.0f}"
             for bandwidth in BANDWIDTH.values()
             for key in _BYTES
         ]
@@ -165,12 +166,13 @@ How to read it: [docs/gpu.md](../../docs/gpu.md). No GPU took part.
 
 ## Bytes an element
 
-Counted in Triton's interpreter, one image.
+Counted in Triton's interpreter, one image; for `factored_sgd` a weight of 1024x1024 and 128 images.
 
 {_traffic_table(traffic)}
 ## Time these bytes take (computed, not measured)
 
-Microseconds at batch {BATCH}, bytes over the data sheet's bandwidth:
+Microseconds at batch {BATCH} (for `factored_sgd`: of AlexNet's two hidden layers), bytes over the data
+sheet's bandwidth:
 {", ".join(f"{gpu} {bandwidth / 1e9:,.0f} GB/s" for gpu, bandwidth in BANDWIDTH.items())}.
 
 {_time_table(traffic)}
