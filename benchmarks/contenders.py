@@ -37,7 +37,7 @@ from fastalex.data import Views, build_loader, load_splits, resolve_loader
 from fastalex.data.wrappers import FirstBatches
 from fastalex.distributed.processes import ALONE, World
 from fastalex.models import create_model
-from fastalex.runtime import Runtime, choose_runtime
+from fastalex.runtime import choose_runtime
 from fastalex.training.evaluation import TEN_CROP
 from fastalex.training.memory import room_for_images
 from fastalex.training.metrics import predict
@@ -110,13 +110,6 @@ class Stock(Reference):
             torch.cuda.synchronize()
 
 
-class WithoutGraphs(Runtime):
-    """A runtime that compiles without recording CUDA graphs."""
-
-    def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
-        return super().compiled(model, variants=variants, graphs=False)
-
-
 class Fastalex:
     """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, with one epoch per turn.
 
@@ -125,7 +118,6 @@ class Fastalex:
         batch_size: of all processes together.
         overrides: KEY=VALUE, as on the command line.
         world: the processes that train together, each of which has its own instance.
-        graphs: whether the runtime may record CUDA graphs.
     """
 
     def __init__(
@@ -134,7 +126,6 @@ class Fastalex:
         batch_size: int,
         overrides: Sequence[str] = (),
         world: World = ALONE,
-        graphs: bool = True,
     ) -> None:
         register()
         with initialize_config_module("fastalex.configs", version_base="1.3"):
@@ -143,8 +134,6 @@ class Fastalex:
         config.train.batch_size = batch_size
         config.train.epochs = 1_000_000  # the schedule needs a length; no turn may be the last epoch
         self.runtime = choose_runtime(config.runtime, world)
-        if not graphs:
-            self.runtime = WithoutGraphs(**vars(self.runtime))
         splits = load_splits(config.data, config.seed)
         model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
         room = room_for_images(model, config, self.runtime, world)
@@ -229,8 +218,11 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
     "reference": Reference,
     "stock": Stock,
     "fastalex": Fastalex,
-    "fastalex without graphs": partial(Fastalex, graphs=False),
+    "fastalex without graphs": partial(Fastalex, overrides=["runtime.graph=off"]),
     "fastalex eager": partial(Fastalex, overrides=["runtime.compile=false"]),
+    "fastalex step graph": partial(Fastalex, overrides=["runtime.graph=step"]),
+    "fastalex factored": partial(Fastalex, overrides=["runtime.factored=true"]),
+    "fastalex fused bias": partial(Fastalex, overrides=["runtime.fused_bias=true"]),
 }
 
 

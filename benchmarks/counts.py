@@ -20,6 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.parts import INPUT, OPTIMIZER, part_of
+from fastalex.config import Graph
+from fastalex.distributed.strategies import clip_gradients
+from fastalex.models.factored_linear import factored_layers
+from fastalex.runtime import Runtime
+from fastalex.training.optim import FactoredSGD
+from fastalex.training.taps import Taps
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ def count_step(
     batch_size: int = 128,
     crop: int = 224,
     clip_norm: float = 0.0,
+    factored: bool = False,
 ) -> list[Operation]:
     """The operators of a step: forward, backward, clipping, fused SGD with momentum.
 
@@ -50,20 +57,46 @@ def count_step(
         batch_size: images in the batch.
         crop: pixels per side.
         clip_norm: clips gradients if it is not 0.
+        factored: leaves gradients as factors in the layers that can, as fastalex does (`training/taps.py`).
     """
     with FakeTensorMode():
         model = network()
         images, labels = torch.empty(batch_size, 3, crop, crop, dtype=dtype), torch.zeros(batch_size).long()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-        for _ in range(2):  # the first step also creates the momentum
+        optimizer = FactoredSGD(
+            [{"params": list(model.parameters()), "fused": True}],
+            factored_layers(model),
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=5e-4,
+        )
+        runtime = Runtime(
+            device=torch.device("cpu"),
+            dtype=dtype,
+            memory_format=torch.contiguous_format,
+            compile=False,
+            graph=Graph.off,
+            winograd=False,
+            fused_bias=False,
+            factored=factored,
+            threads=1,
+            hardware="",
+        )
+        with torch.device("meta"):
+            template = network()
+        taps = Taps(model, template, runtime, copies=True) if factored else None
+        for _ in range(2):  # the first step also makes copies of weights
+            given = taps.of(images.shape) if taps else []
             counter = _Counter()
             with counter:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    loss = F.cross_entropy(model(images), labels)
+                    logits, inputs = model(images, given) if taps else (model(images), [])
+                    loss = F.cross_entropy(logits, labels)
                 loss.backward()
+                if taps:
+                    taps.collect(given, inputs)
                 counter.within = "optimizer"
                 if clip_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+                    clip_gradients(model, clip_norm)
                 optimizer.step()
             optimizer.zero_grad()
     return [Operation("batch", INPUT, 0, _bytes(images)), *counter.operations]
@@ -76,6 +109,10 @@ def totals(operations: Sequence[Operation]) -> dict[str, tuple[int, int]]:
         flops, moved = parts.get(operation.part, (0, 0))
         parts[operation.part] = flops + operation.flops, moved + operation.bytes
     return parts
+
+
+# An argument that an operator changes without reading it
+_ONLY_WRITTEN = {"fastalex::factored_sgd": "copy"}
 
 
 class _Counter(TorchDispatchMode):
@@ -93,6 +130,12 @@ class _Counter(TorchDispatchMode):
         if func.is_view or "empty" in name or name.startswith(("prim", "profiler")):
             return result  # accesses no element
         counted = flop_registry.get(func._overloadpacket)
+        unread = _ONLY_WRITTEN.get(name)
+        read = [
+            given
+            for given, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.name != unread
+        ]
         changed = [
             given
             for given, argument in zip(args, func._schema.arguments, strict=False)
@@ -100,9 +143,12 @@ class _Counter(TorchDispatchMode):
             if argument.alias_info and argument.alias_info.is_write and argument.name != "grads"
         ]
         written = {id(t): t for t in tree_leaves([result, changed]) if isinstance(t, Tensor)}
-        moved = _bytes(*tree_leaves([args, kwargs])) + _bytes(*written.values())
+        moved = _bytes(*tree_leaves([read, kwargs])) + _bytes(*written.values())
         part = part_of([name.split(".")[0], self.within]) if name != "aten::_fused_sgd_" else OPTIMIZER
         flops = int(counted(*args, **kwargs, out_val=result)) if counted else 0
+        if name == "fastalex::factored_sgd":  # a product, which PyTorch does not know of
+            weight, output = args[0], args[3]
+            flops = 2 * len(output) * weight.numel()
         self.operations.append(Operation(name, part, flops, moved))
         return result
 

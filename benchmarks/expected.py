@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
-from benchmarks.parts import PARTS
+from benchmarks.parts import CONVOLUTIONS, OTHER, PARTS, PRODUCTS
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
 from fastalex.models import create_model
@@ -42,9 +43,50 @@ CARDS = (
 )
 
 
-def fast_step(dtype: torch.dtype = torch.bfloat16) -> list[Operation]:
-    """The operators of fastalex's step on a GPU, before any fusion."""
-    return count_step(lambda: create_model("alexnet"), dtype=dtype, batch_size=BATCH, clip_norm=CLIP_NORM)
+# A rate of convolutions that careful kernels reach in practice, as a fraction of the card's
+EFFICIENCY = 0.7
+# What is left in a step in which every other operator is a part of one of these
+_AT_THE_FLOOR = (
+    "batch",
+    "fastalex::lrn_max_pool",
+    "fastalex::lrn_max_pool_backward",
+    "aten::max_pool2d_with_indices",
+    "aten::max_pool2d_with_indices_backward",
+    "fastalex::factored_sgd",
+    "aten::_fused_sgd_",
+)
+
+
+def fast_step(dtype: torch.dtype = torch.bfloat16, *, factored: bool = False) -> list[Operation]:
+    """The operators of fastalex's step on a GPU, before torch.compile fuses any.
+
+    Args:
+        dtype: of the arithmetic.
+        factored: whether the hidden layers' gradients are left as factors (`runtime.factored`).
+    """
+    network = partial(create_model, "alexnet")
+    return count_step(network, dtype=dtype, batch_size=BATCH, clip_norm=CLIP_NORM, factored=factored)
+
+
+def bias_passes() -> list[Operation]:
+    """The passes for the biases of the first two convolutions, which a convolution's own count leaves out.
+
+    In bf16: forward reads and writes the convolution's output, backward reads its gradient.
+    """
+    elements = BATCH * (96 * 55**2 + 256 * 27**2)
+    return [Operation("bias", OTHER, 0, 4 * elements), Operation("bias gradient", OTHER, 0, 2 * elements)]
+
+
+def steps() -> dict[str, list[Operation]]:
+    """The step as it is by default, with each fusion, and at its floor, by name."""
+    whole, factored = fast_step(), fast_step(factored=True)
+    floor = [op for op in factored if op.part in (CONVOLUTIONS, PRODUCTS) or op.name in _AT_THE_FLOOR]
+    return {
+        "default on a GPU": [*whole, *bias_passes()],
+        "`runtime.factored=true`": [*factored, *bias_passes()],
+        "and `runtime.fused_bias=true`": factored,
+        "floor": floor,
+    }
 
 
 def reference_step() -> list[Operation]:
@@ -58,6 +100,61 @@ def least_seconds(operations: Sequence[Operation], card: Card) -> float:
         max(operation.flops / card.flops_per_second, operation.bytes / card.bytes_per_second)
         for operation in operations
     )
+
+
+def _variants() -> str:
+    """The steps of :func:`steps` as a Markdown table."""
+    heads = ["", "GB", "GB outside convolutions and products"]
+    heads += [f"{card.name}, ms" for card in CARDS]
+    heads += [f"{card.name}, at {EFFICIENCY:.0%}" for card in CARDS]
+    rows = []
+    for name, operations in steps().items():
+        outside = [op for op in operations if op.part not in (CONVOLUTIONS, PRODUCTS)]
+        slower = [
+            replace(op, flops=int(op.flops / EFFICIENCY)) if op.part == CONVOLUTIONS else op
+            for op in operations
+        ]
+        times = [least_seconds(chosen, card) for chosen in (operations, slower) for card in CARDS]
+        moved = [sum(op.bytes for op in chosen) / 1e9 for chosen in (operations, outside)]
+        rows.append([name, *(f"{gb:.2f}" for gb in moved), *(f"{1e3 * time:.2f}" for time in times)])
+    return table(heads, rows)
+
+
+# Products for each output of the first convolution: 11x11 pixels of 3 channels, or what they become
+FIRST_CONVOLUTION = {
+    "11x11 pixels, 3 channels": 11 * 11 * 3,
+    "padded to 4 channels": 11 * 11 * 4,
+    "padded to 8 channels": 11 * 11 * 8,
+    "blocks of 4x4 pixels as channels (3x3 blocks, stride 1)": 3 * 3 * 48,
+    "folded onto images of 32x32, enlarged eight times (4x4 pixels, 4 kernels an axis)": 4 * 4 * 3,
+}
+
+
+def _first_seconds(products: int, card: Card) -> float:
+    """Seconds of the first convolution's forward pass and weight gradient."""
+    return 2 * 2 * products * BATCH * 96 * 55**2 / card.flops_per_second
+
+
+def _first_convolution() -> str:
+    """The ways to compute the first convolution as a Markdown table."""
+    step = steps()["and `runtime.fused_bias=true`"]
+    rows = []
+    for name, products in FIRST_CONVOLUTION.items():
+        times = [_first_seconds(products, card) for card in CARDS]
+        shares = [time / least_seconds(step, card) for time, card in zip(times, CARDS, strict=True)]
+        numbers = [f"{1e3 * time:.3f} ({share:.1%})" for time, share in zip(times, shares, strict=True)]
+        rows.append([name, str(products), *numbers])
+    return table(["", "products an output", *(f"{card.name}, ms" for card in CARDS)], rows)
+
+
+def _fold_saves() -> str:
+    whole, *_, folded = FIRST_CONVOLUTION.values()
+    step = steps()["and `runtime.fused_bias=true`"]
+    saved = [
+        (_first_seconds(whole, card) - _first_seconds(folded, card)) / least_seconds(step, card)
+        for card in CARDS
+    ]
+    return " and ".join(f"{share:.1%}" for share in saved)
 
 
 def section() -> str:
@@ -86,6 +183,27 @@ of arithmetic or of memory, whichever takes it longer, one after another:
 At those rates:
 
 {rates}
+
+These counts leave out the passes for the biases of the first two convolutions. With them, and with the
+fusions that fastalex has and that are not its default on a GPU, since no card has run them (*at
+{EFFICIENCY:.0%}*: with convolutions at {EFFICIENCY:.0%} of the card's rate):
+
+{_variants()}
+
+- `runtime.factored=true`: the gradients of the two hidden layers are never stored; `factored_sgd` multiplies
+  them out and applies them in one pass (18 bytes a weight, where cast, clipping and update take 46).
+- `runtime.fused_bias=true`: `relu_lrn_max_pool` adds the bias of the convolution before it, and sums its
+  gradient.
+- *floor*: convolutions, products, the pooled kernels, pooling and the updates; everything else within these.
+
+**The first convolution** has three input channels, which tensor cores take in groups: forward and the
+weight's gradient at the card's full rate, for each way to compute them, and as a share of the whole step.
+
+{_first_convolution()}
+
+At the arithmetic of the first row, the fold would save {_fold_saves()} of the step, less than the 5%
+for which it would be built for a GPU. Whether cuDNN pads the channels to eight, which would change that, a
+profile on a card shows (`make card`).
 
 The rates of arithmetic are for dense bf16 with fp32 accumulation (`benchmarks/expected.py` says where they
 are from). FLOPs are PyTorch's count, forward and backward. Bytes are every operator's inputs and outputs

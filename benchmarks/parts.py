@@ -21,7 +21,7 @@ PARTS = (CONVOLUTIONS, PRODUCTS, LRN, INPUT, OPTIMIZER, OTHER)
 
 # Whatever runs within an operator or range of one of these names belongs to that part.
 _RANGES = {
-    LRN: re.compile(r"^fastalex::(lrn|lrn_max_pool)(_backward)?$"),  # also within a conv_block
+    LRN: re.compile(r"^fastalex::(lrn|lrn_max_pool)(_bias)?(_backward)?$"),  # also within a conv_block
     CONVOLUTIONS: re.compile(r"winograd_conv|folded_conv|conv_block"),  # including the matrix products within
     INPUT: re.compile(r"^input$|^enumerate\(DataLoader\)|^_(enlarge|shrink)_kernel$"),
     OPTIMIZER: re.compile(r"^optimizer$|^Optimizer\.|multi_tensor|sgd", re.IGNORECASE),

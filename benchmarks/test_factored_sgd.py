@@ -4,8 +4,8 @@
 
 The product of output gradient and input, clipping and step of fc6 and fc7, for random gradients and inputs in
 the dtype that the machine trains in. `whole` computes each weight's gradient, as autograd does; the others
-keep its factors, which `FactoredSGD` multiplies a number of rows at a time. This finds the best
-`fastalex.training.optim.ROWS`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
+keep its factors, which `factored_sgd` multiplies a number of rows at a time. This finds the best `ROWS` of
+`kernels/factored_sgd_reference.py`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
 `factored_sgd_cpu_fp32.csv` on a CPU without bf16: ms, also as a multiple of `whole`'s.
 """
 
@@ -19,11 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastalex.training.optim
 from benchmarks.hardware import KIND, seconds
 from benchmarks.report import RESULTS, Measurement, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
+from fastalex.kernels import factored_sgd_reference
+from fastalex.kernels.factored_sgd_reference import gradient_rows
 from fastalex.models.factored_linear import FactoredLinear, Factors
 from fastalex.runtime import choose_runtime
 from fastalex.training.optim import create_optimizer
@@ -39,6 +40,7 @@ ROUNDS = 15
 def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [FactoredLinear(256 * 6 * 6, 4096), FactoredLinear(4096, 4096)]
     model = nn.Sequential(*layers)
+    model.factored_layers = layers  # type: ignore[assignment]
     optimizer = create_optimizer(model, TrainConfig())
     dtype = choose_runtime(RuntimeConfig(device="cpu")).dtype
     generator = torch.Generator().manual_seed(0)
@@ -57,15 +59,14 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for layer, gradient in zip(layers, factors[batch], strict=True):
             layer.bias.grad = gradient.output.float().sum(0)
             if rows is None:
-                layer.weight.grad = gradient.rows(0, layer.out_features)
+                layer.weight.grad = gradient_rows(gradient.output, gradient.input, None, 0, len(layer.weight))
             else:
-                monkeypatch.setattr(fastalex.training.optim, "ROWS", rows)
-                layer.factors = [gradient]
+                monkeypatch.setattr(factored_sgd_reference, "ROWS", rows)
+                layer.parts.append(gradient)
         clip_gradients(model, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        for layer, gradient in zip(layers, factors[batch], strict=True):
-            layer.factors = None
+        for gradient in factors[batch]:
             gradient.scale = None
 
     spent: dict[tuple[int, int | None], list[float]] = {}

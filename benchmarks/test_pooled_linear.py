@@ -11,6 +11,7 @@ on a CPU without bf16: ms per step and how many times faster the second is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -27,10 +28,10 @@ from benchmarks.turns import seconds_by_turns
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
 from fastalex.models import create_model
-from fastalex.models.factored_linear import factored_layers, keeping_factors
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.optim import create_optimizer
+from fastalex.training.taps import Taps
 
 CROPS = (64, 112, 128, 168)  # at which the last pool leaves 1, 2, 3 and 4 pixels per side
 BATCHES = (64, 128)
@@ -39,24 +40,25 @@ ROUNDS = 7
 
 
 class PoolThenLinear(PooledLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.adaptive_avg_pool2d(x, self.size).flatten(1), self.weight, None)
+    def pools_weight(self, height: int, width: int) -> bool:
+        return False
 
 
 def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, x: Tensor
 ) -> Callable[[], None]:
     labels = torch.randint(10, (len(x),), generator=torch.Generator().manual_seed(0))
-    factored = factored_layers(model)
+    taps = Taps(model, copy.deepcopy(model).to("meta"), runtime, copies=False)
 
     def step() -> None:
-        with keeping_factors(factored):
-            with runtime.autocast():
-                logits = model(x)
-            F.cross_entropy(logits.float(), labels).backward()
-            clip_gradients(model, CLIP_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
+        tapped = taps.of(x.shape)
+        with runtime.autocast():
+            logits, inputs = model(x, tapped)
+        F.cross_entropy(logits.float(), labels).backward()
+        taps.collect(tapped, inputs)
+        clip_gradients(model, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -65,20 +67,23 @@ def stepper(
 @pytest.mark.usefixtures("cpu_only", "enabled")
 def test_training_step(benchmark: Any) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu"))
-    model = runtime.place(create_model("alexnet", init="he"))
-    optimizer = create_optimizer(model, TrainConfig())
-    forwards = {"pool, then linear": PoolThenLinear, "pooled weight": PooledLinear}
-    steps: dict[tuple[int, int], Callable[[], None]] = {}
-    for crop in CROPS:
-        for batch in BATCHES:
-            x = torch.randn(batch, 3, crop, crop, dtype=runtime.dtype).to(memory_format=runtime.memory_format)
-            steps[crop, batch] = stepper(model, optimizer, runtime, x)
+    layers = {"pool, then linear": PoolThenLinear, "pooled weight": PooledLinear}
+    steps: dict[str, dict[tuple[int, int], Callable[[], None]]] = {}
+    for name, layer in layers.items():
+        model = runtime.place(create_model("alexnet", init="he"))
+        model.fc6.__class__ = layer
+        optimizer = create_optimizer(model, TrainConfig())
+        steps[name] = {}
+        for crop in CROPS:
+            for batch in BATCHES:
+                x = torch.randn(batch, 3, crop, crop, dtype=runtime.dtype)
+                x = x.to(memory_format=runtime.memory_format)
+                steps[name][crop, batch] = stepper(model, optimizer, runtime, x)
 
     def turn(name: str) -> dict[tuple[int, int], float]:
-        model.fc6.__class__ = forwards[name]
-        return {case: seconds(step) for case, step in steps.items()}
+        return {case: seconds(step) for case, step in steps[name].items()}
 
-    spent = seconds_by_turns(benchmark, {name: partial(turn, name) for name in forwards}, ROUNDS)
+    spent = seconds_by_turns(benchmark, {name: partial(turn, name) for name in layers}, ROUNDS)
     measurements = []
     for ((crop, batch), name), times in spent.items():
         factor = median(times) / median(spent[(crop, batch), "pooled weight"])

@@ -24,13 +24,16 @@ from fastalex.config.plain import flat, one_line, to_dataclass
 from fastalex.distributed.processes import is_main
 from fastalex.errors import FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
+from fastalex.runs.sweep import Job
 
 T = TypeVar("T")
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def command(
-    config_name: str, config_class: type[T]
+    config_name: str,
+    config_class: type[T],
+    after_job: Callable[[Path, Sequence[Job]], None] = lambda folder, jobs: None,
 ) -> Callable[[Callable[[T, Path], None]], Callable[[], None]]:
     """Turn ``function(config, run_dir)`` into a command line of ``key=value`` overrides.
 
@@ -41,12 +44,15 @@ def command(
     Args:
         config_name: of the YAML file in ``configs/`` to compose.
         config_class: the dataclass that the function gets the configuration as.
+        after_job: called in a sweep after each job, finished or not, with the sweep's folder and the jobs so
+            far.
     """
 
     def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
             statuses: list[int] = []
+            jobs: list[Job] = []
             started = False
             sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
             before = _folders_before(sys.argv[1:])
@@ -56,10 +62,12 @@ def command(
                 started = True
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
                 joint = True  # an error that every process has
+                outcome = "was stopped"
                 try:
                     config = to_dataclass(composed, config_class)
                     joint = False
                     function(config, run_dir)
+                    outcome = ""
                 except ReportedError as error:
                     sys.exit(error.exit_status)
                 except StoppedError as error:
@@ -69,12 +77,17 @@ def command(
                 except FastalexError as error:
                     # Not handed to Hydra, which would print a line of its own about it.
                     statuses.append(error.exit_status)
+                    outcome = str(error)
                     _report(f"{_job()}{error}", anywhere=not joint)
                 except PermissionError as error:
                     statuses.append(FastalexError.exit_status)
-                    _report(f"{_job()}{error.filename}: cannot be used ({error.strerror})", anywhere=True)
+                    outcome = f"{error.filename}: cannot be used ({error.strerror})"
+                    _report(f"{_job()}{outcome}", anywhere=True)
                 finally:
                     remove_empty(run_dir, before)
+                    if HydraConfig.get().mode is RunMode.MULTIRUN and is_main():
+                        jobs.append(_described(run_dir, outcome))
+                        _call_after_job(after_job, jobs)
 
             schema.register()
             # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
@@ -167,6 +180,21 @@ def _folders_before(arguments: Sequence[str]) -> set[Path]:
     named = [value for key, _, value in (each.partition("=") for each in arguments) if key in _FOLDERS]
     folders = [Path(value.strip("'\"")) for value in named] + [Path("outputs"), Path("multirun")]
     return {each.resolve() for folder in folders for each in (folder, *folder.parents) if each.is_dir()}
+
+
+def _described(run_dir: Path, error: str) -> Job:
+    """Return the job of the sweep that has just ended."""
+    job = HydraConfig.get()
+    pairs = (override.lstrip("+~").partition("=") for override in job.overrides.task)
+    return Job(int(job.job.num), {key: value for key, _, value in pairs}, run_dir, error)
+
+
+def _call_after_job(after_job: Callable[[Path, Sequence[Job]], None], jobs: Sequence[Job]) -> None:
+    """Call it; what cannot be written ends neither the job nor the sweep."""
+    try:
+        after_job(Path(HydraConfig.get().sweep.dir), jobs)
+    except FastalexError as error:
+        print(f"fastalex: warning: {error}", file=sys.stderr)
 
 
 def _job() -> str:

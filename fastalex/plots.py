@@ -164,6 +164,71 @@ def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     save(figure, path)
 
 
+def sweep(points: Mapping[str, Mapping[str, Sequence[float]]], key: str, note: str, path: Path) -> None:
+    """Plot the validation error of a sweep's runs against the swept value: each run, mean and spread.
+
+    The bars are the standard deviation of a value's runs, which differ in their seed, on either side of the
+    mean.
+
+    Args:
+        points: the top-1 errors of the runs, by line (its other swept values, for the legend) and by value.
+        key: the swept key.
+        note: a remark below the title; empty for none.
+        path: of the PNG file.
+    """
+    values = list(dict.fromkeys(value for line in points.values() for value in line))
+    places = _numbers(values)
+    numeric = places is not None
+    places = places or {value: float(place) for place, value in enumerate(values)}
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    seeds = max(len(errors) for line in points.values() for errors in line.values())
+    for number, (line, by_value) in enumerate(points.items()):
+        # Names have no order that a line could follow; beside each other, bars do not hide each other.
+        shift = 0.0 if numeric else 0.08 * (number - (len(points) - 1) / 2)
+        ordered = sorted((places[value] + shift, errors) for value, errors in by_value.items())
+        mean = [float(np.mean(errors)) for _, errors in ordered]
+        spread = [float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0 for _, errors in ordered]
+        bars = axes.errorbar(
+            [x for x, _ in ordered],
+            mean,
+            spread if seeds > 1 else None,
+            marker="o",
+            ms=5,
+            capsize=4,
+            ls="-" if numeric else "",
+            label=line,
+        )
+        x, y = zip(*((x, error) for x, errors in ordered for error in errors), strict=True)
+        axes.scatter(x, y, s=14, color=bars[0].get_color(), alpha=0.45, zorder=3)
+    if numeric and min(places.values()) > 0 and max(places.values()) >= 5 * min(places.values()):
+        axes.set_xscale("log")
+    axes.set_xticks(list(places.values()), values, parse_math=False)
+    axes.minorticks_off()
+    if not numeric:
+        axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    remarks = [f"mean and standard deviation of up to {seeds} runs" if seeds > 1 else "", note]
+    title = ["Validation error of the final weights", "; ".join(filter(None, remarks))]
+    axes.set_title("\n".join(filter(None, title)), fontsize=10)
+    axes.set_xlabel(key, parse_math=False)
+    axes.set_ylabel("top-1 error")
+    axes.grid(alpha=0.3)
+    if any(points):
+        axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def _numbers(values: Sequence[str]) -> dict[str, float] | None:
+    """Return texts as numbers; None if one is not a finite number, or two are the same."""
+    try:
+        numbers = {value: float(value) for value in values}
+    except ValueError:
+        return None
+    distinct = len(set(numbers.values())) == len(values)
+    return numbers if distinct and np.isfinite(list(numbers.values())).all() else None
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure atomically.
 

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastalex.config import Precision, RuntimeConfig
+from fastalex.config import Graph, Precision, RuntimeConfig
 from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import ConfigError
 
@@ -32,7 +32,10 @@ class Runtime:
         dtype: of activations, and of the batches that loaders yield; master weights stay fp32.
         memory_format: of batches and convolution weights.
         compile: whether the network runs under ``torch.compile``.
+        graph: what a GPU records as a CUDA graph.
         winograd: whether convolutions use Winograd's algorithm where they can.
+        fused_bias: whether the kernel after a convolution adds its bias, where there is one that can.
+        factored: whether training keeps the gradients of wide fully connected layers as factors.
         threads: number of CPU threads.
         hardware: name of the CPU or GPU.
     """
@@ -41,7 +44,10 @@ class Runtime:
     dtype: torch.dtype
     memory_format: torch.memory_format
     compile: bool
+    graph: Graph
     winograd: bool
+    fused_bias: bool
+    factored: bool
     threads: int
     hardware: str
 
@@ -60,7 +66,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device and the memory format, and switch Winograd on or off in it.
+        """Move a network to the device and the memory format, and choose its layers' kernels.
 
         Args:
             model: the network; it is modified.
@@ -68,6 +74,8 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
                 module.winograd = self.winograd  # type: ignore[assignment]
+            if hasattr(module, "fused_bias"):  # fastalex.models.alexnet's pooling
+                module.fused_bias = self.fused_bias  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
 
     def compiled(self, model: nn.Module, *, variants: int, graphs: bool = True) -> nn.Module:
@@ -81,8 +89,9 @@ class Runtime:
                 be called. Each is compiled. A call in one more raises
                 ``torch._dynamo.exc.FailOnRecompileLimitHit``; by default, PyTorch would warn once and run all
                 later calls uncompiled.
-            graphs: whether a GPU may record a pass as a CUDA graph. The next pass then overwrites the
-                outputs and gradients of the last, so pass False to keep gradients over several passes.
+            graphs: whether a GPU may record a pass as a CUDA graph, if ``graph`` is ``network``. The next
+                pass then overwrites the outputs and gradients of the last, so pass False to keep gradients
+                over several passes.
         """
         if not self.compile:
             return model
@@ -91,8 +100,15 @@ class Runtime:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Batch and crop keep their size for many steps, so specialise on it. On a GPU, a CUDA graph launches
         # all kernels of a pass at once.
-        mode = "reduce-overhead" if self.device.type == "cuda" and graphs else "default"
+        recorded = graphs and self.device.type == "cuda" and self.graph is Graph.network
+        mode = "reduce-overhead" if recorded else "default"
         return cast(nn.Module, torch.compile(model, dynamic=False, mode=mode))
+
+    def static(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose address stays the same: a CUDA graph reads it in place, without a copy."""
+        if self.compile and self.device.type == "cuda":
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
 
     def synchronize(self) -> None:
         """Wait until the device has finished all work; does nothing on a CPU."""
@@ -134,12 +150,18 @@ def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     dtype = DTYPES[_precision(config.precision, device)]
+    if config.graph is Graph.step:
+        _check_step_graph(device, dtype, world)
     return Runtime(
         device=device,
         dtype=dtype,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         compile=device.type == "cuda" if config.compile is None else config.compile,
+        graph=config.graph,
         winograd=config.winograd and device.type == "cpu",
+        # These two on a GPU only if asked for, until a card has run them (docs/gpu.md).
+        fused_bias=bool(config.fused_bias),
+        factored=device.type == "cpu" if config.factored is None else config.factored,
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )
@@ -174,6 +196,24 @@ def _precision(precision: Precision, device: torch.device) -> Precision:
     if computes_bf16:
         return Precision.bf16
     return Precision.fp16 if device.type == "cuda" else Precision.fp32
+
+
+def _check_step_graph(device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """Refuse to record whole steps where that is not possible.
+
+    Raises:
+        ConfigError: on a CPU, in fp16, whose loss scaler decides on the host, or with several ranks.
+    """
+    reasons = {
+        "is for a GPU; on a CPU leave it out": device.type != "cuda",
+        "is not for fp16, whose loss scaler works outside graphs; use runtime.graph=network": (
+            dtype == torch.float16
+        ),
+        "is for one process; use runtime.graph=network": world.size > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"runtime.graph=step: {reason}")
 
 
 def available_cores() -> int:

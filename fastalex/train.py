@@ -15,9 +15,10 @@ from fastalex.cli import command, explicit_overrides
 from fastalex.config import Config
 from fastalex.distributed.processes import restarted
 from fastalex.runs.launch import train
+from fastalex.runs.sweep import write_sweep
 
 
-@command("config", Config)
+@command("config", Config, after_job=write_sweep)
 def main(config: Config, run_dir: Path) -> None:
     """Train, and say where the run's files are."""
     given = any("hydra.run.dir=" in override for override in HydraConfig.get().overrides.hydra)

@@ -63,7 +63,7 @@ class MachineCode:
 
     registers: int  # per thread
     stack: int  # bytes per thread
-    shared: int  # bytes per program
+    shared: int  # bytes per program; requested at the launch, so the machine code does not tell them
     local_accesses: int  # instructions that spill, or access an array in local memory
     loads: dict[int, int]
     stores: dict[int, int]
@@ -83,7 +83,9 @@ def _signature(
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments.get(name)
         divisible = False
-        if name in constants or (isinstance(value, int) and value == 1 and name not in serves_all):
+        is_one = isinstance(value, int) and value == 1 and name not in serves_all
+        is_none = value is None and name in launch.arguments
+        if name in constants or is_one or is_none:
             types[name] = "constexpr"
             if name in launch.arguments:
                 values[name] = value
@@ -114,7 +116,8 @@ def compile_launch(launch: Launch, arch: int) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        return _read(_dump("--dump-resource-usage", cubin.name), _dump("-sass", cubin.name))
+        usage, sass = _dump("--dump-resource-usage", cubin.name), _dump("-sass", cubin.name)
+    return _read(usage, sass, compiled.metadata.shared)
 
 
 def _dump(option: str, path: str) -> str:
@@ -122,8 +125,8 @@ def _dump(option: str, path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read(resources: str, sass: str) -> MachineCode:
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", resources)}
+def _read(resources: str, sass: str, shared: int) -> MachineCode:
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", resources)}
     # A line is `/*0590*/  @P0 LDG.E.128 R4, ... ;`: address, perhaps a predicate, the instruction.
     pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)"
     instructions = Counter(re.findall(pattern, sass, re.MULTILINE))
@@ -136,7 +139,7 @@ def _read(resources: str, sass: str) -> MachineCode:
     return MachineCode(
         registers=usage["REG"],
         stack=usage["STACK"],
-        shared=usage["SHARED"],
+        shared=shared,
         local_accesses=sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
         loads=dict(sorted(loads.items(), reverse=True)),
         stores=dict(sorted(stores.items(), reverse=True)),

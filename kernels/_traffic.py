@@ -2,8 +2,7 @@
 
 With TRITON_INTERPRET=1 set before Triton is imported, `@triton.jit` functions run on CPU tensors, one program
 after the other, in NumPy. Every load and store then calls one of two methods with its addresses and its mask;
-`count` records those. `mended` corrects the interpreter where it differs from a GPU for these kernels: it
-truncates fp32 to bf16 where a GPU rounds, and it refuses an index with some versions of NumPy.
+`count` records those. `mended` corrects the interpreter where it differs from a GPU for these kernels.
 
 `python -m fastalex.kernels._traffic --modules NAME ...` prints the counts of these modules' cases as JSON.
 `inspect` runs that in a separate process, because one process cannot both interpret and compile.
@@ -38,10 +37,11 @@ _BATCH = 1
 class Traffic:
     """Bytes and faults of one launch.
 
-    moved: bytes in the 32-byte sectors that a program touches, each sector once per program, summed over the
-        programs. That is the memory traffic if the L1 cache serves everything that a program touches again,
-        and the L2 cache serves nothing that another program has touched.
-    floor: bytes touched by any program, each once.
+    moved: bytes in the 32-byte sectors that a program touches, each sector once per program (or per wave of
+        programs, see `KernelCase`), summed over the programs. That is the memory traffic if the L1 cache
+        serves everything that a program touches again, and the L2 cache serves nothing that another program
+        (of another wave) has touched.
+    floor: bytes read by any program, and bytes written by any, each once.
     elements: number of elements of the tensor that the case names.
     out_of_bounds: lanes that accessed memory outside every tensor, stored to an input, or loaded from an
         output.
@@ -57,38 +57,45 @@ class Traffic:
 
 
 class _Recorder:
-    def __init__(self, tensors: dict[str, Tensor], writes: tuple[str, ...]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], case: KernelCase) -> None:
         self.spans = {
             name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size())
             for name, t in tensors.items()
         }
-        self.writes = writes
-        self.touched = {name: np.zeros(t.numel(), np.int64) for name, t in tensors.items()}
-        self.sectors: list[np.ndarray] = []  # of the program that is running
-        self.program: tuple[int, ...] | None = None
+        self.stored = {*case.writes, *case.updates}
+        self.loaded = tensors.keys() - set(case.writes)
+        self.touched = {
+            (name, stores): np.zeros(tensors[name].numel(), np.int64)
+            for stores, names in ((True, self.stored), (False, self.loaded))
+            for name in names & tensors.keys()
+        }
+        self.wave = case.wave
+        self.sectors: list[np.ndarray] = []  # of the wave that is running
+        self.running: int | None = None
         self.moved = 0
         self.out_of_bounds = 0
 
     def record(self, program: tuple[int, ...], pointers: np.ndarray, mask: Any, stores: bool) -> Any:
         """Record an access; returns its mask without the lanes that are out of bounds."""
-        if program != self.program:
-            self.finish_program()
-            self.program = program
+        if program[0] // self.wave != self.running:
+            self.finish_wave()
+            self.running = program[0] // self.wave
         lanes = mask.data.astype(bool)
         addresses = np.broadcast_to(pointers, lanes.shape)[lanes].astype(np.int64)
         known = np.zeros(addresses.shape, bool)
         for name, (start, end, width) in self.spans.items():
-            if (name in self.writes) != stores:
+            touched = self.touched.get((name, stores))
+            if touched is None:
                 continue
             inside = (addresses >= start) & (addresses + width <= end)
             known |= inside
-            np.add.at(self.touched[name], (addresses[inside] - start) // width, 1)
+            np.add.at(touched, (addresses[inside] - start) // width, 1)
         self.out_of_bounds += int((~known).sum())
         self.sectors.append(np.unique(addresses[known] // _SECTOR) * 2 + stores)
         lanes[lanes] = known
         return interpreter.TensorHandle(lanes, mask.dtype)
 
-    def finish_program(self) -> None:
+    def finish_wave(self) -> None:
         if self.sectors:
             self.moved += _SECTOR * len(np.unique(np.concatenate(self.sectors)))
         self.sectors = []
@@ -109,11 +116,13 @@ def _replaced(where: Any, **functions: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """Make the interpreter round fp32 to bf16 to nearest even, as GPUs do, and accept a tensor as an index.
+    """Make the interpreter round fp32 to bf16 to nearest even, as GPUs do, and multiply matrices of bf16.
 
-    Before Triton 3.8 it converts a tensor to an index in a way that NumPy 2.5 no longer supports.
+    It holds bf16 as 16-bit integers, and multiplies those. Before Triton 3.8 it also converts a tensor to an
+    index in a way that NumPy 2.5 no longer supports.
     """
     original = interpreter.InterpreterBuilder.cast_impl
+    multiply = interpreter.InterpreterBuilder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
 
     def cast(builder: Any, source: Any, target: Any) -> Any:
@@ -122,12 +131,20 @@ def mended() -> Iterator[None]:
         rounded = torch.from_numpy(np.array(source.data, np.float32)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(builder, widened(a), widened(b), *rest)
+
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     with (
-        _replaced(interpreter.InterpreterBuilder, cast_impl=cast),
+        _replaced(interpreter.InterpreterBuilder, cast_impl=cast, create_dot=dot),
         _replaced(interpreter, _patch_lang_tensor=patch_tensor_and_index),
     ):
         yield
@@ -141,7 +158,7 @@ def count(case: KernelCase, launch: Launch) -> Traffic:
     """
     if not is_interpreted():
         raise RuntimeError("counting needs TRITON_INTERPRET=1 in the environment before Triton is imported")
-    recorder = _Recorder(launch.tensors, case.writes)
+    recorder = _Recorder(launch.tensors, case)
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -155,12 +172,12 @@ def count(case: KernelCase, launch: Launch) -> Traffic:
 
     with mended(), _replaced(builder, create_masked_load=counted_load, create_masked_store=counted_store):
         launch.run()
-    recorder.finish_program()
-    written = np.concatenate([recorder.touched[name] for name in case.writes])
+    recorder.finish_wave()
+    written = np.concatenate([times for (_, stores), times in recorder.touched.items() if stores])
     return Traffic(
         moved=recorder.moved,
         floor=sum(
-            int((times > 0).sum()) * recorder.spans[name][2] for name, times in recorder.touched.items()
+            int((times > 0).sum()) * recorder.spans[name][2] for (name, _), times in recorder.touched.items()
         ),
         elements=launch.tensors[case.elements].numel(),
         out_of_bounds=recorder.out_of_bounds,
@@ -191,8 +208,15 @@ class _EagerBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in str(func):
-            for values in ((args, kwargs), result):
+        if not func.is_view and "empty" not in str(func) and func.namespace != "prim":
+            written = result
+            if result is None:  # an operator on lists of tensors does not return what it changes
+                parameters = zip(args, func._schema.arguments, strict=False)
+                # _fused_sgd_ declares that it changes the gradients, but does so only with a loss scaler.
+                written = [
+                    a for a, p in parameters if p.alias_info and p.alias_info.is_write and p.name != "grads"
+                ]
+            for values in ((args, kwargs), written):
                 distinct = {id(v): v for v in tree_leaves(values) if isinstance(v, Tensor)}.values()
                 self.total += sum(
                     min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in distinct

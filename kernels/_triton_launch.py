@@ -46,16 +46,18 @@ class Launch:
 
     kernel: a `@triton.jit` function.
     programs: the size of the one-dimensional grid.
-    arguments: every argument by parameter name.
+    arguments: every argument by parameter name; None for a tensor that a launch does without.
     warps: warps (of 32 threads) per program.
     maxnreg: registers per thread, at most; None leaves it to the compiler.
+    stages: stages of a software pipeline over a loop's loads; None leaves it to the compiler.
     """
 
     kernel: Any
     programs: int
-    arguments: Mapping[str, Tensor | int | float | bool]
+    arguments: Mapping[str, Tensor | int | float | bool | None]
     warps: int
     maxnreg: int | None = None
+    stages: int | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -64,7 +66,8 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """The options for the compiler."""
-        return {"num_warps": self.warps, **({"maxnreg": self.maxnreg} if self.maxnreg else {})}
+        chosen = {"maxnreg": self.maxnreg, "num_stages": self.stages}
+        return {"num_warps": self.warps, **{name: value for name, value in chosen.items() if value}}
 
     def run(self) -> None:
         if is_interpreted():
@@ -84,6 +87,9 @@ class KernelCase:
     launch: from (dtype, batch, device) to a `Launch`. Called with the meta device to compile (no memory is
         touched) and with the CPU to count bytes.
     writes: the names of the tensor arguments that the kernel writes; it reads the others.
+    updates: those that it reads and writes.
+    wave: programs, consecutive in the grid, that read a sector from memory once between them, since they run
+        at the same time and the L2 cache serves all but the first.
     elements: the name of the tensor argument whose number of elements divides the byte counts.
     traffic_limit: the ratio of bytes moved to the floor, at most.
     vector_loads, vector_stores: how many accesses of eight channels (128 bits in bf16 and fp16, two times 128
@@ -103,3 +109,5 @@ class KernelCase:
     narrowest_store: int = 128
     eager: Callable[[torch.dtype, int], Callable[[], object]] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    updates: tuple[str, ...] = ()
+    wave: int = 1

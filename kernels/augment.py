@@ -1,9 +1,9 @@
 """From uint8 images to a normalised batch as one PyTorch operator: checks and dispatch by device.
 
-`fastalex::augment` resizes, crops, flips, normalises, converts and lays out a batch in one pass over the
-output. `augment_numba` computes it on the CPU, `augment_triton` on CUDA, and `augment_reference`, plain
-PyTorch, on any other device; the fast modules are imported by the first call that needs them. Ten-crop is the
-same operator with ten views of each image instead of one.
+`fastalex::augment` resizes, crops, flips, shifts colours, normalises, converts and lays out a batch in one
+pass over the output. `augment_numba` computes it on the CPU, `augment_triton` on CUDA, and
+`augment_reference`, plain PyTorch, on any other device; the fast modules are imported by the first call that
+needs them. Ten-crop is the same operator with ten views of each image instead of one.
 """
 
 from __future__ import annotations
@@ -34,24 +34,29 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype,
     indices: Tensor | None = None,
+    keep_shape: bool = False,
+    colors: Tensor | None = None,
 ) -> Tensor:
     """A normalised batch of crops of uint8 images.
 
     Each image is resized to `resize` x `resize` pixels as `torchvision.transforms.v2.Resize` does with
     `antialias=True`, in float arithmetic, larger or smaller; then cropped; then mirrored left to right where
-    `flips` is True. The result is (x / 255 - mean) / std, rounded to `dtype` (to nearest even).
+    `flips` is True. The result is (x / 255 + color - mean) / std, rounded to `dtype` (to nearest even).
 
     Args:
         images: uint8 (N, H, W, 3), contiguous.
-        offsets: int32 (B, 2), top and left of each crop within the resized image, 0 .. resize - crop.
+        offsets: int32 (B, 2), top and left of each crop within the resized square, 0 .. resize - crop.
         flips: bool (B,), which crops are mirrored.
-        resize: pixels of the resized image on each axis.
+        resize: pixels of the resized square on each axis.
         crop: pixels of a crop on each axis, at most `resize`.
         mean: three numbers, one per channel, for pixels in 0..1.
         std: three positive numbers, as `mean`.
         dtype: of the result: float32, bfloat16 or float16.
         indices: int64 (B,), the image of each crop, so that a batch is gathered from a resident data set
             without copying images. None: image i for crop i (and N = B).
+        keep_shape: False: the whole image becomes the square, whatever its shape. True: the shorter side is
+            resized to `resize`, and the square is the centre of the result (`augment_reference.frame`).
+        colors: float32 (B, 3), what is added to every pixel of a crop, in units of pixels in 0..1. None: 0.
 
     Returns:
         (B, 3, crop, crop) in `dtype`, channels-last.
@@ -62,10 +67,11 @@ def augment(
             is filled with NaN instead (and nothing outside `images` is read).
     """
     name = "augment"
-    _check_images(images, resize, crop, mean, std, dtype, name)
+    _check_images(images, resize, crop, mean, std, dtype, name, keep_shape)
     indices = _resolve_indices(images, indices, name)
-    _check_plan(images, indices, offsets, flips, name)
-    return _augment(images, indices, offsets, flips, 1, resize, crop, list(mean), list(std), dtype)
+    _check_plan(images, indices, offsets, flips, colors, name)
+    options = resize, keep_shape, crop, list(mean), list(std), dtype
+    return _augment(images, indices, offsets, flips, colors, 1, *options)
 
 
 def ten_crop(
@@ -78,18 +84,20 @@ def ten_crop(
     dtype: torch.dtype,
     indices: Tensor | None = None,
     mirror: bool = True,
+    keep_shape: bool = False,
 ) -> Tensor:
     """The corner and centre crops of each image and their mirror images, in one launch.
 
     Args:
         images: uint8 (N, H, W, 3), contiguous.
-        resize: pixels of the resized image on each axis.
+        resize: pixels of the resized square on each axis.
         crop: pixels of a crop on each axis, at most `resize`.
         mean: three numbers, one per channel, for pixels in 0..1.
         std: three positive numbers, as `mean`.
         dtype: of the result: float32, bfloat16 or float16.
         indices: int64 (B,), which images. None: all of them, in order (and N = B).
         mirror: False leaves the mirror images out: five views instead of ten.
+        keep_shape: as `augment`; the corners are those of the square.
 
     Returns:
         (B * 10, 3, crop, crop) or (B * 5, 3, crop, crop) in `dtype`, channels-last: the views of the first
@@ -99,14 +107,15 @@ def ten_crop(
     Raises:
         ValueError: as `augment`.
     """
-    _check_images(images, resize, crop, mean, std, dtype, "ten_crop")
+    _check_images(images, resize, crop, mean, std, dtype, "ten_crop", keep_shape)
     indices = _resolve_indices(images, indices, "ten_crop")
     # When tracing, do without the cache: dynamo warns of it, and the tensors that other tracers substitute
     # (as they do for the images) must not stay in it.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     views = ten_crop_views.__wrapped__ if traced else ten_crop_views
     offsets, flips = views(resize, crop, mirror, images.device)
-    return _augment(images, indices, offsets, flips, len(flips), resize, crop, list(mean), list(std), dtype)
+    options = resize, keep_shape, crop, list(mean), list(std), dtype
+    return _augment(images, indices, offsets, flips, None, len(flips), *options)
 
 
 def _check_images(
@@ -117,6 +126,7 @@ def _check_images(
     std: Sequence[float],
     dtype: torch.dtype,
     name: str,
+    keep_shape: bool = False,
 ) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(
@@ -128,7 +138,9 @@ def _check_images(
         raise ValueError(f"{name}: images must have at least one pixel, got {tuple(images.shape)}")
     if not 1 <= crop <= resize:
         raise ValueError(f"{name}: crop must be in 1 .. resize, got crop={crop} with resize={resize}")
-    if max(images.shape[1:3]) * resize >= 2**28:  # the kernels' exact coordinates are 32-bit
+    frame = reference.frame(images.shape[1], images.shape[2], resize, keep_shape)
+    if max(images.shape[1] * frame.height, images.shape[2] * frame.width) >= 2**28:
+        # The kernels' exact coordinates are 32-bit.
         raise ValueError(f"{name}: images of {tuple(images.shape[1:3])} resized to {resize} are too large")
     if (
         3 * max(images.shape[1] * images.shape[2], crop**2) >= 2**31
@@ -155,12 +167,17 @@ def _resolve_indices(images: Tensor, indices: Tensor | None, name: str) -> Tenso
     return indices
 
 
-def _check_plan(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, name: str) -> None:
+def _check_plan(
+    images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, colors: Tensor | None, name: str
+) -> None:
     count = len(indices)
     for argument, value, shape, kind in (
         ("offsets", offsets, (count, 2), torch.int32),
         ("flips", flips, (count,), torch.bool),
+        ("colors", colors, (count, 3), torch.float32),
     ):
+        if value is None:
+            continue
         if value.shape != shape or value.dtype != kind or value.device != images.device:
             raise ValueError(
                 f"{name}: {argument} must be {kind} {shape} on {images.device}, "
@@ -208,14 +225,18 @@ def _implementation(images: Tensor) -> ModuleType:
 
 
 @custom_op("fastalex::augment", mutates_args=(), schema=infer_schema(reference.augment, mutates_args=()))
-def _augment(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, *options: Any) -> Tensor:
+def _augment(
+    images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, colors: Tensor | None, *options: Any
+) -> Tensor:
     if images.device.type == "cpu":
-        _, resize, crop, *_ = options
+        _, resize, _, crop, *_ = options
         _check_ranges(images, indices, offsets, resize - crop, "augment")
-    return _implementation(images).augment(images, indices, offsets, flips, *options)
+    return _implementation(images).augment(images, indices, offsets, flips, colors, *options)
 
 
 @_augment.register_fake
-def _(images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, *options: Any) -> Tensor:
-    views, _, crop, *_, dtype = options
+def _(
+    images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, colors: Tensor | None, *options: Any
+) -> Tensor:
+    views, _, _, crop, *_, dtype = options
     return reference.empty_batch(indices.shape[0] * views, crop, dtype, images.device)

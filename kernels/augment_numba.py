@@ -1,11 +1,11 @@
 # mypy: disallow-untyped-defs=False
-"""Resize, crop, flip and normalise on the CPU: row by row, each source row once.
+"""Resize, crop, flip, shift the colour and normalise on the CPU: row by row, each source row once.
 
 Resizing is separable. A source row is converted and normalised (before resizing, which changes nothing: the
 weights of a pixel sum to 1), then resized to the width of the crop, mirrored if the crop is, and kept. An
 output row is a weighted sum of two such rows, or of more where the image shrinks, rounded and stored:
 
-    source row -> (x / 255 - mean) / std -> crop x 3 floats, kept in a ring of `taps` rows
+    source row -> (x / 255 + color - mean) / std -> crop x 3 floats, kept in a ring of `taps` rows
     output row y = sum over k of weight[y, k] * ring[(first[y] + k) % taps]
 
 When 32 pixels are enlarged to 256, the first line runs for 32 rows and the second for 224. So the second is
@@ -30,13 +30,14 @@ f32 = np.float32
 
 
 @lru_cache(maxsize=64)
-def _taps(source: int, resized: int) -> tuple[Any, Any, int]:
+def _taps(source: int, resized: int, start: int, count: int) -> tuple[Any, Any, int]:
     """For each resized pixel, the first source pixel that it depends on and the weights from that pixel on.
 
-    Returns int64 (resized,), float32 (resized * taps,) and taps. The weights of a pixel sum to 1, and first +
-    taps never passes the end. The filter is the triangle of `augment_reference`, in whole numbers.
+    Of the `resized` pixels only `count` are asked for, from `start` on. Returns int64 (count,), float32
+    (count * taps,) and taps. The weights of a pixel sum to 1, and first + taps never passes the end. The
+    filter is the triangle of `augment_reference`, in whole numbers.
     """
-    i, j = np.arange(resized)[:, None], np.arange(source)
+    i, j = np.arange(start, start + count)[:, None], np.arange(source)
     weights = np.maximum(2 * max(source, resized) - np.abs((2 * j + 1) * resized - (2 * i + 1) * source), 0)
     taps = int((weights > 0).sum(axis=1).max())
     first = np.minimum((weights > 0).argmax(axis=1), source - taps)
@@ -80,17 +81,20 @@ def _write(out, at, total, left):
 
 @inline
 def _outputs(
-    start, stop, line, ring, images, height, width, indices, offsets, flips, views, crop,
-    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+    start, stop, line, ring, shift, images, height, width, indices, offsets, flips, colors, views, crop,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, gain, base, out,
 ):  # fmt: skip
     length = 3 * crop
     padded = ring.size // row_taps
     line, ring, images, out = pointer(line), pointer(ring), pointer(images), pointer(out)
     first_row, row_weights = pointer(first_row), pointer(row_weights)
     first_column, column_weights = pointer(first_column), pointer(column_weights)
-    scale, shift = pointer(scale), pointer(shift)
+    scale, gain, base = pointer(scale), pointer(gain), pointer(base)
+    colors, shift = pointer(colors), pointer(shift)
     for n in range(start, stop):
         image = indices[n // views] * height
+        for c in range(3):
+            shift[c] = base[c] + colors[n // views * 3 + c] * gain[c]
         view = n % views if views > 1 else n
         top, left, flip = offsets[view, 0], offsets[view, 1], flips[view]
         done = first_row[top]  # source rows before this one are in the ring or not needed
@@ -121,28 +125,29 @@ def _outputs(
 
 @jit(error_model="numpy", fastmath={"contract"})
 def _augment(
-    start, stop, images, height, width, indices, offsets, flips, views, crop,
-    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+    start, stop, images, height, width, indices, offsets, flips, colors, views, crop,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, gain, base, out,
 ):  # fmt: skip
     """Compute outputs start .. stop - 1; all arrays but `offsets` are flat."""
-    line = np.empty(3 * width, np.float32)
+    line, shift = np.empty(3 * width, np.float32), np.empty(3, np.float32)
     ring = np.zeros(row_taps * ((3 * crop + LANES - 1) // LANES * LANES), np.float32)
     _outputs(
-        start, stop, line, ring, images, height, width, indices, offsets, flips, views, crop,
-        first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+        start, stop, line, ring, shift, images, height, width, indices, offsets, flips, colors, views, crop,
+        first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, gain, base, out,
     )  # fmt: skip
 
 
 @jit(parallel=True)
 def _parallel_augment(
-    tasks, count, images, height, width, indices, offsets, flips, views, crop,
-    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+    tasks, count, images, height, width, indices, offsets, flips, colors, views, crop,
+    first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, gain, base, out,
 ):  # fmt: skip
     for task in numba.prange(tasks):
         _augment(
             task * count // tasks, (task + 1) * count // tasks,
-            images, height, width, indices, offsets, flips, views, crop,
-            first_row, row_weights, row_taps, first_column, column_weights, column_taps, scale, shift, out,
+            images, height, width, indices, offsets, flips, colors, views, crop,
+            first_row, row_weights, row_taps, first_column, column_weights, column_taps,
+            scale, gain, base, out,
         )  # fmt: skip
 
 
@@ -151,8 +156,10 @@ def augment(
     indices: Tensor,
     offsets: Tensor,
     flips: Tensor,
+    colors: Tensor | None,
     views: int,
     resize: int,
+    keep_shape: bool,
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -162,14 +169,18 @@ def augment(
     count = len(indices) * views
     out = reference.empty_batch(count, crop, dtype, images.device)
     height, width = images.shape[1:3]
+    frame = reference.frame(height, width, resize, keep_shape)
     deviations = np.array(std)
+    if colors is None:
+        colors = torch.zeros((len(indices), 3))
     # Contiguous, because Numba would compile the kernel again for strided arrays.
-    rows = (t.contiguous().numpy() for t in (indices, offsets, flips))
+    rows = (t.contiguous().numpy() for t in (indices, offsets, flips, colors.flatten()))
     run(
         _augment, _parallel_augment, count,
         bits(images), height, width, *rows, views, crop,
-        *_taps(height, resize), *_taps(width, resize),
-        (1 / (255 * deviations)).astype(f32), (-np.array(mean) / deviations).astype(f32),
+        *_taps(height, frame.height, frame.top, resize), *_taps(width, frame.width, frame.left, resize),
+        (1 / (255 * deviations)).astype(f32), (1 / deviations).astype(f32),
+        (-np.array(mean) / deviations).astype(f32),
         bits(out.permute(0, 2, 3, 1)),
     )  # fmt: skip
     return out

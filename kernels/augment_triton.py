@@ -1,4 +1,4 @@
-"""Resize, crop, flip and normalise on the GPU, in one launch and one pass over the output.
+"""Resize, crop, flip, shift the colour and normalise on the GPU, in one launch and one pass over the output.
 
 The resulting batch is some hundred times the size of its images (32 pixels enlarged to 256), so what counts
 is how it is stored: each lane owns eight neighbouring numbers of an output row, 128 bits in bf16, and the
@@ -57,6 +57,14 @@ def _sample(
 
 
 @triton.jit
+def _shifted(shift, scale, color_pointer, n, CHANNEL: tl.constexpr, VIEWS: tl.constexpr):
+    """A channel's shift with the colour of output n's image, where there are colours."""
+    if color_pointer is not None:
+        shift += 255 * scale * tl.load(color_pointer + 3 * (n // VIEWS) + CHANNEL)
+    return shift
+
+
+@triton.jit
 def _vectors(block, left, flip, CROP: tl.constexpr, BLOCK: tl.constexpr):
     """For BLOCK x 8 neighbouring numbers of an output row: their position in it, their channel, their column
     in the resized image, and whether they exist."""
@@ -77,6 +85,7 @@ def _enlarge_kernel(
     index_pointer,
     offset_pointer,
     flip_pointer,
+    color_pointer,
     out_pointer,
     image_count,
     red_scale,
@@ -87,36 +96,47 @@ def _enlarge_kernel(
     blue_shift,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    RESIZE: tl.constexpr,
+    RESIZED_HEIGHT: tl.constexpr,
+    RESIZED_WIDTH: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    LIMIT: tl.constexpr,
     CROP: tl.constexpr,
     VIEWS: tl.constexpr,
     GAPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ROW: tl.constexpr = 3 * CROP
-    SPAN: tl.constexpr = 2 * RESIZE  # a source pixel, in units of coordinates
+    SPAN_Y: tl.constexpr = 2 * RESIZED_HEIGHT  # a source pixel, in units of coordinates
+    SPAN_X: tl.constexpr = 2 * RESIZED_WIDTH
     BLOCKS: tl.constexpr = (ROW + 8 * BLOCK - 1) // (8 * BLOCK)
     program = tl.program_id(0)
     block = program % BLOCKS
     n = program // (BLOCKS * GAPS)
     index, top, left, flip, poison = _sample(
-        index_pointer, offset_pointer, flip_pointer, n, image_count, RESIZE - CROP, VIEWS
+        index_pointer, offset_pointer, flip_pointer, n, image_count, LIMIT, VIEWS
     )
+    top += TOP
+    left += LEFT
 
-    # Row y is in gap ((2 y + 1) * HEIGHT + RESIZE) // SPAN; the crop begins in the first of its GAPS gaps.
-    gap = ((2 * top + 1) * HEIGHT + RESIZE) // SPAN + program // BLOCKS % GAPS
-    first = (tl.maximum((2 * gap - 1) * RESIZE - HEIGHT, 0) + 2 * HEIGHT - 1) // (2 * HEIGHT)
-    stop = ((2 * gap + 1) * RESIZE + HEIGHT - 1) // (2 * HEIGHT)
+    # Row y is in gap ((2 y + 1) * HEIGHT + RESIZED_HEIGHT) // SPAN_Y; the crop begins in the first of its
+    # GAPS gaps.
+    gap = ((2 * top + 1) * HEIGHT + RESIZED_HEIGHT) // SPAN_Y + program // BLOCKS % GAPS
+    first = (tl.maximum((2 * gap - 1) * RESIZED_HEIGHT - HEIGHT, 0) + 2 * HEIGHT - 1) // (2 * HEIGHT)
+    stop = ((2 * gap + 1) * RESIZED_HEIGHT + HEIGHT - 1) // (2 * HEIGHT)
     first = tl.maximum(first, top)
     stop = tl.minimum(stop, top + CROP)
 
     element, channel, column, mask = _vectors(block, left, flip, CROP, BLOCK)
-    place = (2 * column + 1) * WIDTH + RESIZE
-    right = place // SPAN
-    weight = (place - right * SPAN).to(tl.float32) * (1.0 / SPAN)
+    place = (2 * column + 1) * WIDTH + RESIZED_WIDTH
+    right = place // SPAN_X
+    weight = (place - right * SPAN_X).to(tl.float32) * (1.0 / SPAN_X)
     before = 3 * tl.maximum(right - 1, 0) + channel
     after = 3 * tl.minimum(right, WIDTH - 1) + channel
     scale = _pick(channel, red_scale, green_scale, blue_scale)
+    red_shift = _shifted(red_shift, red_scale, color_pointer, n, 0, VIEWS)
+    green_shift = _shifted(green_shift, green_scale, color_pointer, n, 1, VIEWS)
+    blue_shift = _shifted(blue_shift, blue_scale, color_pointer, n, 2, VIEWS)
     shift = _pick(channel, red_shift, green_shift, blue_shift) + poison
 
     image_pointer += index * (HEIGHT * WIDTH * 3)
@@ -132,7 +152,7 @@ def _enlarge_kernel(
 
     out_pointer += n.to(tl.int64) * (CROP * ROW)
     for y in range(first, stop):
-        fraction = ((2 * y + 1) * HEIGHT + RESIZE - gap * SPAN).to(tl.float32) * (1.0 / SPAN)
+        fraction = ((2 * y + 1) * HEIGHT + RESIZED_HEIGHT - gap * SPAN_Y).to(tl.float32) * (1.0 / SPAN_Y)
         value = above + fraction * (below - above)
         tl.store(out_pointer + (y - top) * ROW + element, value.to(out_pointer.dtype.element_ty), mask=mask)
 
@@ -150,6 +170,7 @@ def _shrink_kernel(
     index_pointer,
     offset_pointer,
     flip_pointer,
+    color_pointer,
     out_pointer,
     image_count,
     red_scale,
@@ -160,16 +181,20 @@ def _shrink_kernel(
     blue_shift,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    RESIZE: tl.constexpr,
+    RESIZED_HEIGHT: tl.constexpr,
+    RESIZED_WIDTH: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    LIMIT: tl.constexpr,
     CROP: tl.constexpr,
     VIEWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     ROW: tl.constexpr = 3 * CROP
-    REACH_Y: tl.constexpr = 2 * max(HEIGHT, RESIZE)  # half the triangle's base, in units of coordinates
-    REACH_X: tl.constexpr = 2 * max(WIDTH, RESIZE)
-    TAPS_X: tl.constexpr = (REACH_X + RESIZE - 1) // RESIZE
+    REACH_Y: tl.constexpr = 2 * max(HEIGHT, RESIZED_HEIGHT)  # half the triangle's base, in coordinates' units
+    REACH_X: tl.constexpr = 2 * max(WIDTH, RESIZED_WIDTH)
+    TAPS_X: tl.constexpr = (REACH_X + RESIZED_WIDTH - 1) // RESIZED_WIDTH
     BLOCKS: tl.constexpr = (ROW + 8 * BLOCK - 1) // (8 * BLOCK)
     STRIPS: tl.constexpr = (CROP + ROWS - 1) // ROWS
     program = tl.program_id(0)
@@ -177,33 +202,38 @@ def _shrink_kernel(
     strip = program // BLOCKS % STRIPS
     n = program // (BLOCKS * STRIPS)
     index, top, left, flip, poison = _sample(
-        index_pointer, offset_pointer, flip_pointer, n, image_count, RESIZE - CROP, VIEWS
+        index_pointer, offset_pointer, flip_pointer, n, image_count, LIMIT, VIEWS
     )
+    top += TOP
+    left += LEFT
     element, channel, column, mask = _vectors(block, left, flip, CROP, BLOCK)
     scale = _pick(channel, red_scale, green_scale, blue_scale)
+    red_shift = _shifted(red_shift, red_scale, color_pointer, n, 0, VIEWS)
+    green_shift = _shifted(green_shift, green_scale, color_pointer, n, 1, VIEWS)
+    blue_shift = _shifted(blue_shift, blue_scale, color_pointer, n, 2, VIEWS)
     shift = _pick(channel, red_shift, green_shift, blue_shift) + poison
 
     center_x = (2 * column + 1) * WIDTH
-    first_x = _first_tap(center_x, REACH_X, RESIZE)
+    first_x = _first_tap(center_x, REACH_X, RESIZED_WIDTH)
     image_pointer += index * (HEIGHT * WIDTH * 3)
     out_pointer += n.to(tl.int64) * (CROP * ROW)
     for y in range(strip * ROWS, tl.minimum(strip * ROWS + ROWS, CROP)):
         center_y = (2 * (top + y) + 1) * HEIGHT
-        first_y = _first_tap(center_y, REACH_Y, RESIZE)
-        stop_y = tl.minimum((center_y + REACH_Y + RESIZE - 1) // (2 * RESIZE), HEIGHT)
+        first_y = _first_tap(center_y, REACH_Y, RESIZED_HEIGHT)
+        stop_y = tl.minimum((center_y + REACH_Y + RESIZED_HEIGHT - 1) // (2 * RESIZED_HEIGHT), HEIGHT)
         total = tl.zeros((BLOCK, 8), tl.float32)
         sum_x = tl.zeros((BLOCK, 8), tl.float32)
         sum_y = 0.0
         for source_y in range(first_y, stop_y):
-            sum_y += (REACH_Y - tl.abs((2 * source_y + 1) * RESIZE - center_y)).to(tl.float32)
+            sum_y += (REACH_Y - tl.abs((2 * source_y + 1) * RESIZED_HEIGHT - center_y)).to(tl.float32)
         for tap in range(TAPS_X):
             source_x = first_x + tap
             inside = mask & (source_x < WIDTH)
-            weight_x = tl.maximum(REACH_X - tl.abs((2 * source_x + 1) * RESIZE - center_x), 0).to(tl.float32)
-            weight_x = tl.where(inside, weight_x, 0.0)
+            weight_x = tl.maximum(REACH_X - tl.abs((2 * source_x + 1) * RESIZED_WIDTH - center_x), 0)
+            weight_x = tl.where(inside, weight_x.to(tl.float32), 0.0)
             sum_x += weight_x
             for source_y in range(first_y, stop_y):
-                weight_y = (REACH_Y - tl.abs((2 * source_y + 1) * RESIZE - center_y)).to(tl.float32)
+                weight_y = (REACH_Y - tl.abs((2 * source_y + 1) * RESIZED_HEIGHT - center_y)).to(tl.float32)
                 address = image_pointer + (source_y * WIDTH + source_x) * 3 + channel
                 total += weight_x * (weight_y / sum_y) * tl.load(address, mask=inside, other=0).to(tl.float32)
         value = total / tl.where(mask, sum_x, 1.0) * scale + shift
@@ -220,25 +250,33 @@ def _launch(
     indices: Tensor,
     offsets: Tensor,
     flips: Tensor,
+    colors: Tensor | None,
     out: Tensor,
     views: int,
     resize: int,
+    keep_shape: bool,
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Launch:
     image_count, height, width = images.shape[:3]
     count, row = len(out), 3 * crop
-    arguments: dict[str, Tensor | int | float | bool] = {
+    frame = reference.frame(height, width, resize, keep_shape)
+    arguments: dict[str, Tensor | int | float | bool | None] = {
         "image_pointer": images,
         "index_pointer": indices,
         "offset_pointer": offsets,
         "flip_pointer": flips,
+        "color_pointer": colors,
         "out_pointer": out,
         "image_count": image_count,
         "HEIGHT": height,
         "WIDTH": width,
-        "RESIZE": resize,
+        "RESIZED_HEIGHT": frame.height,
+        "RESIZED_WIDTH": frame.width,
+        "TOP": frame.top,
+        "LEFT": frame.left,
+        "LIMIT": resize - crop,
         "CROP": crop,
         "VIEWS": views,
         "BLOCK": _BLOCK,
@@ -247,10 +285,10 @@ def _launch(
         arguments[f"{color}_scale"] = 1 / (255 * s)
         arguments[f"{color}_shift"] = -m / s
     programs = cdiv(row, 8 * _BLOCK) * count
-    if max(height, width) > resize:
+    if height > frame.height or width > frame.width:
         return Launch(_shrink_kernel, programs * cdiv(crop, _ROWS), {**arguments, "ROWS": _ROWS}, _WARPS)
     # The number of gaps, at most, from the first row of a crop to the last, both included.
-    gaps = (crop - 1) * height // resize + 2
+    gaps = (crop - 1) * height // frame.height + 2
     return Launch(_enlarge_kernel, programs * gaps, {**arguments, "GAPS": gaps}, _WARPS)
 
 
@@ -259,8 +297,10 @@ def augment(
     indices: Tensor,
     offsets: Tensor,
     flips: Tensor,
+    colors: Tensor | None,
     views: int,
     resize: int,
+    keep_shape: bool,
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -271,33 +311,38 @@ def augment(
     out = reference.empty_batch(count, crop, dtype, images.device)
     if count > 0:
         rows = indices.contiguous(), offsets.contiguous(), flips.contiguous()
-        _launch(images, *rows, out, views, resize, crop, mean, std).run()
+        colors = None if colors is None else colors.contiguous()
+        _launch(images, *rows, colors, out, views, resize, keep_shape, crop, mean, std).run()
     return out
 
 
 def inspect_cases() -> list[KernelCase]:
-    """For `inspect`: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk."""
+    """For `inspect`: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk, and the paper's."""
     resize, crop = 256, 224
 
     def tensors(
-        batch: int, height: int, width: int, views: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch: int, height: int, width: int, views: int, colored: bool, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         rows = torch.arange(batch if views == 1 else views, device=device)
         images = torch.zeros((batch, height, width, 3), dtype=torch.uint8, device=device)
         offsets = torch.stack([rows * 7 % 33, rows * 13 % 33], dim=1).int()
-        return images, torch.arange(batch, device=device), offsets, rows % 2 == 1
+        colors = torch.zeros((batch, 3), device=device) if colored else None
+        return images, torch.arange(batch, device=device), offsets, rows % 2 == 1, colors
 
-    def case(name: str, height: int, width: int, views: int, traffic_limit: float) -> KernelCase:
+    def case(
+        name: str, height: int, width: int, views: int, traffic_limit: float, *, paper: bool = False
+    ) -> KernelCase:
+        # The paper keeps the shape of images, and shifts colours.
+        geometry = resize, paper, crop, [0.5] * 3, [1.0] * 3
+
         def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
             out = torch.zeros((batch * views, 3, crop, crop), dtype=dtype, device=device)
             out = out.contiguous(memory_format=torch.channels_last)
-            return _launch(
-                *tensors(batch, height, width, views, device), out, views, resize, crop, [0.5] * 3, [1.0] * 3
-            )
+            return _launch(*tensors(batch, height, width, views, paper, device), out, views, *geometry)
 
         def eager(dtype: torch.dtype, batch: int) -> Callable[[], object]:
-            arguments = tensors(batch, height, width, views, torch.device("meta"))
-            return lambda: reference.augment(*arguments, views, resize, crop, [0.5] * 3, [1.0] * 3, dtype)
+            arguments = tensors(batch, height, width, views, paper, torch.device("meta"))
+            return lambda: reference.augment(*arguments, views, *geometry, dtype)
 
         return KernelCase(
             name,
@@ -316,4 +361,6 @@ def inspect_cases() -> list[KernelCase]:
         case("ten_crop", 32, 32, 10, 1.1),
         # Neighbouring programs both read the source rows that lie under the triangles of both.
         case("augment_shrink", 375, 500, 1, 1.25),
+        case("augment_paper", 32, 32, 1, 1.1, paper=True),
+        case("augment_shrink_paper", 375, 500, 1, 1.25, paper=True),
     ]

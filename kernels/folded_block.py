@@ -49,6 +49,7 @@ def folded_conv2d_relu_lrn_max_pool(
     beta: float = 0.75,
     k: float = 1.0,
     indices: Tensor | None = None,
+    colors: Tensor | None = None,
 ) -> Tensor:
     """`relu_lrn_max_pool(folded_conv2d(images, ...), size, alpha, beta, k)`, a part of the batch at a time.
 
@@ -70,6 +71,7 @@ def folded_conv2d_relu_lrn_max_pool(
         size: channels in the window of the normalisation, at least 1.
         alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
         indices: int64 (B,), the image of each crop. None: image i for crop i (and N = B).
+        colors: float32 (B, 3), what is added to every pixel of a crop, as for `augment`. None: 0.
 
     Returns:
         (B, out channels, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in `dtype`, channels-last, where H and W are the
@@ -82,7 +84,7 @@ def folded_conv2d_relu_lrn_max_pool(
     _check_images(images, resize, crop, mean, std, dtype, name)
     indices = _resolve_indices(images, indices, name)
     convolution = FoldedConv(
-        images, indices, offsets, flips, weight, bias,
+        images, indices, offsets, flips, colors, weight, bias,
         resize, crop, list(mean), list(std), stride, padding, dtype,
     )  # fmt: skip
     _check(convolution, name)
@@ -145,19 +147,19 @@ def _block_backward(grad: Tensor, argmax: Tensor, *args: Any) -> tuple[Tensor, T
 
 @_block_backward.register_fake
 def _(grad: Tensor, argmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias = args[4:6]
+    weight, bias = args[5:7]
     return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.numbers = inputs[:6], inputs[6:]
+    tensors, ctx.numbers = inputs[:7], inputs[7:]
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _block_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return None, None, None, None, *gradients, *(None for _ in ctx.numbers)
+    return None, None, None, None, None, *gradients, *(None for _ in ctx.numbers)
 
 
 _block.register_autograd(_differentiate, setup_context=_save)

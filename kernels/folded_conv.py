@@ -41,6 +41,7 @@ def folded_conv2d(
     padding: int,
     dtype: torch.dtype,
     indices: Tensor | None = None,
+    colors: Tensor | None = None,
 ) -> Tensor:
     """`conv2d(augment(images, offsets, flips, ...), weight, bias, stride, padding)`, rounded only at the end.
 
@@ -60,6 +61,7 @@ def folded_conv2d(
         padding: zeros added to each side of the crop, on both axes.
         dtype: of the result: float32, bfloat16 or float16.
         indices: int64 (B,), the image of each crop. None: image i for crop i (and N = B).
+        colors: float32 (B, 3), what is added to every pixel of a crop, as for `augment`. None: 0.
 
     Returns:
         (B, out channels, (crop + 2 * padding - height) // stride + 1, the same of the width) in `dtype`,
@@ -74,14 +76,14 @@ def folded_conv2d(
     _check_images(images, resize, crop, mean, std, dtype, name)
     indices = _resolve_indices(images, indices, name)
     arguments = FoldedConv(
-        images, indices, offsets, flips, weight, bias,
+        images, indices, offsets, flips, colors, weight, bias,
         resize, crop, list(mean), list(std), stride, padding, dtype,
     )  # fmt: skip
     _check(arguments, name)
     return _folded_conv(*arguments)
 
 
-_TENSORS = "Tensor images, Tensor indices, Tensor offsets, Tensor flips, Tensor weight"
+_TENSORS = "Tensor images, Tensor indices, Tensor offsets, Tensor flips, Tensor? colors, Tensor weight"
 _NUMBERS = "SymInt resize, SymInt crop, float[] mean, float[] std, SymInt stride, SymInt padding"
 # The fields of `FoldedConv`, in the notation of torch.library. Written out, not inferred from a signature, so
 # that four operators share it.
@@ -90,8 +92,8 @@ SCHEMA = f"{_TENSORS}, Tensor bias, {_NUMBERS}, ScalarType dtype"
 
 def _check(arguments: FoldedConv, name: str) -> None:
     """Raise ValueError for what `_check_images` does not check, except the values in tensors."""
-    images, indices, offsets, flips, weight, bias, resize, crop, _, _, stride, padding, _ = arguments
-    _check_plan(images, indices, offsets, flips, name)
+    images, indices, offsets, flips, colors, weight, bias, resize, crop, _, _, stride, padding, _ = arguments
+    _check_plan(images, indices, offsets, flips, colors, name)
     height, width = images.shape[1:3]
     if resize % height or resize % width:
         raise ValueError(
@@ -159,7 +161,7 @@ def _(*args: Any) -> Tensor:
 )
 def _folded_conv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     # The gradients do not depend on the bias, which this operator does not take.
-    arguments = FoldedConv._make((*args[:5], None, *args[5:], grad.dtype))
+    arguments = FoldedConv._make((*args[:6], None, *args[6:], grad.dtype))
     images, weight = arguments.images, arguments.weight
     check_fits("gradient", grad, _empty_output(arguments, "meta").shape, grad.dtype, weight)
     with torch.autocast(images.device.type, enabled=False):
@@ -171,19 +173,19 @@ def _folded_conv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @_folded_conv_backward.register_fake
 def _(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight = args[4]
+    weight = args[5]
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _ = inputs[:6]
-    *ctx.numbers, _ = inputs[6:]
+    *tensors, _ = inputs[:7]
+    *ctx.numbers, _ = inputs[7:]
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _folded_conv_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return None, None, None, None, *gradients, *(None for _ in ctx.numbers), None
+    return None, None, None, None, None, *gradients, *(None for _ in ctx.numbers), None
 
 
 _folded_conv.register_autograd(_differentiate, setup_context=_save)

@@ -37,6 +37,7 @@ class FoldedConv(NamedTuple):
     indices: Tensor
     offsets: Tensor
     flips: Tensor
+    colors: Tensor | None
     weight: Tensor
     bias: Tensor
     resize: int
@@ -99,7 +100,8 @@ class SourceCrops:
     """A batch before it is enlarged: the source images, and the position of each crop.
 
     Attributes:
-        source: (B, H, W, 3), normalised, mirrored where the crop is, and padded as `Axis.pixels` says.
+        source: (B, H, W, 3), normalised with its colour, mirrored where the crop is, and padded as
+            `Axis.pixels` says.
         tops, lefts: int64 (B,), the offsets of the crops in the enlarged image, mirrored where the crop is.
         rows, columns: the two axes.
     """
@@ -118,7 +120,9 @@ class SourceCrops:
 
 def source_crops(arguments: FoldedConv, dtype: torch.dtype) -> SourceCrops:
     """The crops that `arguments` describe, in arithmetic of `dtype`."""
-    images, indices, offsets, flips, weight, _, resize, crop, mean, std, stride, padding, _ = arguments
+    images, indices, offsets, flips, colors, weight, _, resize, crop, mean, std, stride, padding, _ = (
+        arguments
+    )
     height, width = images.shape[1:3]
     rows = axis(height, resize, crop, weight.shape[2], stride, padding)
     columns = axis(width, resize, crop, weight.shape[3], stride, padding)
@@ -126,6 +130,10 @@ def source_crops(arguments: FoldedConv, dtype: torch.dtype) -> SourceCrops:
     x = torch.where(flips[:, None], width - 1 - x, x)
     pixels = images[indices[:, None, None], y[:, None], x[:, None, :]]
     shift, scale = (torch.tensor(values, dtype=dtype, device=images.device) for values in (mean, std))
+    if colors is not None:
+        # Enlarging the shifted image shifts the enlarged one: the weights of a pixel sum to 1. The zeros that
+        # pad a crop are weights of zero (`Axis.mixing`), which no shift changes.
+        shift = shift - colors.to(dtype)[:, None, None, :]
     source = (pixels.to(dtype) / 255 - shift) / scale
     tops, lefts = offsets.long().unbind(1)
     return SourceCrops(source, tops, torch.where(flips, resize - crop - lefts, lefts), rows, columns)

@@ -32,7 +32,11 @@ import triton
 from . import _aot
 from ._triton_launch import FLOAT_DTYPES, KernelCase, dtype_name, is_interpreted
 
-KERNEL_MODULES = ("fastalex.kernels.lrn_triton", "fastalex.kernels.augment_triton")
+KERNEL_MODULES = (
+    "fastalex.kernels.lrn_triton",
+    "fastalex.kernels.augment_triton",
+    "fastalex.kernels.factored_sgd_triton",
+)
 RESULTS = Path("benchmarks/results")
 BATCH = 128
 BANDWIDTH = {"RTX 4070 Ti SUPER": 672e9, "H100": 3350e9}  # bytes per second, from NVIDIA's data sheets
@@ -55,7 +59,9 @@ def _compile(job: _Job) -> dict[str, Any]:
     case = _cases(job.module)[job.case]
     launch = case.launch(job.dtype, BATCH, torch.device("meta"))
     code = _aot.compile_launch(launch, job.arch)
-    tiling = {name: launch.arguments[name] for name in ("BLOCK", "ROWS", "rows") if name in launch.arguments}
+    tiling = {
+        name: launch.arguments[name] for name in ("BLOCK", "ROWS", "rows", "TILE") if name in launch.arguments
+    }
     return {
         "kernel": case.name,
         "dtype": dtype_name(job.dtype),

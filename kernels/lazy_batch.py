@@ -31,6 +31,7 @@ class LazyBatch:
         resize, crop: pixels on each axis, of the enlarged image and of a crop.
         mean, std: three numbers each, one per channel, for pixels in 0..1.
         dtype: of the materialized batch: float32, bfloat16 or float16.
+        colors: float32 (B, 3), what is added to every pixel of a crop, in units of pixels in 0..1; None: 0.
     """
 
     images: Tensor
@@ -42,6 +43,7 @@ class LazyBatch:
     mean: Sequence[float]
     std: Sequence[float]
     dtype: torch.dtype
+    colors: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -50,8 +52,9 @@ class LazyBatch:
 
     def chunk(self, chunks: int) -> list[LazyBatch]:
         """Split the batch into lazy batches, as ``Tensor.chunk`` does."""
-        parts = zip(*(x.chunk(chunks) for x in (self.indices, self.offsets, self.flips)), strict=True)
-        return [replace(self, indices=i, offsets=o, flips=f) for i, o, f in parts]
+        names = ["indices", "offsets", "flips", *(["colors"] if self.colors is not None else [])]
+        parts = zip(*(getattr(self, name).chunk(chunks) for name in names), strict=True)
+        return [replace(self, **dict(zip(names, part, strict=True))) for part in parts]
 
     def materialize(self) -> Tensor:
         """The batch, (B, 3, crop, crop), channels-last."""

@@ -1,6 +1,6 @@
 """Local response normalisation as PyTorch operators: checks, dispatch by device, gradients.
 
-Four operators in the namespace `fastalex`, two forward and two backward. `lrn_numba` computes them on the
+Five operators in the namespace `fastalex`, two forward and three backward. `lrn_numba` computes them on the
 CPU and `lrn_triton` on CUDA. `lrn_reference`, plain PyTorch, computes float64, every other device, and the
 shapes that the fast module does not take: on the CPU windows that reach over more than 16 channels to a
 side, on CUDA channels not a multiple of 8 and windows of 1 or over 5. The fast modules are imported by the
@@ -72,14 +72,25 @@ def relu_lrn(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: f
 
 
 def relu_lrn_max_pool(
-    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    x: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`max_pool2d(relu_lrn(x, ...), kernel_size=3, stride=2)` in one pass forward and one backward.
+    """`max_pool2d(relu_lrn(x + bias, ...), kernel_size=3, stride=2)` in one pass forward and one backward.
+
+    With a bias, call the convolution before it without one: on CUDA that saves a pass over its output, and
+    one over the gradient, whose sum over N, H and W is the bias's. Elsewhere the bias is added, and its
+    gradient summed, in a pass of its own, which a convolution with a bias may do without.
 
     Args:
         x: (N, C, H, W) with H and W at least 3, fp32, bf16, fp16 or float64.
         size: channels in the window, at least 1.
         alpha, beta, k: factor of the mean square, exponent and added constant, as for `local_response_norm`.
+        bias: (C,), fp32 or in the dtype of `x`, added to each channel before the ReLU. The sum is not rounded
+            to the dtype of `x`.
 
     Returns:
         (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1), in the dtype and memory format of `x`. The maximum is
@@ -87,10 +98,13 @@ def relu_lrn_max_pool(
         `max_pool2d`.
 
     Raises:
-        ValueError: as `local_response_norm`; or the image is smaller than the pooling window.
+        ValueError: as `local_response_norm`; the image is smaller than the pooling window; or the bias has
+            another shape, dtype or device than above.
     """
     _check_pooling(x, size, "relu_lrn_max_pool")
-    return _lrn_max_pool(x, size, alpha, beta, k)[0]
+    if bias is not None:
+        _check_bias(x, bias)
+    return _lrn_max_pool(x, size, alpha, beta, k, bias)[0]
 
 
 def _check(x: Tensor, size: int, ranks: tuple[int, ...], name: str) -> None:
@@ -107,6 +121,11 @@ def _check_pooling(x: Tensor, size: int, name: str) -> None:
     _check(x, size, (4,), name)
     if x.shape[2] < 3 or x.shape[3] < 3:
         raise ValueError(f"{name}: height and width must be at least 3, got {tuple(x.shape)}")
+
+
+def _check_bias(x: Tensor, bias: Tensor) -> None:
+    dtype = bias.dtype if bias.dtype == torch.float32 else x.dtype
+    check_fits("bias", bias, x.shape[1:2], dtype, x)
 
 
 def _check_pooled_gradient(grad: Tensor, argmax: Tensor, x: Tensor) -> None:
@@ -161,8 +180,10 @@ def _(grad: Tensor, x: Tensor, *options: Any) -> Tensor:
 
 
 @custom_op("fastalex::lrn_max_pool", mutates_args=())
-def _lrn_max_pool(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    return _implementation(x, size).lrn_max_pool_forward(x, size, alpha, beta, k)
+def _lrn_max_pool(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _implementation(x, size).lrn_max_pool_forward(x, size, alpha, beta, k, bias)
 
 
 @_lrn_max_pool.register_fake
@@ -184,6 +205,22 @@ def _(grad: Tensor, argmax: Tensor, x: Tensor, *options: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+@custom_op("fastalex::lrn_max_pool_bias_backward", mutates_args=())
+def _lrn_max_pool_bias_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, bias: Tensor, size: int, alpha: float, beta: float, k: float
+) -> tuple[Tensor, Tensor]:
+    _check_pooled_gradient(grad, argmax, x)
+    _check_bias(x, bias)
+    module = _implementation(x, size)
+    return module.lrn_max_pool_bias_backward(grad, argmax, x, bias, size, alpha, beta, k)
+
+
+@_lrn_max_pool_bias_backward.register_fake
+def _(grad: Tensor, argmax: Tensor, x: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check_pooled_gradient(grad, argmax, x)
+    return torch.empty_like(x), bias.new_empty(bias.shape)
+
+
 # --- gradients --------------------------------------------------------------------------------------------
 
 
@@ -198,19 +235,23 @@ def _differentiate_lrn(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_lrn_max_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x, output[1])
+    x, *ctx.options, bias = inputs
+    ctx.save_for_backward(x, output[1], bias)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_lrn_max_pool(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, argmax = ctx.saved_tensors
-    return _lrn_max_pool_backward(grad, argmax, x, *ctx.options), *(None for _ in ctx.options)
+    x, argmax, bias = ctx.saved_tensors
+    no_options = (None for _ in ctx.options)
+    if bias is None:
+        return _lrn_max_pool_backward(grad, argmax, x, *ctx.options), *no_options, None
+    dx, d_bias = _lrn_max_pool_bias_backward(grad, argmax, x, bias, *ctx.options)
+    return dx, *no_options, d_bias
 
 
 _lrn.register_autograd(_differentiate_lrn, setup_context=_save_lrn)
 _lrn_max_pool.register_autograd(_differentiate_lrn_max_pool, setup_context=_save_lrn_max_pool)
-for _backward in (_lrn_backward, _lrn_max_pool_backward):
+for _backward in (_lrn_backward, _lrn_max_pool_backward, _lrn_max_pool_bias_backward):
     refuse_second_derivative(
         _backward,
         "fastalex's LRN kernels are differentiable once; for second derivatives use "

@@ -370,8 +370,17 @@ def lrn_backward(
     return finish(out, dx)
 
 
-def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    """As `lrn_reference.lrn_max_pool_forward`, for fp32, bf16 and fp16 on the CPU."""
+def lrn_max_pool_forward(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `lrn_reference.lrn_max_pool_forward`, for fp32, bf16 and fp16 on the CPU.
+
+    A bias is added in a pass of its own: on the CPU the convolution adds it for nothing, so AlexNet gives
+    none to this function there.
+    """
+    if bias is not None:
+        y, argmax = lrn_max_pool_forward(reference.add_bias(x, bias), size, alpha, beta, k)
+        return y.to(x.dtype), argmax
     # The kernel compares absolute values as bits; a negative alpha or k makes some results negative.
     if alpha < 0 or k < 0:
         return reference.lrn_max_pool_forward(x, size, alpha, beta, k)
@@ -397,3 +406,12 @@ def lrn_max_pool_backward(
     options = _options(x, size, alpha, beta, k, True)
     run(_pool_backward, _parallel_pool_backward, x.shape[0] * x.shape[2], *arrays, shape, *options)
     return finish(out, dx)
+
+
+def lrn_max_pool_bias_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, bias: Tensor, size: int, alpha: float, beta: float, k: float
+) -> tuple[Tensor, Tensor]:
+    """As `lrn_reference.lrn_max_pool_bias_backward`; the gradient is summed in a pass of its own."""
+    biased = reference.add_bias(x, bias)
+    dx = lrn_max_pool_backward(grad.float(), argmax, biased, size, alpha, beta, k)
+    return dx.to(x.dtype), dx.sum((0, 2, 3)).to(bias.dtype)

@@ -70,8 +70,16 @@ def lrn_backward(
     return _like(_relu_backward(dv, x) if relu else dv, x)
 
 
-def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    """`max_pool2d(local_response_norm(relu(x)), 3, 2)` and the position of each maximum.
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """`x` plus the bias of its channels, (C,), in the dtype of the arithmetic, not rounded to that of `x`."""
+    wide = _wide(x)
+    return torch.add(wide, bias.view(-1, 1, 1), out=torch.empty_like(wide))
+
+
+def lrn_max_pool_forward(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`max_pool2d(local_response_norm(relu(x + bias)), 3, 2)` and the position of each maximum.
 
     The maximum is taken before rounding to the dtype of `x`. The second tensor is uint8, shaped like the
     first: row * 3 + column inside the 3x3 window, the first of equal maxima, the last NaN if there is any
@@ -81,7 +89,8 @@ def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: flo
     like = x[:, :, : pooled_shape[0], : pooled_shape[1]]  # its empty_like has the memory format of x
     if x.numel() == 0:
         return torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
-    normalised = lrn_forward(_wide(x), size, alpha, beta, k, True)
+    biased = _wide(x) if bias is None else add_bias(x, bias)
+    normalised = lrn_forward(biased, size, alpha, beta, k, True)
     pooled, index = F.max_pool2d(normalised, 3, 2, return_indices=True)
     width = x.shape[3]
     row = index // width - 2 * torch.arange(pooled_shape[0], device=x.device)[:, None]
@@ -103,3 +112,11 @@ def lrn_max_pool_backward(
         view = spread[:, :, row : row + 2 * pooled_height - 1 : 2, column : column + 2 * pooled_width - 1 : 2]
         view += torch.where(argmax == position, g, 0)
     return _like(lrn_backward(spread, _wide(x), size, alpha, beta, k, True), x)
+
+
+def lrn_max_pool_bias_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, bias: Tensor, size: int, alpha: float, beta: float, k: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `lrn_max_pool_forward` with respect to `x` and to `bias`."""
+    dx = lrn_max_pool_backward(_wide(grad), argmax, add_bias(x, bias), size, alpha, beta, k)
+    return _like(dx, x), dx.sum((0, 2, 3)).to(bias.dtype)

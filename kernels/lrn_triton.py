@@ -40,6 +40,13 @@ windows, always in the same places, so for each position the lane *gathers* the 
 whose maximum it was. Gathering needs no atomics, which would add in a different order in each run: every
 element of dx is written once, by one lane, in a fixed order.
 
+**A bias** of the convolution before them can be given to the pooled kernels, for which the convolution would
+need a pass over its output, and its gradient, the sum of dx over all positions, a pass over dx. Forward adds
+it in registers, in fp32. Backward adds it again, and each lane sums the dx that it computes, before rounding.
+At its end a program adds the sums of its lanes that have the same channels and writes a row of C of them.
+`torch.sum` adds the rows. There is no atomic addition, so the order is fixed. The rows are 1% of the bytes of
+the backward pass with 96 channels, 3% with 256, and are read again at once, most likely from L2.
+
 **Saved for backward**: the input, before ReLU, and the byte. ReLU, d and the powers are recomputed: they
 cost a few instructions on values that must be loaded anyway, and saving them would cost memory traffic. An
 H200 has the bandwidth for more: there the pooled kernels are bound by instructions in bf16 (docs/gpu.md).
@@ -51,6 +58,8 @@ which the compiler moves to packed bf16 halves, 64; loops over the windows that 
 loads are not all hoisted to the top, 62. Serving both positions of a row from one load of a window saves 8%
 of the instructions but needs 77, and spills when capped at 64. Halving the registers doubles the threads in
 flight on an H100, from a quarter of its capacity to a half. (`_POOL_BACKWARD_REGISTERS` is the cap in use.)
+With a bias the sums take eight registers more, so the loop over the four positions of a quad stays a loop,
+which needs 71; unrolled it needs 96, and spills when capped at 80.
 
 **Other channel counts and windows** are not computed here: `takes` says which tensors are, and `lrn` passes
 the others to `lrn_reference`.
@@ -64,6 +73,7 @@ the others to `lrn_reference`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,6 +162,19 @@ def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.conste
     return left[LEFT_WIDTH - LEFT :] + middle + right[:RIGHT]
 
 
+@triton.jit
+def _load_bias(pointer, group, masks, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """The bias of every lane's channels in fp32, as `_load_with_halo`; None if there is none."""
+    if pointer is None:
+        return None
+    else:
+        loaded = _load_with_halo(pointer, group * 8, masks, BLOCK, LEFT, RIGHT)
+        bias = ()
+        for i in tl.static_range(LEFT + 8 + RIGHT):
+            bias = bias + (loaded[i].to(tl.float32),)
+        return bias
+
+
 # ---------------------------------------------------------------- the arithmetic, on columns in registers
 
 
@@ -198,13 +221,17 @@ def _normalise(
     x_pointer,
     offset,
     masks,
+    bias,
     terms,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
     B75: tl.constexpr,
 ):
-    """Eight channels of the normalised (ReLU of) x for every lane. `terms`: alpha / size, k and -beta."""
+    """Eight channels of the normalised (ReLU of) x for every lane. `terms`: alpha / size, k and -beta.
+
+    `bias` is None, or the bias of the channels as columns, with the halo.
+    """
     alpha, k, neg_beta = terms
     LEFT: tl.constexpr = SIZE // 2
     loaded = _load_with_halo(x_pointer, offset, masks, BLOCK, LEFT, (SIZE - 1) // 2)
@@ -212,6 +239,8 @@ def _normalise(
     squares = ()
     for i in tl.static_range(7 + SIZE):
         v = loaded[i].to(tl.float32)
+        if bias is not None:
+            v += bias[i]
         if RELU:
             v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
         x = x + (v,)
@@ -228,6 +257,8 @@ def _gradient(
     x_pointer,
     offset,
     masks,
+    bias_pointer,
+    group,
     grad,
     terms,
     slope,
@@ -236,16 +267,22 @@ def _gradient(
     RELU: tl.constexpr,
     B75: tl.constexpr,
 ):
-    """Eight channels of dx for every lane; `grad` holds channels -RIGHT ... 7 + LEFT of G as columns."""
+    """Eight channels of dx for every lane; `grad` holds channels -RIGHT ... 7 + LEFT of G as columns.
+
+    With a bias dx is 0 where the mask is off, for then both x and the bias are 0.
+    """
     alpha, k, neg_beta = terms
     LEFT: tl.constexpr = SIZE // 2
     RIGHT: tl.constexpr = (SIZE - 1) // 2
     HALO: tl.constexpr = SIZE - 1
     loaded = _load_with_halo(x_pointer, offset, masks, BLOCK, HALO, HALO)
+    bias = _load_bias(bias_pointer, group, masks, BLOCK, HALO, HALO)
     x = ()
     squares = ()
     for i in tl.static_range(8 + 2 * HALO):
         v = loaded[i].to(tl.float32)
+        if bias is not None:
+            v += bias[i]
         if RELU:
             v = tl.where(v < 0.0, 0.0, v)  # the same as a maximum, in fewer registers: see the docstring
         x = x + (v,)
@@ -296,7 +333,7 @@ def _forward_kernel(
     lane = tl.arange(0, BLOCK)
     group = ((start % GROUPS).to(tl.int32) + lane) % GROUPS
     masks = _vector_masks(lane < vectors - start, group, GROUPS)
-    y = _normalise(x_pointer + start * 8, lane * 8, masks, (alpha, k, neg_beta), BLOCK, SIZE, RELU, B75)
+    y = _normalise(x_pointer + start * 8, lane * 8, masks, None, (alpha, k, neg_beta), BLOCK, SIZE, RELU, B75)
     _store(y_pointer + start * 8, lane * 8, masks[0], y, BLOCK, 8)
 
 
@@ -323,7 +360,9 @@ def _backward_kernel(
     masks = _vector_masks(lane < vectors - start, group, GROUPS)
     grad = _load_with_halo(grad_pointer + start * 8, lane * 8, masks, BLOCK, (SIZE - 1) // 2, SIZE // 2)
     terms = (alpha, k, neg_beta)
-    dx = _gradient(x_pointer + start * 8, lane * 8, masks, grad, terms, slope, BLOCK, SIZE, RELU, B75)
+    dx = _gradient(
+        x_pointer + start * 8, lane * 8, masks, None, group, grad, terms, slope, BLOCK, SIZE, RELU, B75
+    )
     _store(dx_pointer + start * 8, lane * 8, masks[0], dx, BLOCK, 8)
 
 
@@ -347,6 +386,8 @@ def _row_maximum(
     x_pointer,
     offset,
     masks,
+    bias_pointer,
+    group,
     terms,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -356,10 +397,11 @@ def _row_maximum(
     """The largest of three neighbouring positions of a row, and which it is: 0, 1 or 2."""
     zero = tl.zeros((BLOCK,), tl.int32)
     zeros = (zero, zero, zero, zero, zero, zero, zero, zero)
-    best = _normalise(x_pointer, offset, masks, terms, BLOCK, SIZE, True, B75)
+    bias = _load_bias(bias_pointer, group, masks, BLOCK, SIZE // 2, (SIZE - 1) // 2)
+    best = _normalise(x_pointer, offset, masks, bias, terms, BLOCK, SIZE, True, B75)
     best_tap = zeros
     for column in tl.static_range(1, 3):
-        y = _normalise(x_pointer, offset + column * C, masks, terms, BLOCK, SIZE, True, B75)
+        y = _normalise(x_pointer, offset + column * C, masks, bias, terms, BLOCK, SIZE, True, B75)
         best, best_tap = _keep_larger(best, best_tap, y, zeros, column)
     return best, best_tap
 
@@ -369,6 +411,7 @@ def _pool_forward_kernel(
     x_pointer,
     y_pointer,
     argmax_pointer,
+    bias_pointer,
     batch,
     height,
     width,
@@ -398,12 +441,16 @@ def _pool_forward_kernel(
     )
     terms = (alpha, k, neg_beta)
     masks = _vector_masks(inside, group, GROUPS)
-    best, best_tap = _row_maximum(x_pointer, source, masks, terms, C, BLOCK, SIZE, B75)
+    best, best_tap = _row_maximum(x_pointer, source, masks, bias_pointer, group, terms, C, BLOCK, SIZE, B75)
     for row in range(rows):
         masks = _vector_masks(inside & (first_row + row < pooled_height), group, GROUPS)
-        middle, middle_tap = _row_maximum(x_pointer, source + width * C, masks, terms, C, BLOCK, SIZE, B75)
+        middle, middle_tap = _row_maximum(
+            x_pointer, source + width * C, masks, bias_pointer, group, terms, C, BLOCK, SIZE, B75
+        )
         best, best_tap = _keep_larger(best, best_tap, middle, middle_tap, 3)
-        last, last_tap = _row_maximum(x_pointer, source + 2 * width * C, masks, terms, C, BLOCK, SIZE, B75)
+        last, last_tap = _row_maximum(
+            x_pointer, source + 2 * width * C, masks, bias_pointer, group, terms, C, BLOCK, SIZE, B75
+        )
         best, best_tap = _keep_larger(best, best_tap, last, last_tap, 6)
         _store(y_pointer, target, masks[0], best, BLOCK, 8)
         _store(argmax_pointer, target, masks[0], best_tap, BLOCK, 8)
@@ -426,8 +473,8 @@ def _pooled_gradient(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
+    ROW,
+    COLUMN,
 ):
     """The gradient of position (ROW, COLUMN) of a quad, from the windows whose maximum it was, with the halo.
 
@@ -459,12 +506,72 @@ def _pooled_gradient(
     return total
 
 
+@triton.jit
+def _position(
+    x_pointer,
+    grad_pointer,
+    argmax_pointer,
+    dx_pointer,
+    bias_pointer,
+    source,
+    pooled,
+    quad,
+    inside,
+    group,
+    sizes,
+    terms,
+    slope,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    B75: tl.constexpr,
+    ROW,
+    COLUMN,
+):
+    """Store dx of position (ROW, COLUMN) of a quad, and return it as columns."""
+    height, width, pooled_height, pooled_width = sizes
+    grad = _pooled_gradient(
+        grad_pointer, argmax_pointer, pooled, quad, inside, group,
+        pooled_height, pooled_width, C, BLOCK, SIZE, ROW, COLUMN,
+    )  # fmt: skip
+    exists = (2 * quad[0] + ROW < height) & (2 * quad[1] + COLUMN < width)
+    masks = _vector_masks(inside & exists, group, C // 8)
+    offset = source + (ROW * width + COLUMN) * C
+    dx = _gradient(x_pointer, offset, masks, bias_pointer, group, grad, terms, slope, BLOCK, SIZE, True, B75)
+    _store(dx_pointer, offset, masks[0], dx, BLOCK, 8)
+    return dx
+
+
+@triton.jit
+def _store_sums(sums_pointer, columns, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum columns over the program's lanes of the same channels, into its row of (programs, C)."""
+    GROUPS: tl.constexpr = C // 8
+    SLOTS: tl.constexpr = triton.next_power_of_2(GROUPS)
+    TIMES: tl.constexpr = triton.next_power_of_2((BLOCK + GROUPS - 1) // GROUPS)
+    # Lanes slot, slot + GROUPS, slot + 2 * GROUPS ... have the same channels. `tl.gather` moves them from
+    # thread to thread: through shared memory, but once in a program.
+    row = tl.arange(0, TIMES * SLOTS)
+    slot = row % SLOTS
+    lane = row // SLOTS * GROUPS + slot
+    exists = (slot < GROUPS) & (lane < BLOCK)
+    index = tl.broadcast_to(tl.where(exists, lane, 0)[:, None], (TIMES * SLOTS, 8))
+    found = tl.where(exists[:, None], tl.gather(_zip(columns, BLOCK, 8), index, 0), 0.0)
+    sums = tl.sum(tl.reshape(found, (TIMES, SLOTS, 8)), 0)
+    program = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    group = ((program * BLOCK % GROUPS).to(tl.int32) + slot) % GROUPS
+    offset = program * C + (group * 8)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(sums_pointer + offset, sums, mask=(slot < GROUPS)[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pool_backward_kernel(
     x_pointer,
     grad_pointer,
     argmax_pointer,
     dx_pointer,
+    bias_pointer,
+    sums_pointer,
     batch,
     height,
     width,
@@ -478,7 +585,10 @@ def _pool_backward_kernel(
     B75: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A lane: one vector of channels, down `rows` quads of 2x2 input positions."""
+    """A lane: one vector of channels, down `rows` quads of 2x2 input positions.
+
+    With a bias, `sums_pointer` receives the sums of dx over the program's positions, a row of C per program.
+    """
     GROUPS: tl.constexpr = C // 8
     pooled_height = (height - 3) // 2 + 1
     pooled_width = (width - 3) // 2 + 1
@@ -492,21 +602,34 @@ def _pool_backward_kernel(
     inside = image < batch
     source = image * (height * width * C) + ((2 * quad_y * width + 2 * quad_x) * C + group * 8)
     pooled = image * (pooled_height * pooled_width * C) + ((quad_y * pooled_width + quad_x) * C + group * 8)
+    sizes = (height, width, pooled_height, pooled_width)
     terms = (alpha, k, neg_beta)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero)
     for _ in range(rows):
-        for position in tl.static_range(4):
-            grad = _pooled_gradient(
-                grad_pointer, argmax_pointer, pooled, (quad_y, quad_x), inside, group,
-                pooled_height, pooled_width, C, BLOCK, SIZE, position // 2, position % 2,
-            )  # fmt: skip
-            exists = (2 * quad_y + position // 2 < height) & (2 * quad_x + position % 2 < width)
-            masks = _vector_masks(inside & exists, group, GROUPS)
-            offset = source + (position // 2 * width + position % 2) * C
-            dx = _gradient(x_pointer, offset, masks, grad, terms, slope, BLOCK, SIZE, True, B75)
-            _store(dx_pointer, offset, masks[0], dx, BLOCK, 8)
+        if bias_pointer is None:
+            for position in tl.static_range(4):
+                _position(
+                    x_pointer, grad_pointer, argmax_pointer, dx_pointer, None,
+                    source, pooled, (quad_y, quad_x), inside, group, sizes, terms, slope,
+                    C, BLOCK, SIZE, B75, position // 2, position % 2,
+                )  # fmt: skip
+        else:
+            for position in range(4):  # not a static range: see "Registers" in the docstring
+                dx = _position(
+                    x_pointer, grad_pointer, argmax_pointer, dx_pointer, bias_pointer,
+                    source, pooled, (quad_y, quad_x), inside, group, sizes, terms, slope,
+                    C, BLOCK, SIZE, B75, position // 2, position % 2,
+                )  # fmt: skip
+                added = ()
+                for i in tl.static_range(8):
+                    added = added + (sums[i] + dx[i],)
+                sums = added
         quad_y += 1
         source += 2 * width * C
         pooled += pooled_width * C
+    if bias_pointer is not None:
+        _store_sums(sums_pointer, sums, C, BLOCK)
 
 
 # ---------------------------------------------------------------- what to launch, on channels-last tensors
@@ -575,13 +698,21 @@ def _backward(
 
 
 def _pool_forward(
-    x: Tensor, y: Tensor, argmax: Tensor, size: int, alpha: float, beta: float, k: float
+    x: Tensor,
+    y: Tensor,
+    argmax: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    bias: Tensor | None = None,
 ) -> Launch:
     batch, height, width, channels = x.shape
     arguments = {
         "x_pointer": x,
         "y_pointer": y,
         "argmax_pointer": argmax,
+        "bias_pointer": bias,
         "batch": batch,
         "height": height,
         "width": width,
@@ -595,14 +726,29 @@ def _pool_forward(
 
 
 def _pool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, beta: float, k: float
+    grad: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    dx: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    bias: Tensor | None = None,
 ) -> list[Launch]:
     batch, height, width, channels = x.shape
+    strips = batch * cdiv((height + 1) // 2, _BACKWARD_ROWS) * ((width + 1) // 2)
+    lanes = strips * (channels // 8)
+    sums = None
+    if bias is not None:
+        sums = torch.empty(cdiv(lanes, _BLOCK), channels, dtype=torch.float32, device=x.device)
     arguments = {
         "x_pointer": x,
         "grad_pointer": grad,
         "argmax_pointer": argmax,
         "dx_pointer": dx,
+        "bias_pointer": bias,
+        "sums_pointer": sums,
         "batch": batch,
         "height": height,
         "width": width,
@@ -612,8 +758,6 @@ def _pool_backward(
         "SIZE": size,
         **_scalars(size, alpha, beta, k),
     }
-    strips = batch * cdiv((height + 1) // 2, _BACKWARD_ROWS) * ((width + 1) // 2)
-    lanes = strips * (channels // 8)
     return [_launch(_pool_backward_kernel, lanes, arguments, _POOL_BACKWARD_REGISTERS)]
 
 
@@ -643,16 +787,20 @@ def lrn_backward(
     return finish(out, dx)
 
 
-def lrn_max_pool_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    """`max_pool2d(lrn(relu(x)), kernel_size=3, stride=2)`.
+def lrn_max_pool_forward(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`max_pool2d(lrn(relu(x + bias)), kernel_size=3, stride=2)`.
 
-    x: (N, C, H, W) with H and W at least 3. Returns the pooled result and a uint8 tensor of the same shape
-    and strides, the position of the maximum in its window: 3 * row + column, the first of equals.
+    x: (N, C, H, W) with H and W at least 3. bias: (C,), fp32 or the dtype of x. Returns the pooled result
+    and a uint8 tensor of the same shape and strides, the position of the maximum in its window: 3 * row +
+    column, the first of equals.
     """
     like = x[:, :, : (x.shape[2] - 3) // 2 + 1, : (x.shape[3] - 3) // 2 + 1]
     out, argmax = torch.empty_like(like), torch.empty_like(like, dtype=torch.uint8)
     y, argmax_pixels = empty_pixels(out), empty_pixels(argmax)
-    _pool_forward(pixels(x), y, argmax_pixels, size, alpha, beta, k).run()
+    bias = None if bias is None else bias.contiguous()
+    _pool_forward(pixels(x), y, argmax_pixels, size, alpha, beta, k, bias).run()
     return finish(out, y), finish(argmax, argmax_pixels)
 
 
@@ -667,6 +815,18 @@ def lrn_max_pool_backward(
     return finish(out, dx)
 
 
+def lrn_max_pool_bias_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, bias: Tensor, size: int, alpha: float, beta: float, k: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `lrn_max_pool_forward` with respect to `x` and `bias`. The second is summed in fp32."""
+    out = torch.empty_like(x)
+    dx = empty_pixels(out)
+    arguments = pixels(grad), pixels(argmax), pixels(x), dx, size, alpha, beta, k, bias.contiguous()
+    (launch,) = _pool_backward(*arguments)
+    launch.run()
+    return finish(out, dx), launch.tensors["sums_pointer"].sum(0).to(bias.dtype)
+
+
 # ---------------------------------------------------------------- for `inspect`
 
 _PAPER: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
@@ -675,12 +835,15 @@ _POOLED = (_HEIGHT - 3) // 2 + 1
 
 
 def inspect_cases() -> list[KernelCase]:
-    """The four kernels at the shape of AlexNet's first normalisation."""
+    """The kernels at the shape of AlexNet's first normalisation; the pooled ones also with a bias."""
 
     def activation(dtype: torch.dtype, batch: int, device: torch.device, size: int = _HEIGHT) -> Tensor:
         if device.type == "meta":
             return torch.empty(batch, size, size, _CHANNELS, dtype=dtype, device=device)
         return torch.randn(batch, size, size, _CHANNELS).to(dtype)
+
+    def parameter(device: torch.device) -> Tensor:
+        return torch.zeros(_CHANNELS, device=device)
 
     def forward(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
         x = activation(dtype, batch, device)
@@ -690,25 +853,29 @@ def inspect_cases() -> list[KernelCase]:
         x = activation(dtype, batch, device)
         return _backward(torch.ones_like(x), x, torch.empty_like(x), **_PAPER, relu=True)[0]
 
-    def pool_forward(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
+    def pool_forward(dtype: torch.dtype, batch: int, device: torch.device, biased: bool = False) -> Launch:
         y = activation(dtype, batch, device, _POOLED)
-        return _pool_forward(
-            activation(dtype, batch, device), y, torch.zeros_like(y, dtype=torch.uint8), **_PAPER
-        )
+        argmax = torch.zeros_like(y, dtype=torch.uint8)
+        bias = parameter(device) if biased else None
+        return _pool_forward(activation(dtype, batch, device), y, argmax, **_PAPER, bias=bias)
 
-    def pool_backward(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
+    def pool_backward(dtype: torch.dtype, batch: int, device: torch.device, biased: bool = False) -> Launch:
         x = activation(dtype, batch, device)
         grad = activation(dtype, batch, device, _POOLED)
         argmax = torch.zeros_like(grad, dtype=torch.uint8)
-        return _pool_backward(grad, argmax, x, torch.empty_like(x), **_PAPER)[0]
+        bias = parameter(device) if biased else None
+        return _pool_backward(grad, argmax, x, torch.empty_like(x), **_PAPER, bias=bias)[0]
 
-    def eager(pooled: bool, backwards: bool) -> Callable[[torch.dtype, int], Callable[[], object]]:
+    def eager(
+        pooled: bool, backwards: bool, biased: bool
+    ) -> Callable[[torch.dtype, int], Callable[[], object]]:
         def prepare(dtype: torch.dtype, batch: int) -> Callable[[], object]:
             x = torch.empty(batch, _CHANNELS, _HEIGHT, _HEIGHT, dtype=dtype, device="meta")
             x = x.to(memory_format=torch.channels_last).requires_grad_()
+            bias = torch.empty(_CHANNELS, 1, 1, dtype=dtype, device="meta", requires_grad=True)
 
             def run() -> Tensor:
-                y = F.local_response_norm(F.relu(x), **_PAPER)
+                y = F.local_response_norm(F.relu(x + bias if biased else x), **_PAPER)
                 return F.max_pool2d(y, 3, 2) if pooled else y
 
             if not backwards:
@@ -727,7 +894,7 @@ def inspect_cases() -> list[KernelCase]:
             launch=launch,
             writes=tuple(f"{tensor}_pointer" for tensor in writes),
             elements="x_pointer",
-            eager=eager("pool" in name, "backward" in name),
+            eager=eager("pool" in name, "backward" in name, "bias" in name),
             **promises,
         )
 
@@ -741,5 +908,14 @@ def inspect_cases() -> list[KernelCase]:
         case(
             "relu_lrn_max_pool backward", pool_backward, ("dx",),
             traffic_limit=1.25, vector_loads=8, vector_stores=4,
+        ),
+        case(
+            "bias_relu_lrn_max_pool forward", partial(pool_forward, biased=True), ("y", "argmax"),
+            traffic_limit=1.25, vector_loads=11, vector_stores=1, narrowest_store=64,
+        ),
+        # The sums are stored in lines of 4 * C bytes, but by more threads than have 128 bits each.
+        case(
+            "bias_relu_lrn_max_pool backward", partial(pool_backward, biased=True), ("dx", "sums"),
+            traffic_limit=1.25, vector_loads=3, vector_stores=1, narrowest_store=32,
         ),
     ]  # fmt: skip

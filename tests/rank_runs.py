@@ -16,6 +16,7 @@ from unittest import mock
 
 from fastalex.config import (
     CheckpointConfig,
+    Color,
     Compression,
     Config,
     DataConfig,
@@ -63,6 +64,12 @@ def stages(config: Config) -> None:
     config.train.stages = [Stage(epochs=1, resize=34, crop=32)]
 
 
+def fine_tuned(config: Config) -> None:
+    """Starts from the weights of the first option's run, which is beside the images."""
+    config.init_from = str(Path(config.data.root).parent / "plain")
+    config.train.freeze, config.train.head_lr = ["0", "1"], 0.1
+
+
 def set_in(section: str, **values: Any) -> Callable[[Config], None]:
     def change(config: Config) -> None:
         for key, value in values.items():
@@ -81,7 +88,9 @@ OPTIONS: dict[str, Callable[[Config], None]] = {
     "accumulation": set_in("train", accumulate=3),
     "plateau": set_in("train", schedule=Schedule.plateau, patience=0),
     "stages": stages,
+    "shifted colours": set_in("data", color=Color.pca),
     "CutMix": set_in("train", cutmix=0.5),
+    "initial weights and frozen layers": fine_tuned,
     "compressed gradients": set_in("distributed", compression=Compression.bf16),
     "hybrid": hybrid,
     "divergence": set_in("train", lr=1e30, clip_norm=0.0),

@@ -28,6 +28,7 @@ from fastalex.config import (
 )
 from fastalex.distributed.processes import World, joined
 from fastalex.models import alexnet, create_model
+from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
@@ -71,6 +72,10 @@ CASES = {
     "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
     "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
     "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16)),
+    "frozen with batch normalisation, ddp": Case(
+        recipe(freeze=["conv1", "norm_pool1", "fc6"], head_lr=1e-3), {"norm": "batch"}, 4, DDP
+    ),
+    "frozen, hybrid": Case(recipe(freeze=["conv1", "fc6"], head_lr=1e-3), {}, 4, HYBRID),
     "bf16, hybrid": Case(recipe(), {}, 4, HYBRID, Precision.bf16),
 }
 
@@ -110,7 +115,7 @@ class Batches:
 def narrow_alexnet(num_classes: int = 10, **options: Any) -> nn.Module:
     """AlexNet with 256 hidden units: sharded like the full one, in a tenth of the time."""
     torch.manual_seed(0)
-    first, second = PooledLinear(256, 6, 256), nn.Linear(256, 256)
+    first, second = PooledLinear(256, 6, 256), FactoredLinear(256, 256)
     # Not replaced afterwards: drawing the full layers' 54 million weights takes seconds.
     with mock.patch.multiple(alexnet, PooledLinear=lambda *_: first, FactoredLinear=lambda *_: second):
         model = create_model("alexnet", init="he", dropout=0.0, **options)
@@ -201,7 +206,7 @@ def main(folder: Path) -> None:
         world.sum(1)  # starts the threads
         own = gloo_threads()
         results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
-        for name in ("ddp", "hybrid", "batch normalisation, hybrid"):
+        for name in ("ddp", "hybrid", "batch normalisation, hybrid", "frozen, hybrid"):
             results[f"{name}, resumed"] = resumed(CASES[name], world)
         results["collectives"] = collectives(world)
     results["gloo's threads"] = {"own": list(own), "left": list(own & gloo_threads())}

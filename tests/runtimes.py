@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, Graph, LoaderConfig
 from fastalex.data import ImageSet, Loader, build_loader
 from fastalex.distributed.processes import World
 from fastalex.runtime import Runtime
@@ -28,7 +28,10 @@ def a_runtime(
         dtype=dtype,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         compile=False,
+        graph=Graph.network,
         winograd=False,
+        fused_bias=False,
+        factored=False,
         threads=torch.get_num_threads(),
         hardware="of a test",
     )

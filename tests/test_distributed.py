@@ -73,6 +73,22 @@ def test_two_ranks_take_the_steps_of_one_process(name: str, together: list[dict[
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("frozen with batch normalisation, ddp", ("conv1.", "norm_pool1.", "fc6.")),
+        ("frozen, hybrid", ("conv1.", "fc6.")),
+    ],
+)
+def test_frozen_layers_stay_as_they_were_on_two_ranks(
+    name: str, prefixes: tuple[str, ...], together: list[dict[str, Any]]
+) -> None:
+    before = ranks.narrow_alexnet(**ranks.CASES[name].network).state_dict()
+    for theirs in together:
+        for key, weight in theirs[name]["weights"].items():
+            assert torch.equal(weight, before[key]) == key.startswith(prefixes), key
+
+
 def test_hybrid_shards_the_hidden_layers(together: list[dict[str, Any]]) -> None:
     whole = together[0]["ddp"]["parameters here"]
     hidden = 9216 * 256 + 256 + 256 * 256  # without the second layer's bias, which both ranks hold
@@ -80,7 +96,7 @@ def test_hybrid_shards_the_hidden_layers(together: list[dict[str, Any]]) -> None
         assert theirs["hybrid"]["parameters here"] == whole - hidden // 2
 
 
-@pytest.mark.parametrize("name", ["ddp", "hybrid", "batch normalisation, hybrid"])
+@pytest.mark.parametrize("name", ["ddp", "hybrid", "batch normalisation, hybrid", "frozen, hybrid"])
 def test_resumed_ranks_are_bit_identical(name: str, together: list[dict[str, Any]]) -> None:
     assert all(theirs[f"{name}, resumed"] for theirs in together)
 

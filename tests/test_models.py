@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig
 from fastalex.errors import ConfigError
 from fastalex.kernels import winograd_conv2d
 from fastalex.models import MODELS, AlexNet, check_batch, check_crop, count_parameters, create_model, winograd
+from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import WinogradConv2d, allow_winograd
 from fastalex.runtime import choose_runtime
 
@@ -100,6 +104,79 @@ def test_equals_the_eager_baseline_with_the_same_weights() -> None:
     for mine, theirs in zip(ours.parameters(), baseline.parameters(), strict=True):
         scale = theirs.grad.abs().max().item()
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def narrow(**options: str) -> AlexNet:
+    """AlexNet with hidden layers of 32 units, without dropout; biases of a size that matters."""
+    torch.manual_seed(0)
+    model = AlexNet(init="he", dropout=0.0, **options)
+    model.fc6, model.fc7 = PooledLinear(256, 6, 32), FactoredLinear(32, 32)
+    model.fc8 = nn.Linear(32, 10)
+    for layer in (model.conv1, model.conv2):
+        nn.init.normal_(layer.bias, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def narrow_alexnet() -> AlexNet:
+    return narrow()
+
+
+def with_fused_bias(model: AlexNet) -> AlexNet:
+    """A copy whose pooling kernels add the biases of the convolutions before them."""
+    model = copy.deepcopy(model)
+    model.norm_pool1.fused_bias = model.norm_pool2.fused_bias = True
+    return model
+
+
+def test_biases_added_by_the_kernels_give_the_same_logits_and_gradients(narrow_alexnet: AlexNet) -> None:
+    """In fp32, where the sums have another order: eight layers of sums of up to 2,304 products."""
+    images = torch.randn(4, 3, 63, 63, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
+    usual, fused = copy.deepcopy(narrow_alexnet), with_fused_bias(narrow_alexnet)
+    logits = [model(images) for model in (usual, fused)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+    for each in logits:
+        F.cross_entropy(each, torch.arange(4)).backward()
+    for theirs, ours in zip(usual.parameters(), fused.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 1e-4 * theirs.grad.norm()
+
+
+class Convolutions(TorchDispatchMode):
+    """Records whether each convolution is given a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.biased.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("fused_bias", "norm", "biased"),
+    [(True, "lrn", [False] * 2 + [True] * 3), (True, "none", [True] * 5), (None, "lrn", [True] * 5)],
+)
+def test_the_convolutions_add_the_other_biases(
+    fused_bias: bool | None, norm: str, biased: list[bool]
+) -> None:
+    runtime = choose_runtime(
+        RuntimeConfig(device="cpu", precision=Precision.fp32, winograd=False, fused_bias=fused_bias)
+    )
+    model = runtime.place(narrow(norm=norm))
+    with Convolutions() as convolutions:
+        model(torch.zeros(1, 3, 63, 63))
+    assert convolutions.biased == biased
+
+
+def test_a_convolution_without_its_bias_runs_its_hooks(narrow_alexnet: AlexNet) -> None:
+    """`diagnose` finds the layers' inputs by hooks."""
+    model, seen = with_fused_bias(narrow_alexnet), []
+    model.conv1.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    model(torch.randn(1, 3, 63, 63))
+    assert seen == [(1, 3, 63, 63)]
 
 
 def test_normalisation_changes_the_result() -> None:

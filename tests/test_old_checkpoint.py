@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastalex import train
+from fastalex.config import Color, Fit
 from fastalex.models import MODELS
 from fastalex.runs.checkpoint import FORMAT, Checkpoint
 from fastalex.runs.weights import open_weights
@@ -38,6 +39,7 @@ def test_it_holds_the_weights_and_the_configuration() -> None:
     assert checkpoint.step == 20
     config = checkpoint.restore_config()
     assert (config.model.name, config.data.name, config.train.ema_decay) == ("tiny", "digits", 0.9)
+    assert (config.data.fit, config.data.color) == (Fit.square, Color.none)  # which it does not mention
     network = open_weights(FILE).model()
     assert checkpoint.average is not None
     for name, value in network.state_dict().items():

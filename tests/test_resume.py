@@ -64,6 +64,9 @@ RECIPES = {
         epochs=4, batch_size=230, ema_decay=0.9, accumulate=2, clip_norm=1.0, label_smoothing=0.1
     ),
     "CutMix": TrainConfig(epochs=3, batch_size=230, lr=0.1, cutmix=0.5),
+    "frozen layers and a rate of the last one": TrainConfig(
+        epochs=3, batch_size=230, freeze=["0", "1"], head_lr=0.2, ema_decay=0.9, accumulate=2
+    ),
     "stages": TrainConfig(epochs=3, batch_size=230, stages=[Stage(2, 16, 12)]),
     "stages with rates": TrainConfig(
         epochs=3, batch_size=230, lr=0.05, stages=[Stage(1, 16, 12, lr=0.1), Stage(1, 18, 14)]
@@ -119,7 +122,8 @@ def figures(epoch: Epoch) -> dict[str, Any]:
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     weights = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
     weights |= {f"average.{name}": tensor for name, tensor in (trainer.averaged_weights() or {}).items()}
-    for index, parameter in enumerate(trainer.model.parameters()):
+    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    for index, parameter in enumerate(trained):
         weights[f"momentum.{index}"] = trainer.optimizer.state[parameter]["momentum_buffer"]
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastalex.config import Graph
 from fastalex.runtime import Runtime
 
 GPU = torch.device("meta")  # stands for the GPU: its tensors have no values to read
@@ -106,7 +107,9 @@ class GpuRuntime(Runtime):
 
 
 def gpu() -> GpuRuntime:
-    return GpuRuntime(GPU, torch.float32, torch.channels_last, False, False, 1, "none")
+    return GpuRuntime(
+        GPU, torch.float32, torch.channels_last, False, Graph.network, False, False, False, 1, "none"
+    )
 
 
 @contextmanager

@@ -122,10 +122,15 @@ def trainer(
     compiled: bool,
     dropout: float = 0.0,
     cutmix: float = 0.0,
+    fused: bool = False,
     **settings: Any,
 ) -> tuple[Trainer, list[float]]:
-    """A trainer that starts from the same weights as all others, and the list that it appends losses to."""
-    runtime = choose_runtime(RuntimeConfig(precision=precision, compile=compiled))
+    """A trainer that starts from the same weights as all others, and the list that it appends losses to.
+
+    With ``fused`` the passes that a GPU's default leaves apart are fused.
+    """
+    options = RuntimeConfig(precision=precision, compile=compiled, factored=fused, fused_bias=fused)
+    runtime = choose_runtime(options)
     model = copy.deepcopy(initial_model(size.units))
     model.dropout.p = dropout
     torch.manual_seed(1)
@@ -198,6 +203,8 @@ def check(size: Size) -> list[Check]:
     found = [
         compare("compiled and eager", train(size, low, True), plain, bound),
         compare("a batch in four parts and whole", train(size, low, True, accumulate=4), plain, bound),
+        compare("update from factors, biases in kernels", train(size, low, True, fused=True), plain, bound),
+        compare("these, in four parts", train(size, low, True, fused=True, accumulate=4), plain, bound),
         compare("resumed in the middle of an epoch and not", resumed(size, low), plain, bound),
     ]
     mixed = {"cutmix": 0.5, "ema_decay": 0.9, "label_smoothing": 0.1}

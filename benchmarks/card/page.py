@@ -254,7 +254,8 @@ def throughput(found: dict[str, Any]) -> list[str]:
         "",
         *([" ".join(text), ""] if text else []),
     ]
-    for name, program in (("kernels", "fastalex"), ("kernels_stock", "stock")):
+    profiled = {key: key.removeprefix("kernels_") for key in found if key.startswith("kernels_")}
+    for name, program in {"kernels": "fastalex", **profiled}.items():
         if found.get(name):
             spent = [
                 [f"`{short(kernel)[:70]}`", f"{calls:.1f}", f"{ms:.3f}", f"{share:.1%}"]

@@ -2,10 +2,10 @@
 
     python -m benchmarks.card.throughput FOLDER ROOT [--toy]
 
-The programs of ``benchmarks/test_step.py`` and two more, fastalex without CUDA graphs and fastalex without
-compilation, take turns of 200 steps each. For fastalex it also measures Python's time to enqueue a step, how
-often the host waits for the GPU, and the kernels of a step. Rewrites ``throughput.json`` after each part, and
-writes ``benchmarks/results/step_cuda.csv``.
+The programs of ``benchmarks/test_step.py`` and fastalex without CUDA graphs, without compilation, and with
+each of the options that are not its default on a GPU, take turns of 200 steps each. For fastalex it also
+measures Python's time to enqueue a step, how often the host waits for the GPU, and the kernels of a step.
+Rewrites ``throughput.json`` after each part, and writes ``benchmarks/results/step_cuda.csv``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from benchmarks.turns import RoundRunner
 from fastalex.files import write_text
 
 BATCH = 128
-PROGRAMS = ("reference", "stock", "fastalex", "fastalex without graphs", "fastalex eager")
+OPTIONS = ("fastalex factored", "fastalex fused bias", "fastalex step graph")
+PROGRAMS = ("reference", "stock", "fastalex", "fastalex without graphs", "fastalex eager", *OPTIONS)
 PROFILED = 20  # steps
 
 
@@ -47,6 +48,8 @@ def measure(folder: Path, root: Path, toy: bool) -> None:
             write(waits_a_step=fastalex.ask("waits", steps=GPU_TURN) / GPU_TURN)
             write(kernels=fastalex.ask("kernels", steps=PROFILED))
             write(kernels_stock=bench.workers["stock"].ask("kernels", steps=PROFILED))
+            for name in OPTIONS:
+                write(**{f"kernels_{name}": bench.workers[name].ask("kernels", steps=PROFILED)})
         if not toy:
             bench.evaluation(rounds)
             bench.parts(rounds)

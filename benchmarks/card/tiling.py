@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.card.place import given_place
 from benchmarks.hardware import DEVICE, seconds_of
 from fastalex.files import write_text
-from fastalex.kernels import augment_triton, lrn_triton
+from fastalex.kernels import augment_triton, factored_sgd_triton, lrn_triton
 from fastalex.kernels._triton_launch import Launch, dtype_name
 
 BATCH = 128
@@ -52,20 +52,23 @@ SOURCE = (
 )
 
 
+UPDATED = ("weight_pointer", "velocity_pointer")  # arguments that a kernel reads and writes
+
+
 @dataclass(frozen=True)
 class Tiling:
     """A kernel with one launch configuration, and its time.
 
     Attributes:
         kernel: as `fastalex.kernels.inspect` calls it.
-        shape: of the activation, or of the batch that `augment` writes, as it lies in memory.
-        dtype: of the activation or the batch.
-        block: lanes per program.
+        shape: of the activation, of the batch that `augment` writes, or of the weight, as it lies in memory.
+        dtype: of the activation, the batch or the gradient's factors.
+        block: lanes per program, or weights on each side of its tile.
         warps: of 32 threads, per program.
         maxnreg: the most registers per thread; None leaves it to the compiler.
         rows: height of the strip that one lane works on; None if there are no strips, or it was not recorded.
         microseconds: of one call; None if it was not timed.
-        bytes: of all tensors that the kernel reads or writes, each counted once.
+        bytes: of all tensors that the kernel reads or writes, once, and of those that it updates, twice.
     """
 
     kernel: str
@@ -83,7 +86,7 @@ def configuration(launch: Launch) -> dict[str, Any]:
     """The launch configuration, by the names of `Tiling`."""
     rows = launch.arguments.get("rows", launch.arguments.get("ROWS"))
     return {
-        "block": launch.arguments["BLOCK"],
+        "block": launch.arguments.get("BLOCK", launch.arguments.get("TILE")),
         "warps": launch.warps,
         "maxnreg": launch.maxnreg,
         "rows": rows,
@@ -93,14 +96,21 @@ def configuration(launch: Launch) -> dict[str, Any]:
 def described(kernel: str, launch: Launch, microseconds: float | None = None) -> Tiling:
     """Describe a launch."""
     tensors = launch.tensors
-    main = tensors["x_pointer"] if "x_pointer" in tensors else tensors["out_pointer"].movedim(1, -1)
+    if "weight_pointer" in tensors:
+        main, dtype = tensors["weight_pointer"], tensors["output_pointer"].dtype
+    else:
+        main = tensors["x_pointer"] if "x_pointer" in tensors else tensors["out_pointer"].movedim(1, -1)
+        dtype = main.dtype
     return Tiling(
         kernel,
         "x".join(map(str, main.shape)),
-        dtype_name(main.dtype),
+        dtype_name(dtype),
         **configuration(launch),
         microseconds=microseconds,
-        bytes=sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors.values()),
+        bytes=sum(
+            prod(tensor.shape) * tensor.element_size() * (2 if name in UPDATED else 1)
+            for name, tensor in tensors.items()
+        ),
     )
 
 
@@ -126,7 +136,7 @@ def pooled(kernel: str, height: int, channels: int, batch: int, device: str) -> 
 
 def launches_in_use(batch: int, device: str) -> Iterator[tuple[str, Launch]]:
     """Every kernel's name and its launch as fastalex makes it, at the shape that `inspect` uses."""
-    for module in (lrn_triton, augment_triton):
+    for module in (lrn_triton, augment_triton, factored_sgd_triton):
         for case in module.inspect_cases():
             for dtype in DTYPES:
                 if device == "meta":

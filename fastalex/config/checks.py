@@ -62,6 +62,7 @@ def validate(config: Config) -> None:
         if not low <= value < high:
             raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
     _validate_cutmix("train", train.cutmix)
+    _validate_head_lr(train.head_lr, config.init_from)
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     if config.distributed.strategy is Strategy.hybrid:
@@ -78,6 +79,18 @@ def validate(config: Config) -> None:
     if not three or min(data.std) <= 0:
         raise ConfigError(
             f"data.mean={data.mean} data.std={data.std}: each needs three numbers, and std positive ones"
+        )
+    _validate_colors(data)
+
+
+def _validate_colors(data: DataConfig) -> None:
+    values, vectors = data.color_eigenvalues, data.color_eigenvectors
+    lengths = [len(values), *map(len, vectors)]
+    numbers = [*values, *(number for vector in vectors for number in vector)]
+    if lengths != [0] and (lengths != [3] * 4 or not all(map(math.isfinite, numbers)) or min(values) < 0):
+        raise ConfigError(
+            f"data.color_eigenvalues={values} data.color_eigenvectors={vectors}: need three numbers, at "
+            "least 0, and three vectors of three numbers; leave both out to have them computed"
         )
 
 
@@ -104,6 +117,18 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
         raise ConfigError(
             f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
             f"data.crop={data.crop}; raise train.epochs or shorten a stage"
+        )
+
+
+def _validate_head_lr(head_lr: float | None, init_from: str) -> None:
+    if head_lr is None:
+        return
+    if not 0 < head_lr < math.inf:
+        raise ConfigError(f"train.head_lr={head_lr}: must lie between 0 and inf, both left out")
+    if not init_from:
+        raise ConfigError(
+            f"train.head_lr={head_lr}: is the last layer's learning rate where the other layers are trained "
+            "already; give their weights with init_from, or leave it out"
         )
 
 

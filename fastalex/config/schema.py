@@ -47,6 +47,20 @@ class Flip(Enum):
     alternate = "alternate"  # each image mirrored every other epoch; in which half it starts is random
 
 
+class Fit(Enum):
+    """How an image that is not square becomes the square that crops are cut from."""
+
+    square = "square"  # both sides are resized to data.resize, which changes its shape
+    shorter_side = "shorter_side"  # the shorter side is resized to data.resize, and the centre is cut out
+
+
+class Color(Enum):
+    """How a training epoch changes colours."""
+
+    none = "none"
+    pca = "pca"  # a shift along the principal components of the training images' colours
+
+
 class Schedule(Enum):
     """Learning-rate schedule."""
 
@@ -104,6 +118,14 @@ class ExportFormat(Enum):
     state_dict = "state_dict"  # its weights, with the network's definition in plain PyTorch beside them
 
 
+class Graph(Enum):
+    """What a GPU records as a CUDA graph, whose kernels one call launches."""
+
+    network = "network"  # the network's forward pass, and its backward pass
+    step = "step"  # the whole training step
+    off = "off"
+
+
 class Precision(Enum):
     """Arithmetic of the forward and backward pass; master weights are always fp32."""
 
@@ -143,9 +165,14 @@ class DataConfig:
     name: str = MISSING  # cifar10, digits, imagefolder, tiny_imagenet, synthetic
     root: str = "data"
     download: bool = True
-    resize: int = 256  # each image is resized to resize x resize pixels ...
+    resize: int = 256  # each image becomes a square of resize x resize pixels ...
     crop: int = 224  # ... and a crop x crop square is cut from it
+    fit: Fit = Fit.square
     flip: Flip = Flip.random
+    color: Color = Color.none
+    # of the colours, for color=pca; where they are empty, they are computed from the training images
+    color_eigenvalues: list[float] = field(default_factory=list)
+    color_eigenvectors: list[list[float]] = field(default_factory=list)  # a row for each eigenvalue
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     validation_fraction: float = 0.2  # of the training images, where the data set has no split of its own
@@ -196,6 +223,8 @@ class TrainConfig:
     ema_decay: float = 0.0  # decay a step of an average of the weights, which is then evaluated; 0: none
     accumulate: int = 1  # parts that a batch is computed in, one after another, to use less memory
     stages: list[Stage] = field(default_factory=list)  # in order; the remaining epochs are at data.crop
+    freeze: list[str] = field(default_factory=list)  # layers, by name or prefix, that keep their weights
+    head_lr: float | None = None  # with init_from: as lr, for the last layer; null: lr
 
 
 @dataclass
@@ -206,7 +235,12 @@ class RuntimeConfig:
     precision: Precision = Precision.auto
     channels_last: bool = True
     compile: bool | None = None  # torch.compile; null: on a GPU, where it is faster
+    graph: Graph = Graph.network  # GPU: what is recorded as a CUDA graph
     winograd: bool = True  # CPU: Winograd convolutions, with under half the products and more rounding
+    # add the biases of AlexNet's first two convolutions in the kernel after them; null: no
+    fused_bias: bool | None = None
+    # keep the gradients of AlexNet's hidden layers as factors, never multiplied out; null: on a CPU
+    factored: bool | None = None
     threads: int = 0  # CPU threads; 0: one for each core
 
 
@@ -241,6 +275,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: str = ""  # start from the weights of a run or a file; empty: from random ones
     resume: str = ""  # auto: the newest unfinished run, or the one in hydra.run.dir; or a checkpoint or run
     seed: int = 0
     log_every: int = 20  # steps between two reads of the loss, each of which waits for the device

@@ -1,13 +1,13 @@
 """The .beton files of FFCV: the file for a set of images, how it is written and how it is checked.
 
-A file holds labels and raw uint8 pixels of one size. Decoded images are stored in their own size. Image files
-are decoded and resized to resize x resize (``data.resize``), rounded to uint8: a batch is within half a grey
-level of one resized in floating point, and training decodes no JPEG. FFCV's own resize while reading (area
-averaging, up to 102 levels from bilinear) is not used.
+A file holds labels and raw uint8 pixels of one size. Decoded images are stored in their own size. Image
+files are decoded, resized to resize x resize (``data.resize``) as ``data.fit`` says, and rounded to uint8: a
+batch is within half a grey level of one resized in floating point, and training decodes no JPEG. FFCV's own
+resize while reading (area averaging, up to 102 levels from bilinear) is not used.
 
 The file's name is a digest of everything that its contents depend on. A changed source, another
-``data.resize`` or another split into training and validation images gets a file of its own, so that no
-outdated file is read.
+``data.resize`` or ``data.fit``, or another split into training and validation images gets a file of its own,
+so that no outdated file is read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.transforms.v2.functional import resize as resize_image
 from tqdm import tqdm
 
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, Fit, LoaderConfig
 from fastalex.data.cache import cache_folder, file_state, locked
 from fastalex.data.decode import decode_image
+from fastalex.data.fit import fitted
 from fastalex.data.imageset import ImageSet
 from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError, MissingDependencyError, OutputError
@@ -68,7 +68,7 @@ def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Pa
 
     Args:
         images: the split.
-        data: image files are resized to its ``resize``, in pixels.
+        data: image files are resized to its ``resize``, in pixels, as its ``fit`` says.
         loader: its ``beton`` is the folder of the file; empty: fastalex's cache folder.
 
     Raises:
@@ -82,14 +82,14 @@ def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Pa
         raise OutputError(
             f"{folder}: cannot be created ({error.strerror}); loader.beton=FOLDER says where .beton files go"
         ) from None
-    path = folder / f"{_digest(images, data.resize)}.beton"
+    path = folder / f"{_digest(images, data)}.beton"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 for leftover in folder.glob(f".{path.name}.*"):  # from a killed process
                     leftover.unlink(missing_ok=True)
                 with replacing(path) as temporary:
-                    _write(images, data.resize, temporary, path)
+                    _write(images, data, temporary, path)
                     check_beton(temporary, images)
     check_beton(path, images)
     return path
@@ -125,7 +125,7 @@ def check_beton(path: Path, images: ImageSet) -> None:
         raise DataError(f"{path} was not made from these images; delete it, and it will be written again")
 
 
-def _digest(images: ImageSet, resize: int) -> str:
+def _digest(images: ImageSet, data: DataConfig) -> str:
     """Return a digest of the labels and of the pixels, or of the files' paths, sizes and times of change."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(images.labels).data)
@@ -133,20 +133,22 @@ def _digest(images: ImageSet, resize: int) -> str:
         digest.update(str(images.pixels.shape).encode())
         digest.update(np.ascontiguousarray(images.pixels).data)
         return digest.hexdigest()
-    digest.update(f"{resize}\n".encode())
+    digest.update(f"{data.resize}\n".encode())
+    if data.fit is not Fit.square:  # a file that is older than data.fit is square
+        digest.update(f"{data.fit.value}\n".encode())
     for path in images.paths or ():
         digest.update(file_state(path, path.absolute()))
     return digest.hexdigest()
 
 
-def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
+def _write(images: ImageSet, data: DataConfig, path: Path, final: Path) -> None:
     """Write all images to ``path``, with a progress bar that names the ``final`` path.
 
     FFCV's own loop uses several processes and hangs if one of them dies, because of a damaged image or a full
     disk for instance. This is the loop of one of FFCV's workers, in this process; decoding, which takes most
     of the time, is done by worker processes.
     """
-    height, width = (resize, resize) if images.pixels is None else images.pixels.shape[1:3]
+    height, width = (data.resize, data.resize) if images.pixels is None else images.pixels.shape[1:3]
     page_size = 4 * MIN_PAGE_SIZE
     while page_size < 8 * height * width * 3:  # the end of a page that holds no whole image is wasted
         page_size *= 2
@@ -162,7 +164,7 @@ def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
                 allocator,
                 tqdm(total=len(images), desc=f"writing {final}", unit="image", disable=None) as bar,
             ):
-                for i, pixels in _decoded(images, resize):
+                for i, pixels in _decoded(images, data):
                     sample = (pixels, images.labels[i])
                     handle_sample(sample, i, writer.metadata_type.names, metadata, allocator, fields)
                     bar.update()
@@ -174,21 +176,21 @@ def _write(images: ImageSet, resize: int, path: Path, final: Path) -> None:
         writer.metadata_sm.unlink()
 
 
-def _decoded(images: ImageSet, resize: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _decoded(images: ImageSet, data: DataConfig) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield each image, uint8 (H, W, 3), with its index, in any order."""
     if images.pixels is not None:
         yield from enumerate(images.pixels)
         return
     assert images.paths is not None
-    chunks = [(images.paths[i : i + _CHUNK], resize) for i in range(0, len(images), _CHUNK)]
+    chunks = [(images.paths[i : i + _CHUNK], data.resize, data.fit) for i in range(0, len(images), _CHUNK)]
     for number, chunk in map_unordered(_resized, chunks, available_cores()):
         yield from enumerate(chunk, start=number * _CHUNK)
 
 
-def _resized(task: tuple[tuple[Path, ...], int]) -> NDArray[np.uint8]:
-    paths, size = task
+def _resized(task: tuple[tuple[Path, ...], int, Fit]) -> NDArray[np.uint8]:
+    paths, size, fit = task
     chunk = np.empty((len(paths), size, size, 3), np.uint8)
     for place, path in zip(chunk, paths, strict=True):
         image = torch.from_numpy(decode_image(path)).permute(2, 0, 1).float()
-        place[:] = resize_image(image, [size, size], antialias=True).round().permute(1, 2, 0).numpy()
+        place[:] = fitted(image, size, fit).round().permute(1, 2, 0).numpy()
     return chunk

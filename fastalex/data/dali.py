@@ -14,7 +14,7 @@ Two differences between DALI and the other loaders are corrected here:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fastalex.data.workers import num_workers
 from fastalex.errors import DataError, MissingDependencyError
 
 try:
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, math, pipeline_def, types
 except ImportError as error:
     raise MissingDependencyError(
         'loader=dali needs NVIDIA DALI, which is not installed: pip install "fastalex[dali]" '
@@ -70,8 +70,9 @@ class DaliLoader(PlannedLoader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._edges = self._exact_edges()
-        outputs = 1 if self.views is Views.ten_crop else 5 if self._edges is Edges.some else 4
-        self._source = _Source(self.images, self.data.resize - self.data.crop, self.batch_size, outputs)
+        outputs = 1 if self.views is Views.ten_crop else 6 if self._edges is Edges.some else 5
+        margin = self.data.resize - self.data.crop
+        self._source = _Source(self.images, margin, self.data.mean, self.batch_size, outputs)
         self._pipeline: Any = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,8 +98,10 @@ class DaliLoader(PlannedLoader):
 
     def _exact_edges(self) -> Edges:
         pixels, margin = self.images.pixels, self.data.resize - self.data.crop
-        if pixels is not None and max(pixels.shape[1:3]) <= self.data.resize:
-            return Edges.none  # enlarged images agree with torchvision's bit for bit
+        if pixels is not None:
+            sides = pixels.shape[1:3]
+            if (min(sides) if self.keep_shape else max(sides)) <= self.data.resize:
+                return Edges.none  # enlarged images agree with torchvision's bit for bit
         if self.views is Views.center and margin >= 2:
             return Edges.none
         return Edges.some if self.views is Views.random and margin > 0 else Edges.all
@@ -132,6 +135,7 @@ class DaliLoader(PlannedLoader):
             encoded=self.images.pixels is None,
             resize=self.data.resize,
             crop=self.data.crop,
+            keep_shape=self.keep_shape,
             edges=self._edges,
             views=self.num_views,
             mean=[255 * value for value in self.data.mean],
@@ -153,6 +157,7 @@ def _pipeline(
     encoded: bool,
     resize: int,
     crop: int,
+    keep_shape: bool,
     edges: Edges,
     views: int,
     mean: list[float],
@@ -168,9 +173,11 @@ def _pipeline(
     images, *rest = fn.external_source(
         source=source,
         num_outputs=source.num_outputs,
-        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.BOOL][: source.num_outputs],
-        ndim=[1 if encoded else 3, 0, 0, 0, 0][: source.num_outputs],
-        layout=["" if encoded else "HWC", "", "", "", ""][: source.num_outputs],
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT, types.BOOL][
+            : source.num_outputs
+        ],
+        ndim=[1 if encoded else 3, 0, 0, 0, 1, 0][: source.num_outputs],
+        layout=["" if encoded else "HWC", "", "", "", "", ""][: source.num_outputs],
     )
     if encoded:
         images = fn.decoders.image(
@@ -179,19 +186,24 @@ def _pipeline(
     elif gpu:
         images = images.gpu()
 
-    if edges is Edges.none:
-        resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)
-    elif edges is Edges.all:
-        resized = _resize_as_torchvision(images, resize)
+    shape = images.shape(dtype=types.INT32)[0:2]
+    if keep_shape:
+        start, end = _centre_square(shape, resize)
     else:
-        touched = rest[3]
+        start, end = fn.zeros(shape=[2], dtype=types.FLOAT), fn.cast(shape, dtype=types.FLOAT)
+    if edges is Edges.none:
+        resized = _resize_part(images, start, end, resize, resize)
+    elif edges is Edges.all:
+        resized = _resize_as_torchvision(images, start, end, resize)
+    else:
+        touched = rest[4]
         if touched:  # DALI evaluates this per sample; the exact resize is slower
-            resized = _resize_as_torchvision(images, resize)
+            resized = _resize_as_torchvision(images, start, end, resize)
         else:
-            resized = fn.resize(images, resize_y=resize, resize_x=resize, **_BILINEAR)
+            resized = _resize_part(images, start, end, resize, resize)
 
     # A crop's position is a fraction of the margin, which DALI rounds to a pixel.
-    def cut(x: Any, y: Any, mirror: Any) -> Any:
+    def cut(x: Any, y: Any, mirror: Any, mean: Any) -> Any:
         return fn.crop_mirror_normalize(
             resized,
             crop=(crop, crop),
@@ -205,18 +217,37 @@ def _pipeline(
         )
 
     if views == 1:
-        return cut(*rest[:3])
+        return cut(*rest[:4])
     corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]  # x, y; the order of torchvision's FiveCrop
     middle = center_offset(resize, crop) / max(1, resize - crop)
     places = [*corners, (middle, middle)]
-    cuts = [cut(x, y, 0) for x, y in places]
+    cuts = [cut(x, y, 0, mean) for x, y in places]
     # TenCrop mirrors the image and then crops: its left crops are from the right side of the original.
-    cuts += [cut(1.0 - x, y, 1) for x, y in places[: views - 5]]
+    cuts += [cut(1.0 - x, y, 1, mean) for x, y in places[: views - 5]]
     return fn.stack(*cuts)
 
 
-def _resize_as_torchvision(images: Any, size: int) -> Any:
-    """Resize to size x size with ``fn.resize``, but with torchvision's treatment of the edges.
+def _centre_square(shape: Any, size: int) -> tuple[Any, Any]:
+    """Return where in an image the square of :func:`fastalex.kernels.augment_reference.frame` is.
+
+    Resizing this part alone takes no more memory for a long, thin image than for another.
+
+    Args:
+        shape: int32 (2,), height and width of the image, in pixels.
+        size: side of the square, in pixels of the resized image.
+
+    Returns:
+        float (2,) each, top and left, and bottom and right, in pixels of the image.
+    """
+    resized = size * shape // math.min(shape[0], shape[1])
+    half = (resized - size) // 2
+    is_odd, half_is_odd = resized - size - 2 * half, half - 2 * (half // 2)
+    first = fn.cast(half + is_odd * half_is_odd, dtype=types.FLOAT)  # half a pixel is rounded to even
+    return first * shape / resized, (first + size) * shape / resized
+
+
+def _resize_as_torchvision(images: Any, start: Any, end: Any, size: int) -> Any:
+    """Resize a part to size x size, as :func:`_resize_part`, but with torchvision's treatment of the edges.
 
     In a frame of zeros around the image, the filter's taps outside the image add nothing. Resizing ones in
     the same frame gives the sum of the taps inside; dividing by it gives torchvision's result. The filter is
@@ -224,15 +255,14 @@ def _resize_as_torchvision(images: Any, size: int) -> Any:
     """
     shape = images.shape(dtype=types.INT32)
     height, width, one = shape[0:1], shape[1:2], types.Constant([1], dtype=types.INT32)
+    nothing, whole = fn.zeros(shape=[1], dtype=types.FLOAT), fn.ones(shape=[1], dtype=types.FLOAT)
     column = fn.full(np.float32(1), shape=fn.cat(height, one, one))
     row = fn.full(np.float32(1), shape=fn.cat(one, width, one))
-    weights = _resize_inside(
-        _framed(fn.reshape(column, layout="HWC"), 0), [1, 0], fn.cat(height + 1, one), size, 1
-    )
-    weights *= _resize_inside(
-        _framed(fn.reshape(row, layout="HWC"), 1), [0, 1], fn.cat(one, width + 1), 1, size
-    )
-    pixels = _resize_inside(_framed(_framed(images, 0), 1), [1, 1], shape[0:2] + 1, size, size)
+    column, row = _framed(fn.reshape(column, layout="HWC"), 0), _framed(fn.reshape(row, layout="HWC"), 1)
+    (top, left), (bottom, right) = ((place[0:1] + 1, place[1:2] + 1) for place in (start, end))
+    weights = _resize_part(column, fn.cat(top, nothing), fn.cat(bottom, whole), size, 1)
+    weights *= _resize_part(row, fn.cat(nothing, left), fn.cat(whole, right), 1, size)
+    pixels = _resize_part(_framed(_framed(images, 0), 1), start + 1, end + 1, size, size)
     return pixels / (weights.gpu() if images.device == "gpu" else weights)
 
 
@@ -242,12 +272,12 @@ def _framed(image: Any, axis: int) -> Any:
     return fn.cat(zeros, image, zeros, axis=axis)
 
 
-def _resize_inside(image: Any, start: list[int], end: Any, height: int, width: int) -> Any:
-    """Resize the rows and columns from start to end (exclusive); the filter also reads the pixels around."""
+def _resize_part(image: Any, start: Any, end: Any, height: int, width: int) -> Any:
+    """Resize the part from start to end, float (2,) in pixels; the filter also reads the pixels around it."""
     return fn.resize(
         image,
-        roi_start=[float(value) for value in start],
-        roi_end=fn.cast(end, dtype=types.FLOAT),
+        roi_start=start,
+        roi_end=end,
         resize_y=height,
         resize_x=width,
         **_BILINEAR,
@@ -260,15 +290,20 @@ class _Source:
     Args:
         images: the split.
         margin: resize - crop, in pixels.
+        mean: three numbers, for pixels in 0..1.
         batch_size: images per batch.
         num_outputs: number of outputs that the pipeline uses, of: images, left and top as fractions of the
-            margin, flip, and whether the crop contains an outermost row or column.
+            margin, flip, the mean less the colour, for pixels in 0..255, and whether the crop contains an
+            outermost row or column.
     """
 
-    def __init__(self, images: ImageSet, margin: int, batch_size: int, num_outputs: int) -> None:
+    def __init__(
+        self, images: ImageSet, margin: int, mean: Sequence[float], batch_size: int, num_outputs: int
+    ) -> None:
         self.num_outputs = num_outputs
         self._images = images
         self._margin = margin
+        self._mean = np.array(mean)
         self._batch_size = batch_size
         self._batches: Iterator[tuple[Any, ...]] = iter(())
 
@@ -286,12 +321,14 @@ class _Source:
             rows = plan.batch(number, self._batch_size)
             top, left = rows.offsets.numpy().T.astype(np.float32)
             fraction_per_pixel = np.float32(1 / max(1, self._margin))
+            colors = np.zeros((len(rows), 3)) if rows.colors is None else rows.colors.numpy()
             on_edge = (np.minimum(top, left) == 0) | (np.maximum(top, left) == self._margin)
             yield (
                 self._pixels(rows.indices.numpy()),
                 left * fraction_per_pixel,
                 top * fraction_per_pixel,
                 rows.flips.numpy().astype(np.int32),
+                (255 * (self._mean - colors)).astype(np.float32),
                 on_edge,
             )[: self.num_outputs]
 

@@ -103,10 +103,18 @@ class FfcvLoader(PlannedLoader):
                 pixels, labels = first if number == self.start_batch else next(batches)
                 pixels = sent(pixels, self.device)
                 if self.views is Views.ten_crop:
-                    images = ten_crop(pixels, mirror=self.num_views == 10, **self.geometry)
+                    mirror = self.num_views == 10
+                    images = ten_crop(pixels, mirror=mirror, keep_shape=self.keep_shape, **self.geometry)
                 else:
                     rows = on_device.batch(number, self.batch_size)
-                    images = augment(pixels, rows.offsets, rows.flips, **self.geometry)
+                    images = augment(
+                        pixels,
+                        rows.offsets,
+                        rows.flips,
+                        colors=rows.colors,
+                        keep_shape=self.keep_shape,  # of no effect on files, which are stored as squares
+                        **self.geometry,
+                    )
                 yield (
                     images if self.channels_last else images.contiguous(),
                     sent(labels.flatten().clone(), self.device),

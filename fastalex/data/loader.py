@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.config import DataConfig, Fit, Flip, LoaderConfig
+from fastalex.data import color
 from fastalex.data.imageset import ImageSet
 from fastalex.data.sampling import (
     EpochPlan,
@@ -35,8 +37,10 @@ class Views(Enum):
 class Loader(Protocol):
     """An iterable over the batches of one epoch: pairs of images and labels, on the device.
 
-    Images are (B * V, 3, crop, crop) in the runtime's dtype: resized to resize x resize as torchvision's
-    bilinear resize with ``antialias=True``, cropped, flipped, and normalised as (x / 255 - mean) / std.
+    Images are (B * V, 3, crop, crop) in the runtime's dtype: resized to a square of resize x resize pixels,
+    as ``data.fit`` says, by torchvision's bilinear resize with ``antialias=True``, cropped, flipped, and
+    normalised as (x / 255 + color - mean) / std. ``color`` is that of the epoch's plan with ``Views.random``
+    and ``data.color=pca``, else 0.
     Labels are int64 (B,), unless CutMix has mixed the batch (:class:`fastalex.data.wrappers.CutMixLoader`).
     V is the number of views per image, which are adjacent: 1, or with ``Views.ten_crop`` 10 in the order of
     torchvision's TenCrop. With ``data.flip=none`` it is TenCrop's first 5: the network has never been trained
@@ -105,6 +109,9 @@ class PlannedLoader(ABC):
         network: nn.Module | None = None,
     ) -> None:
         self.images = images
+        if views is Views.random:  # a run has computed them before, once for all its loaders
+            values, vectors = color.components(data, images)
+            data = replace(data, color_eigenvalues=values, color_eigenvectors=vectors)
         self.data = data
         self.loader = loader
         self.views = views
@@ -149,6 +156,11 @@ class PlannedLoader(ABC):
             "dtype": self.dtype,
         }
 
+    @property
+    def keep_shape(self) -> bool:
+        """The argument of :func:`fastalex.kernels.augment` that ``data.fit`` stands for."""
+        return self.data.fit is Fit.shorter_side
+
     def _evaluation_plan(self) -> Tensor:
         return evaluation_plan(len(self.images), rank=self.world.rank, world_size=self.world.size)
 
@@ -171,6 +183,7 @@ class PlannedLoader(ABC):
                 rank=self.world.rank,
                 world_size=self.world.size,
                 device=device,
+                color_steps=color.steps(self.data),
             )
         indices = self._evaluation_plan().to(device)
         offset = center_offset(self.data.resize, self.data.crop)

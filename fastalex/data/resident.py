@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, LoaderConfig
+from fastalex.config import DataConfig, Fit, LoaderConfig
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
 from fastalex.errors import DataError
-from fastalex.kernels import LazyBatch, ten_crop
+from fastalex.kernels import LazyBatch, augment, ten_crop
 from fastalex.kernels.augment import ten_crop_views
 
 
@@ -50,20 +50,22 @@ def can_fold(
 
     It requires the resident loader, a CPU, a network with an attribute ``stride_over_crops``, and a resize
     that is a multiple of each image side times this stride: otherwise the outputs of a crop need too many
-    different folded weights.
+    different folded weights. Images that keep their shape have to be square. Colours may be shifted.
 
     Args:
         network: the network that consumes the batches, or None.
         images: the split to load.
-        data: its ``resize`` is the size to which images are enlarged, in pixels.
+        data: its ``resize`` is the size to which images are enlarged, in pixels, as ``fit`` says.
         loader: ``loader.fold=false`` turns lazy batches off.
         device: the device of the batches.
     """
     stride = getattr(network, "stride_over_crops", None)
     if stride is None or images.pixels is None or device.type != "cpu":
         return False
-    is_multiple = all(data.resize % (side * stride) == 0 for side in images.pixels.shape[1:3])
-    return loader.fold and loader.name == "resident" and is_multiple
+    height, width = images.pixels.shape[1:3]
+    is_multiple = all(data.resize % (side * stride) == 0 for side in (height, width))
+    is_whole = data.fit is Fit.square or height == width  # the square is all of the image
+    return loader.fold and loader.name == "resident" and is_multiple and is_whole
 
 
 class ResidentLoader(PlannedLoader):
@@ -96,10 +98,22 @@ class ResidentLoader(PlannedLoader):
                 images = self._crops(rows)
             elif self.views is Views.ten_crop:
                 images = ten_crop(
-                    self._pixels.tensor, indices=rows.indices, mirror=self.num_views == 10, **self.geometry
+                    self._pixels.tensor,
+                    indices=rows.indices,
+                    mirror=self.num_views == 10,
+                    keep_shape=self.keep_shape,
+                    **self.geometry,
                 )
             else:
-                images = self._crops(rows).materialize()
+                images = augment(
+                    self._pixels.tensor,
+                    rows.offsets,
+                    rows.flips,
+                    indices=rows.indices,
+                    colors=rows.colors,
+                    keep_shape=self.keep_shape,
+                    **self.geometry,
+                )
             if isinstance(images, Tensor) and not self.channels_last:
                 images = images.contiguous()
             yield images, self._labels[rows.indices]
@@ -111,7 +125,7 @@ class ResidentLoader(PlannedLoader):
             offsets, flips = ten_crop_views(self.data.resize, self.data.crop, mirror, self.device)
             offsets, flips = offsets.repeat(len(rows), 1), flips.repeat(len(rows))
             indices = indices.repeat_interleave(self.num_views)
-        return LazyBatch(self._pixels.tensor, indices, offsets, flips, **self.geometry)
+        return LazyBatch(self._pixels.tensor, indices, offsets, flips, colors=rows.colors, **self.geometry)
 
 
 class _DevicePixels:

@@ -1,10 +1,11 @@
-"""The plan of an epoch: which images in which order, where each is cropped and whether it is flipped.
+"""The plan of an epoch: which images in which order, and how each is cropped, flipped and coloured.
 
 Every loader draws its epochs here, so that all yield the same pixels in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from fastalex.config import Flip
 from fastalex.errors import ConfigError
+
+COLOR_DEVIATION = 0.1  # standard deviation of the factors of colours' principal components: the paper's
 
 
 @dataclass(frozen=True)
@@ -23,23 +26,28 @@ class EpochPlan:
         indices: int64 (n,), the image of each sample.
         offsets: int32 (n, 2), top and left of its crop within the resized image, in pixels.
         flips: bool (n,), whether the crop is mirrored.
+        colors: float32 (n, 3), what is added to the RGB of every pixel, in units of pixels in 0..1; None for
+            nothing.
     """
 
     indices: Tensor
     offsets: Tensor
     flips: Tensor
+    colors: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def to(self, device: torch.device) -> EpochPlan:
         """Return the same plan on a device."""
-        return EpochPlan(self.indices.to(device), self.offsets.to(device), self.flips.to(device))
+        colors = None if self.colors is None else self.colors.to(device)
+        return EpochPlan(self.indices.to(device), self.offsets.to(device), self.flips.to(device), colors)
 
     def batch(self, number: int, batch_size: int) -> EpochPlan:
         """Return the plan of batch ``number``, from 0; the last batch may be shorter than ``batch_size``."""
         rows = slice(number * batch_size, (number + 1) * batch_size)
-        return EpochPlan(self.indices[rows], self.offsets[rows], self.flips[rows])
+        colors = None if self.colors is None else self.colors[rows]
+        return EpochPlan(self.indices[rows], self.offsets[rows], self.flips[rows], colors)
 
 
 def training_samples(num_images: int, *, flip: Flip, batch_size: int, world_size: int = 1) -> int:
@@ -75,6 +83,7 @@ def training_plan(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    color_steps: Sequence[Sequence[float]] = (),
 ) -> EpochPlan:
     """Draw one rank's training epoch.
 
@@ -97,6 +106,9 @@ def training_plan(
         rank: this rank, from 0.
         world_size: number of ranks.
         device: where the plan is drawn and stored.
+        color_steps: three rows, what is added to RGB for a factor of 1 of each principal component of the
+            colours (:func:`fastalex.data.color.steps`); none for ``colors=None``. The factors of a sample
+            depend on its image (with ``Flip.both``, on its flip too), the seed and the epoch alone.
 
     Raises:
         ConfigError: there are too few images for one batch on each rank.
@@ -120,7 +132,16 @@ def training_plan(
         indices, flips = order, torch.zeros(samples, dtype=torch.bool, device=device)
     # Every rank draws the whole epoch and takes every world_size-th sample: disjoint, without communication.
     rows = slice(rank, kept * world_size, world_size)
-    return EpochPlan(indices[rows].contiguous(), offsets[rows].contiguous(), flips[rows].contiguous())
+    colors = None
+    if len(color_steps):
+        # A generator of its own: the other draws are the same with colours and without.
+        of_colors = torch.Generator(device).manual_seed(mix(mix(seed, epoch), 1))
+        factors = COLOR_DEVIATION * torch.randn((samples, 3), generator=of_colors, device=device)
+        a1, a2, a3 = factors[order[rows], :, None].unbind(1)
+        steps = torch.tensor(color_steps, dtype=torch.float32, device=device)
+        # Not a matrix product, which a GPU may round to TF32.
+        colors = a1 * steps[0] + a2 * steps[1] + a3 * steps[2]
+    return EpochPlan(indices[rows].contiguous(), offsets[rows].contiguous(), flips[rows].contiguous(), colors)
 
 
 def evaluation_plan(num_images: int, *, rank: int = 0, world_size: int = 1) -> Tensor:

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from fastalex.config import DataConfig, Flip
+from fastalex.data.fit import fitted
 from fastalex.data.imageset import ImageSet
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
@@ -57,10 +59,12 @@ class TorchvisionLoader(PlannedLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan()
+        # The whole epoch at once, because the host waits for such a copy.
+        colors = None if plan.colors is None else plan.colors.to(self.device)[..., None, None]
         self._sampler.batches = [plan.batch(i, self.batch_size) for i in range(self.start_batch, len(self))]
         with _preserve_sigchld_handler():
             batches = iter(self._batches)
-        while True:
+        for number in count(self.start_batch):
             try:
                 batch = next(batches)
             except StopIteration:
@@ -81,12 +85,14 @@ class TorchvisionLoader(PlannedLoader):
                 finally:
                     # The error's traceback refers to this frame; a cycle would keep the workers alive.
                     del batch
-            yield self._on_device(*batch)
+            images, labels = batch
+            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            yield self._on_device(images, labels, self._mean if colors is None else self._mean - colors[rows])
 
-    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_device(self, images: Tensor, labels: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         images = F.to_dtype(images, torch.float32, scale=True)
-        images = images.sub_(self._mean).div_(self._std)
+        images = images.sub_(mean).div_(self._std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return (
             images.to(self.dtype).contiguous(memory_format=layout),
@@ -123,14 +129,14 @@ class _ViewDataset(Dataset[_Item]):
 
     def __getitem__(self, row: _Row) -> _Item | DataError:  # type: ignore[override]
         index, top, left, flip = row
-        size, crop = [self.data.resize] * 2, self.data.crop
+        crop = self.data.crop
         try:
             # Copies only an image of a read-only mapped array.
             pixels = torch.from_numpy(np.require(self.images.image(index), requirements="W"))
         except DataError as error:
             return error
         # torchvision resizes channels-last images faster than planar ones.
-        image = F.resize(pixels.permute(2, 0, 1), size, antialias=True)
+        image = fitted(pixels.permute(2, 0, 1), self.data.resize, self.data.fit)
         if self.views is not Views.ten_crop:
             view = F.crop(image, top, left, crop, crop)
             views = (F.horizontal_flip(view) if flip else view,)

@@ -63,15 +63,25 @@ def parallelize(
 
 
 def check_strategy(model: nn.Module, strategy: Strategy) -> None:
-    """Refuse the hybrid of a network that has no hidden layers to divide.
+    """Refuse the hybrid of a network that has no hidden layers to divide, or nothing else to train.
 
     Raises:
         ConfigError: saying what to use instead.
     """
-    if strategy is Strategy.hybrid and getattr(model, "hidden_layers", None) is None:
+    if strategy is not Strategy.hybrid:
+        return
+    hidden: tuple[str, ...] | None = getattr(model, "hidden_layers", None)
+    if hidden is None:
         raise ConfigError(
             "distributed.strategy=hybrid: divides AlexNet's two hidden layers, which this network does not "
             "have; use distributed.strategy=ddp"
+        )
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    if trained <= set(hidden):  # DistributedDataParallel takes no network without gradients of its own
+        raise ConfigError(
+            f"distributed.strategy=hybrid: averages the gradients of the layers other than "
+            f"{' and '.join(hidden)}, and train.freeze freezes all of those; leave one out of it, or use "
+            "distributed.strategy=ddp"
         )
 
 
@@ -91,7 +101,7 @@ def _shard_hidden_layers(model: nn.Module, world: World, device: torch.device) -
     group = cast(dist.ProcessGroup, dist.new_group(timeout=timedelta(seconds=world.timeout)))
     parallelize_module(model, DeviceMesh.from_group(group, device.type), plan)
     for name in names:
-        for parameter in model.get_submodule(name).parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.get_submodule(name).parameters()):
             # The gradient is summed over the ranks' mean losses; divide to get that of the batch's mean.
             parameter.register_hook(lambda gradient: gradient / world.size)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -155,14 +165,16 @@ def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
     return {**state, "state": scattered_state}
 
 
-def clip_gradients(model: nn.Module, limit: float) -> None:
+def clip_gradients(model: nn.Module, limit: float, loss_scale: Tensor | None = None) -> None:
     """Scale the gradient down to a Euclidean norm of at most ``limit``; collective.
 
-    The norm covers ``grad`` of all parameters, sharded or not, and the layers' ``factors``.
+    The norm covers ``grad`` of all parameters, sharded or not, and the gradients that layers keep as factors.
 
     Args:
         model: the network; its gradients are scaled in place.
         limit: the largest norm allowed.
+        loss_scale: what a gradient scaler has multiplied the loss by and ``grad`` divided by, fp32 ``()``;
+            the factors still have to be. None means 1.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -173,12 +185,13 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
         norm = torch.hypot(norm, sharded_norm.full_tensor())
     factored = [gradient for layer in factored_layers(model) if (gradient := layer.gradient)]
     for factors in factored:
-        norm = torch.hypot(norm, factors.squared_norm().sqrt().to(norm.dtype))
+        factored_norm = factors.squared_norm().sqrt().to(norm.dtype)
+        norm = torch.hypot(norm, factored_norm if loss_scale is None else factored_norm / loss_scale)
     local += [gradient.to_local() for gradient in sharded]
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
     torch._foreach_mul_(local, scale)
     for factors in factored:
-        factors.scale = scale
+        factors.scale = scale if loss_scale is None else scale / loss_scale
 
 
 def _world_group() -> dist.ProcessGroup:
@@ -217,11 +230,17 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer has parameters and none is trained: a batch normalisation then keeps its statistics."""
+    trained = [parameter.requires_grad for parameter in layer.parameters()]
+    return bool(trained) and not any(trained)
+
+
 def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Replace each batch normalisation by one whose statistics cover all ranks."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is not nn.BatchNorm2d:
+            if type(child) is not nn.BatchNorm2d or _is_frozen(child):
                 continue
             if device.type == "cuda":
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

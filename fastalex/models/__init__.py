@@ -97,8 +97,8 @@ def check_batch(name: str, images: int, crop: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Return the number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

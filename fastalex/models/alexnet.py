@@ -5,15 +5,18 @@ Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolution
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalex.errors import ConfigError
 from fastalex.kernels import LazyBatch, relu_lrn, relu_lrn_max_pool
-from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.factored_linear import FactoredLinear, Tap
 from fastalex.models.pooled_linear import PooledLinear
-from fastalex.models.winograd import WinogradConv2d
+from fastalex.models.winograd import Conv2d, WinogradConv2d
 
 # Section 3.3 of the paper: n = 5, k = 2, alpha = 1e-4, beta = 0.75. The paper multiplies alpha by the sum of
 # the squares, PyTorch by their mean over the window, so PyTorch's alpha is n times the paper's.
@@ -33,8 +36,16 @@ class NormPool(nn.Module):
         overlapping_pool: 3x3 windows with stride 2 if true, 2x2 windows with stride 2 if false.
 
     Shape:
-        input ``(N, channels, H, W)``; output the same with H and W pooled.
+        input ``(N, channels, H, W)`` and, where :attr:`adds_bias`, the convolution's bias ``(channels,)``;
+        output the same as the input with H and W pooled.
+
+    Attributes:
+        fused_bias: whether this layer adds the bias of the convolution before it, where one kernel computes
+            the layer. On CUDA a convolution adds its bias in a pass over its output, and sums the gradient in
+            another. On the CPU both are part of the convolution.
     """
+
+    fused_bias = False
 
     def __init__(self, channels: int, norm: str, overlapping_pool: bool) -> None:
         super().__init__()
@@ -47,9 +58,14 @@ class NormPool(nn.Module):
         """Whether one kernel computes ReLU, normalisation and pooling."""
         return self.norm == "lrn" and self.pool_size == 3
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def adds_bias(self) -> bool:
+        """Whether to give the convolution's bias to this layer."""
+        return self.fused_bias and self.is_fused
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.is_fused:
-            return relu_lrn_max_pool(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
+            return relu_lrn_max_pool(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K, bias)
         if self.norm == "lrn":
             x = relu_lrn(x, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         else:
@@ -76,7 +92,9 @@ class AlexNet(nn.Module):
 
     Shape:
         input ``(N, 3, H, W)`` with H and W at least 63, meant for 224; output logits ``(N, num_classes)``.
-        The input may be a lazy batch: :class:`fastalex.kernels.LazyBatch`.
+        The input may be a lazy batch: :class:`fastalex.kernels.LazyBatch`. With two taps
+        (:mod:`fastalex.models.factored_linear`), one for each hidden layer, the output is the logits and the
+        list of those layers' inputs.
 
     Raises:
         ConfigError: if an option has a value that is not listed above.
@@ -107,7 +125,7 @@ class AlexNet(nn.Module):
             raise ConfigError(f"model.dropout={dropout}: a probability from 0 up to, but not including, 1")
         if init not in INITIALISERS:
             raise ConfigError(f"model.init={init}: choose {', '.join(INITIALISERS)}")
-        self.conv1 = nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=2)
+        self.conv1 = Conv2d(3, 96, kernel_size=11, stride=4, padding=2)
         self.norm_pool1 = NormPool(96, norm, overlapping_pool)
         self.conv2 = WinogradConv2d(96, 256, kernel_size=5, padding=2, groups=groups)
         self.norm_pool2 = NormPool(256, norm, overlapping_pool)
@@ -127,27 +145,47 @@ class AlexNet(nn.Module):
         return "fc6", "fc7"
 
     @property
+    def factored_layers(self) -> tuple[FactoredLinear, FactoredLinear]:
+        """The layers that the taps of :meth:`forward` are for."""
+        return self.fc6, self.fc7
+
+    @property
     def stride_over_crops(self) -> int:
         """Stride of the first convolution. A network with this attribute accepts lazy batches."""
         return self.conv1.stride[0]
 
     def _first_block(self, images: Tensor | LazyBatch) -> Tensor:
         if isinstance(images, Tensor):
-            return self.norm_pool1(self.conv1(images))
+            return _convolve_and_pool(self.conv1, self.norm_pool1, images)
         if self.norm_pool1.is_fused:
             return images.convolve_and_pool(self.conv1, LRN_SIZE, LRN_ALPHA, LRN_BETA, LRN_K)
         return self.norm_pool1(images.convolve(self.conv1))
 
-    def forward(self, images: Tensor | LazyBatch) -> Tensor:
+    def forward(
+        self, images: Tensor | LazyBatch, taps: Sequence[Tap | None] = ()
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         x = self._first_block(images)
-        x = self.norm_pool2(self.conv2(x))
+        x = _convolve_and_pool(self.conv2, self.norm_pool2, x)
         x = F.relu(self.conv3(x), inplace=True)
         x = F.relu(self.conv4(x), inplace=True)
         x = F.relu(self.conv5(x), inplace=True)
         x = self.pool5(x)
-        x = self.dropout(F.relu(self.fc6(x)))
-        x = self.dropout(F.relu(self.fc7(x)))
-        return self.fc8(x)
+        inputs = []
+        for layer, tap in zip_longest((self.fc6, self.fc7), taps):
+            if tap is None:
+                x = layer(x)
+            else:
+                x, seen = layer.tapped(x, tap)
+                inputs.append(seen)
+            x = self.dropout(F.relu(x))
+        logits = self.fc8(x)
+        return (logits, inputs) if taps else logits
+
+
+def _convolve_and_pool(convolution: Conv2d, norm_pool: NormPool, x: Tensor) -> Tensor:
+    if norm_pool.adds_bias:
+        return norm_pool(convolution(x, add_bias=False), convolution.bias)
+    return norm_pool(convolution(x))
 
 
 def _init_default(model: AlexNet) -> None:

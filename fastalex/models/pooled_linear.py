@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from fastalex.models.factored_linear import FactoredLinear
+from fastalex.models.factored_linear import FactoredLinear, Tap
 
 # The weight is pooled if the input has at least this many times fewer pixels than the pool's output. Below
 # that, reading and writing the whole weight takes as long as it saves (benchmarks/test_pooled_linear.py).
@@ -37,19 +37,39 @@ class PooledLinear(FactoredLinear):
         self.channels = channels
         self.size = size
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        weight, pooling = self.weight, None
+    def pools_weight(self, height: int, width: int) -> bool:
+        """Whether the weight, and not the image, is pooled for images of this size."""
         # At size x size the pool is the identity. A DTensor holds a shard of the weight, which would have to
         # be pooled on the rank that holds it.
-        if (height, width) != (self.size, self.size):
-            if height * width * MIN_PIXEL_RATIO <= self.size**2 and not isinstance(weight, DTensor):
-                pooling = self._pooling(height, width)
-                weight = self._pooled_weight(pooling)
-            else:
-                x = F.adaptive_avg_pool2d(x, self.size)
+        is_small = height * width * MIN_PIXEL_RATIO <= self.size**2
+        return is_small and (height, width) != (self.size, self.size) and not isinstance(self.weight, DTensor)
+
+    def pooling_of(self, shape: torch.Size) -> Tensor | None:
+        return self._pooling(*shape[2:]) if len(shape) == 4 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
         # flatten() reads a channels-last tensor in NCHW order: the weights mean the same in both layouts.
-        return self.linear(x.flatten(1), weight, pooling)
+        if self.pools_weight(height, width):
+            return F.linear(x.flatten(1), self._pooled_weight(self._pooling(height, width)), self.bias)
+        return super().forward(self._pooled_image(x).flatten(1))
+
+    def tapped(self, x: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
+        """As :meth:`FactoredLinear.tapped`, of an image.
+
+        Returns:
+            The output ``(N, out_features)`` and the input, detached: ``(N, channels, H, W)`` if the weight
+            was pooled, and else ``(N, in_features)``.
+        """
+        height, width = x.shape[-2:]
+        if not self.pools_weight(height, width):
+            return super().tapped(self._pooled_image(x).flatten(1), tap)
+        weight = self._pooled_weight(self._pooling(height, width))
+        output, input = self._tapped(x.flatten(1), weight.detach(), tap)
+        return output, input.view(-1, self.channels, height, width)
+
+    def _pooled_image(self, x: Tensor) -> Tensor:
+        return x if x.shape[-2:] == (self.size, self.size) else F.adaptive_avg_pool2d(x, self.size)
 
     def _pooling(self, height: int, width: int) -> Tensor:
         """Return P transposed, ``(height * width, size * size)``: row i is the pooled image of pixel i."""

@@ -1,4 +1,4 @@
-"""Convolutions that can use Winograd's algorithm, in AlexNet and in torchvision's networks."""
+"""Convolutions that can leave their bias to the next layer, or use Winograd's algorithm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ BF16_CHANNELS = 128  # input channels
 BF16_PRODUCTS = 2**28  # multiplications for one tap of the weight
 
 
-class WinogradConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``, but the bias can be left to what follows: ``convolution(x, add_bias=False)``."""
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias if add_bias else None)
+
+
+class WinogradConv2d(Conv2d):
     """A 3x3 or 5x5 convolution that can use Winograd's algorithm (:mod:`fastalex.kernels.winograd`).
 
     The arguments are those of ``nn.Conv2d``.
@@ -26,11 +33,11 @@ class WinogradConv2d(nn.Conv2d):
 
     winograd = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         is_supported = x.dim() == 4 and self.weight.dtype == torch.float32 and self.groups == 1
-        if self.winograd and x.is_cpu and is_supported and self._is_faster(x):
+        if self.winograd and add_bias and x.is_cpu and is_supported and self._is_faster(x):
             return winograd_conv2d(x, self.weight, self.bias)
-        return super().forward(x)
+        return super().forward(x, add_bias)
 
     def _is_faster(self, x: Tensor) -> bool:
         if x.dtype == torch.bfloat16:

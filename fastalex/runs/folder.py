@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastalex import plots
 from fastalex.config import Config
+from fastalex.config.plain import flat, plain
 from fastalex.errors import ConfigError, OutputError
 from fastalex.files import remove_partial, write_text
 from fastalex.runs.background import Background
 from fastalex.runs.checkpoint import FINAL_WEIGHTS
 from fastalex.training.trainer import Epoch
 
-SUMMARY, TENSORBOARD = "summary.json", "tensorboard"
+SUMMARY, METRICS, TENSORBOARD = "summary.json", "metrics.jsonl", "tensorboard"
 DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and holds Python's lock for as long
 
 
@@ -111,13 +112,16 @@ class RunFolder:
             ConfigError: if the user named a folder that already holds a run.
         """
         folder = cls(*_claim(path, given, restart))
-        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        folder._write_config(config)
         return folder
 
     @classmethod
-    def resumed(cls, path: Path, lock: RunLock, history: Sequence[Epoch], step: int) -> RunFolder:
+    def resumed(
+        cls, path: Path, lock: RunLock, config: Config, history: Sequence[Epoch], step: int
+    ) -> RunFolder:
         """Open the folder of a resumed run, and remove what was written after its checkpoint."""
         folder = cls(path, lock, history, step)
+        folder._write_config(config)
         for name in (SUMMARY, FINAL_WEIGHTS):
             (path / name).unlink(missing_ok=True)
         folder._write_metrics()
@@ -166,6 +170,29 @@ class RunFolder:
         """Write ``summary.json``."""
         write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
+    def hparams(self, config: Config, summary: Mapping[str, Any], step: int) -> None:
+        """Show TensorBoard's HParams page the settings of the run, and its figures.
+
+        Args:
+            config: the settings.
+            summary: the content of ``summary.json``.
+            step: the run's last.
+        """
+        values = flat(plain(config))
+        # PyTorch would write a truth value as the number 1 or 0.
+        settings = {
+            key: value if type(value) in (int, float) else str(value) for key, value in values.items()
+        }
+        figures = {"hparams/images per second": summary["images_per_second"]}
+        for name in ("single_crop", "ten_crop"):
+            if name in summary:
+                figures[f"hparams/test top-1 error, {name}"] = summary[name]["top1_error"]
+        errors = [epoch.validation_top1_error for epoch in self.epochs[-1:]]
+        if errors and errors[0] is not None:
+            figures["hparams/validation top-1 error"] = errors[0]
+        # In this run: by default it would be another, in a folder inside the run's.
+        self._tell(lambda writer: writer.add_hparams(settings, figures, run_name=".", global_step=step))
+
     def close(self) -> None:
         """Close the TensorBoard file and release the lock."""
         try:
@@ -185,9 +212,12 @@ class RunFolder:
 
         self._drawing.start(draw)
 
+    def _write_config(self, config: Config) -> None:
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
     def _write_metrics(self, *, durable: bool = True) -> None:
         lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in self.epochs]
-        write_text(self.path / "metrics.jsonl", "".join(lines), durable=durable)
+        write_text(self.path / METRICS, "".join(lines), durable=durable)
 
     def _tell(self, write: Callable[[SummaryWriter], None]) -> None:
         """Write to TensorBoard's file; after the first error, no longer."""

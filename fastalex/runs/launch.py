@@ -16,6 +16,7 @@ from fastalex.kernels import LazyBatch
 from fastalex.runs import setup
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.folder import RunFolder
+from fastalex.runs.initial_weights import InitialWeights
 from fastalex.runs.recorder import FolderRecorder, Recorder
 from fastalex.runs.resume import UnfinishedRun, find, resume_again
 from fastalex.runs.run import Run
@@ -78,15 +79,19 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
     if processes.restarted():
         request.config.resume = resume_again(request.config.resume, request.run_dir_given)
     resumed: UnfinishedRun | None = None
+    initial: InitialWeights | None = None
 
     def begin() -> tuple[Config, Checkpoint | None]:
-        nonlocal resumed
-        resumed = find(request.config.resume, request.run_dir, request.run_dir_given)
+        nonlocal resumed, initial
+        resumed = find(request.config.resume, request.run_dir, request.run_dir_given, request.overrides)
         config = resumed.configuration(request.overrides) if resumed else request.config
         setup.check(config, world)
         if resumed is not None:
-            print(f"resuming the run in {resumed.folder} from step {resumed.checkpoint.step}")
+            before, now = resumed.checkpoint.restore_config().train.epochs, config.train.epochs
+            longer = f", now to {now} epochs in place of {before}" if now != before else ""
+            print(f"resuming the run in {resumed.folder} from step {resumed.checkpoint.step}{longer}")
             return config, resumed.checkpoint
+        initial = setup.initial_weights(config)
         if config.resume:
             print("resume=auto: there is no unfinished run with a checkpoint; starting a new one")
         return config, None
@@ -94,7 +99,7 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
     try:
         config, checkpoint = world.on_main(begin)
         with explained(config):
-            trainer, splits = setup.build(config, signals, world)
+            trainer, splits = setup.build(config, signals, world, initial)
             if checkpoint is not None:
                 setup.restore(trainer, checkpoint, splits)
             recorder = Recorder(request.run_dir)
@@ -120,7 +125,7 @@ def _open_folder(
 ) -> RunFolder:
     """Open the run's folder: a new one, or that of the run that is resumed."""
     if resumed is not None:
-        return RunFolder.resumed(resumed.folder, resumed.lock, resumed.history(), trainer.step)
+        return RunFolder.resumed(resumed.folder, resumed.lock, config, resumed.history(), trainer.step)
     folder = RunFolder.new(request.run_dir, request.run_dir_given, config, restart=config.resume == "auto")
     trainer.train_loader.set_epoch(0)
     images = next(iter(trainer.train_loader))[0]

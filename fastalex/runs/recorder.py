@@ -210,6 +210,8 @@ class FolderRecorder(Recorder):
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._folder.summary(summary)
+        with self._policy.applied():
+            self._folder.hparams(self._config, summary, summary["steps"])
         print(
             f"{summary['images_per_second']:,.1f} images/s in training, "
             f"{summary['input_wait_fraction']:.1%} of the time waiting for input; the arithmetic runs at "

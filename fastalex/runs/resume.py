@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.config import Config
+from fastalex.config import Config, Schedule
 from fastalex.config.plain import flat, plain, set_key
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import remove_empty
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.checkpoint_writer import NEWEST, load_newest, older
 from fastalex.runs.folder import RunLock, is_finished
+from fastalex.training.schedule import has_ended
 from fastalex.training.trainer import Epoch
 
 # What may change on resume: where the data lie, and what does not change the result.
@@ -28,6 +29,7 @@ CHANGEABLE = (
     "loader.workers",
     "log_every",
 )
+EPOCHS = "train.epochs"  # may be raised under the plateau schedule
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,34 @@ class UnfinishedRun:
                 continue
             if (key, value) == ("loader.name", "auto"):  # the run has settled on one
                 continue
+            if key == EPOCHS and value > config.train.epochs:
+                self._check_longer(config, value)
+                continue
             raise ConfigError(
                 f"{key}={value}: the run in {self.folder} has {key}={ours.get(key)}, and a resumed "
                 "run keeps it; leave out what sets it, or start another run without resume"
             )
-        for key in CHANGEABLE:
+        for key in (*CHANGEABLE, EPOCHS):
             if key in overrides:
                 set_key(config, key, overrides[key])
         return config
+
+    def _check_longer(self, config: Config, epochs: int) -> None:
+        """Refuse more epochs than the run has, unless its schedule does not depend on their number."""
+        before = config.train.epochs
+        if config.train.schedule is Schedule.one_cycle:
+            raise ConfigError(
+                f"{EPOCHS}={epochs}: the run in {self.folder} lowers its learning rate to zero over {before} "
+                f"epochs (train.schedule=one_cycle) and has no rate for more; train its weights further in "
+                f"another run, with init_from={self.folder} {EPOCHS}={epochs - before}"
+            )
+        rate = self.checkpoint.training["optimizer"]["param_groups"][0]["lr"]
+        if has_ended(config.train, rate):
+            raise ConfigError(
+                f"{EPOCHS}={epochs}: the run in {self.folder} has ended by its schedule, after the last "
+                f"reduction of its learning rate; train its weights further in another run, with "
+                f"init_from={self.folder}"
+            )
 
     def history(self) -> list[Epoch]:
         """Return the epochs that are complete.
@@ -84,13 +106,17 @@ class UnfinishedRun:
             raise CheckpointError(f"resume={self.path}: lacks the epochs so far; train again") from error
 
 
-def find(resume: str, run_dir: Path, given: bool) -> UnfinishedRun | None:
+def find(
+    resume: str, run_dir: Path, given: bool, overrides: Mapping[str, Any] | None = None
+) -> UnfinishedRun | None:
     """Find the run that ``resume=auto|PATH`` means, and lock it.
 
     Args:
         resume: ``auto``, a checkpoint or a run's folder; empty for a new run.
         run_dir: where a new run would go: outputs/DATE/TIME, or hydra.run.dir.
         given: whether hydra.run.dir was given.
+        overrides: the values that were given explicitly, by their dotted keys; with more epochs than it had,
+            a run that is named may be finished.
 
     Returns:
         None for a new run, also where ``auto`` finds nothing to resume.
@@ -101,7 +127,8 @@ def find(resume: str, run_dir: Path, given: bool) -> UnfinishedRun | None:
     """
     if not resume:
         return None
-    found = _auto(run_dir, given) if resume == "auto" else _named(resume, run_dir, given)
+    epochs = (overrides or {}).get(EPOCHS, 0)
+    found = _auto(run_dir, given) if resume == "auto" else _named(resume, run_dir, given, epochs)
     if found is not None and found.folder.resolve() != run_dir.resolve():
         remove_empty(run_dir)
     return found
@@ -121,7 +148,7 @@ def resume_again(resume: str, given: bool) -> str:
     return str(path.parent) if path.is_file() else resume
 
 
-def _named(resume: str, run_dir: Path, given: bool) -> UnfinishedRun:
+def _named(resume: str, run_dir: Path, given: bool, epochs: int) -> UnfinishedRun:
     path = Path(resume)
     if not path.exists():
         raise CheckpointError(f"resume={resume}: there is no such run or checkpoint")
@@ -130,8 +157,10 @@ def _named(resume: str, run_dir: Path, given: bool) -> UnfinishedRun:
         raise ConfigError(
             f"hydra.run.dir={run_dir}: a resumed run stays in its folder; leave hydra.run.dir out"
         )
-    if path.is_dir() and is_finished(folder):
-        raise ConfigError(f"resume={resume}: that run is finished; its figures are in {folder}/summary.json")
+    finished = ConfigError(f"resume={resume}: that run is finished; its figures are in {folder}/summary.json")
+    whole = path.is_dir() and is_finished(folder)
+    if whole and not epochs:
+        raise finished
     lock = RunLock.take(folder)
     if lock is None:
         raise ConfigError(f"resume={resume}: another process is at work on that run")
@@ -139,6 +168,9 @@ def _named(resume: str, run_dir: Path, given: bool) -> UnfinishedRun:
     if loaded is None:
         lock.release()
         raise CheckpointError(f"resume={resume}: holds no checkpoint; start another run without resume")
+    if whole and epochs <= loaded[0].restore_config().train.epochs:
+        lock.release()
+        raise finished
     return UnfinishedRun(folder, lock, *loaded)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from fastalex.config import Config, Stage, Strategy
+from fastalex.config import Color, Config, Fit, Stage, Strategy
 from fastalex.config.checks import validate
 from fastalex.config.plain import model_options
 from fastalex.data import (
@@ -20,15 +21,18 @@ from fastalex.data import (
     load_splits,
     resolve_loader,
 )
+from fastalex.data.color import components
 from fastalex.data.sampling import mix
 from fastalex.distributed.processes import World
 from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.initial_weights import InitialWeights
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.flops import matmul_flops_per_second
+from fastalex.training.freezing import freeze
 from fastalex.training.memory import room_for_images
 from fastalex.training.profiling import STEPS
 from fastalex.training.trainer import Trainer
@@ -61,18 +65,43 @@ def check(config: Config, world: World) -> None:
         )
     if config.profile and world.size > 1:
         raise ConfigError("profile=true: profiles one process; run it without torchrun")
+    if train.freeze or train.head_lr is not None:
+        outline = _outline(config)
+        freeze(outline, train)
+        check_strategy(outline, config.distributed.strategy)
 
 
-def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, DataSplits]:
+def initial_weights(config: Config) -> InitialWeights | None:
+    """Read what ``init_from`` names; None where it is empty.
+
+    Raises:
+        CheckpointError: there is no such file; it is damaged, or of another network.
+    """
+    if not config.init_from:
+        return None
+    return InitialWeights.read(config.init_from, _outline(config), config.model)
+
+
+def _outline(config: Config) -> nn.Module:
+    """The network without memory for its weights, for any number of classes."""
+    with torch.device("meta"):
+        return create_model(config.model.name, 2, **model_options(config.model))
+
+
+def build(
+    config: Config, signals: StopSignals, world: World, initial: InitialWeights | None = None
+) -> tuple[Trainer, DataSplits]:
     """Build runtime, data, model and trainer; identical on every rank.
 
     Rank 0 refuses what cannot work, so that all ranks end together; otherwise torchrun would stop the slower
     ones, which would print a second error.
 
     Args:
-        config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for.
+        config: that :func:`check` has passed. In it, ``loader.name=auto`` is replaced by what it stands for,
+            and with ``data.color=pca`` the colours' principal components are filled in.
         signals: end the training when one arrives.
         world: the processes that train together.
+        initial: the weights to start from, on rank 0, which hands them to the others; None for random ones.
 
     Raises:
         FastalexError: for input that has to be corrected.
@@ -83,8 +112,12 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
         print(f"{runtime}, {world.size} processes" if world.size > 1 else runtime)
     splits = world.main_first(lambda: load_splits(config.data, config.seed, progress=world.main))
     world.on_main(lambda: _check_images(splits, config, world))
+    config.data.color_eigenvalues, config.data.color_eigenvectors = world.on_main(
+        lambda: components(config.data, splits.train, progress=True)
+    )
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, len(splits.classes), **model_options(config.model))
+    world.on_main(lambda: _start_from(initial, model, splits, config))
     world.on_main(lambda: check_strategy(model, config.distributed.strategy))
     config.loader = resolve_loader(config.loader, splits, room_for_images(model, config, runtime, world))
     if world.main:
@@ -113,6 +146,13 @@ def build(config: Config, signals: StopSignals, world: World) -> tuple[Trainer, 
     if world.size > 1:
         torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from rank to rank
     return trainer, splits
+
+
+def _start_from(initial: InitialWeights | None, model: nn.Module, splits: DataSplits, config: Config) -> None:
+    if initial is not None:
+        if warning := initial.warning(config.data):
+            print(f"fastalex: warning: {warning}", file=sys.stderr)
+        print(initial.copy_to(model, splits.classes, config.train))
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> None:
@@ -191,9 +231,11 @@ def _loader(
 
 def _describe(config: Config, splits: DataSplits) -> str:
     skipped = f", {splits.skipped} damaged images skipped" if splits.skipped else ""
+    kept = ", their shape kept" if config.data.fit is Fit.shorter_side else ""
+    shifted = ", colours shifted" if config.data.color is Color.pca else ""
     return (
         f"{splits.source}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images in {len(splits.classes)} classes{skipped}; "
         f"{config.loader.name} loader, {config.data.crop}x{config.data.crop} crops of "
-        f"{config.data.resize}x{config.data.resize}"
+        f"{config.data.resize}x{config.data.resize}{kept}{shifted}"
     )

@@ -11,48 +11,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.sgd import sgd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastalex.config import Optimizer, TrainConfig
 from fastalex.errors import MissingDependencyError
+from fastalex.kernels.factored_sgd import factored_sgd
 from fastalex.models.factored_linear import FactoredLinear, factored_layers
-from fastalex.training.schedule import learning_rate
+from fastalex.models.layers import last_layer
+from fastalex.training.schedule import head_learning_rate, learning_rate
 
 # Steps between two updates of the average. Each update reads and writes all weights. Updating the average
 # less often would not hurt it.
 AVERAGE_EVERY = 8
-
-# Rows of a factored gradient that are materialized at a time, 5 MB in AlexNet's largest layer: the fastest
-# number in benchmarks/test_factored_sgd.py.
-ROWS = 128
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Create SGD with momentum and weight decay, or timm's LARS (You, Gitman and Ginsburg, 2017).
 
     SGD uses PyTorch's fused kernel, which updates a parameter in one pass over memory. Sharded parameters
-    form a second group, because there is no fused kernel for them.
+    form a second group, because there is no fused kernel for them. With ``head_lr`` the last layer's form a
+    group as well. Frozen parameters are in no group.
 
     Args:
-        model: the network whose parameters are updated.
-        config: the recipe; ``optimizer``, ``lr``, ``momentum`` and ``weight_decay`` are used.
+        model: the network whose parameters are updated, except those that need no gradient.
+        config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``momentum`` and ``weight_decay`` are used.
 
     Raises:
         MissingDependencyError: LARS without timm.
     """
-    rate = learning_rate(config)
-    parameters = list(model.parameters())
+    rate, head_rate = learning_rate(config), head_learning_rate(config)
+    head = [] if config.head_lr is None else list(model.get_submodule(last_layer(model)).parameters())
+    apart = set(head)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in apart]
     if config.optimizer is Optimizer.lars:
         try:
             from timm.optim import Lars
         except ImportError as error:
             raise MissingDependencyError("train.optimizer=lars needs timm: pip install timm") from error
         # timm adapts the rate only in groups with weight decay; biases take the plain step, as usual.
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = []
+        for members, lr in ((parameters, rate), (head, head_rate)) if head else ((parameters, rate),):
+            decaying = [p for p in members if p.ndim > 1]
+            plain = [p for p in members if p.ndim <= 1]
+            groups.append({"params": decaying, "lr": lr, "weight_decay": config.weight_decay})
+            groups.append({"params": plain, "lr": lr, "weight_decay": 0.0})
         lars: torch.optim.Optimizer = Lars(groups, lr=rate, momentum=config.momentum)
         return lars
     replicated = [p for p in parameters if not isinstance(p, DTensor)]
@@ -60,6 +62,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     groups = [{"params": replicated, "fused": True}]
     if sharded:
         groups.append({"params": sharded, "fused": False, "foreach": True})
+    if head:
+        groups.append({"params": head, "fused": True, "lr": head_rate})
     return FactoredSGD(
         groups,
         factored_layers(model),
@@ -74,7 +78,7 @@ class FactoredSGD(torch.optim.SGD):
 
     Args:
         groups: parameter groups, as :class:`torch.optim.SGD` takes them, each with ``fused``.
-        layers: the layers that may keep factors; their weights are in the first group.
+        layers: the layers that may leave their gradients as factors.
         lr: learning rate, a factor of the whole step.
         momentum: fraction of the last step's velocity that the next one keeps, 0 to 1; 0 keeps no velocity.
         weight_decay: multiple of the weight that is added to its gradient.
@@ -96,8 +100,9 @@ class FactoredSGD(torch.optim.SGD):
         self._layers = layers
         # Allocate the momentum now: in the first step it would lie among activations and fragment memory.
         # Allocate it for all parameters, since PyTorch's fused step needs all buffers or none.
-        for parameter in self.param_groups[0]["params"]:
-            self._momentum(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["fused"] else ():
+                self._momentum(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
@@ -114,7 +119,7 @@ class FactoredSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update each parameter from its ``grad``, and weights of layers with ``factors`` from those.
+        """Update each parameter from its ``grad``, and weights of layers with factors from those.
 
         Args:
             closure: recomputes the loss, as in :meth:`torch.optim.SGD.step`.
@@ -123,27 +128,48 @@ class FactoredSGD(torch.optim.SGD):
             The closure's loss; None without a closure.
         """
         loss = super().step(closure)
-        group = self.param_groups[0]
+        # A gradient scaler sets these for the step: the factor of the loss, unless the gradients have been
+        # divided by it, and whether a gradient is infinite or NaN, in which case nothing may change.
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for layer in self._layers:
             gradient = layer.gradient
             if gradient is None:
                 continue
-            momentum = self._momentum(layer.weight)
-            for start in range(0, layer.out_features, ROWS):
-                stop = min(start + ROWS, layer.out_features)
-                sgd(
-                    [layer.weight[start:stop]],
-                    [gradient.rows(start, stop)],
-                    [None if momentum is None else momentum[start:stop]],
-                    fused=True,
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    lr=group["lr"],
-                    dampening=0.0,
-                    nesterov=False,
-                    maximize=False,
-                )
+            group = groups[layer.weight]
+            scale = gradient.scale
+            if loss_scale is not None:
+                scale = loss_scale.reciprocal() if scale is None else scale / loss_scale
+            factored_sgd(
+                layer.weight,
+                self._momentum(layer.weight),
+                gradient.output,
+                gradient.input,
+                rate=_rate(group["lr"], layer.weight.device),
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                pooling=gradient.pooling,
+                scale=scale,
+                skip=skip,
+                copy=layer.copy,
+            )
+            if layer.copy is not None:
+                layer.mark_copied()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and those that layers keep as factors."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            layer.parts.clear()
+
+
+def _rate(rate: float | Tensor, device: torch.device) -> Tensor:
+    """Return a learning rate as a tensor ``()``, in fp64 on a CPU, which reads it back."""
+    if isinstance(rate, Tensor):
+        return rate
+    return torch.full((), rate, dtype=torch.float64 if device.type == "cpu" else None, device=device)
 
 
 class WeightAverage:

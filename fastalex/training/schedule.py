@@ -29,6 +29,15 @@ def learning_rate(config: TrainConfig) -> float:
     return config.lr * _scale(config)
 
 
+def head_learning_rate(config: TrainConfig) -> float:
+    """Return the last layer's peak rate: ``train.head_lr`` in place of ``train.lr``, scaled like that.
+
+    Args:
+        config: the recipe.
+    """
+    return learning_rate(config) if config.head_lr is None else config.head_lr * _scale(config)
+
+
 def _scale(config: TrainConfig) -> float:
     return 1.0 if config.lr_scaling is Scaling.none else config.batch_size / LR_BATCH
 
@@ -48,8 +57,21 @@ def _cycles(config: TrainConfig, steps: int) -> list[tuple[int, float]]:
     return [*cycles, (steps - taken, learning_rate(config))]
 
 
+def has_ended(config: TrainConfig, rate: float) -> bool:
+    """Whether a plateau schedule has made its last reduction.
+
+    Args:
+        config: the recipe.
+        rate: the learning rate now.
+    """
+    return config.schedule is Schedule.plateau and rate < learning_rate(config) * PLATEAU_FLOOR
+
+
 class LearningRate:
     """Sets the optimizer's learning rate. Call ``after_step`` and ``after_validation`` with any schedule.
+
+    The schedule is that of the first parameter group. Each other group's rate is the same multiple of it at
+    every step: that of the rates that the optimizer was created with.
 
     ``one_cycle`` rises linearly from ``lr / 25`` to ``lr`` over the first ``warmup`` of the steps and falls
     linearly to zero (Smith and Topin, "Super-Convergence", 2018). It restarts after a stage with a rate of
@@ -64,7 +86,8 @@ class LearningRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> None:
         self._optimizer = optimizer
-        self._initial = learning_rate(config)
+        self._config = config
+        self._multiples = [group["lr"] / learning_rate(config) for group in optimizer.param_groups]
         self._warmup = config.warmup
         self._cycles = _cycles(config, steps) if config.schedule is Schedule.one_cycle else []
         self._scheduler: OneCycleLR | ReduceLROnPlateau
@@ -85,7 +108,7 @@ class LearningRate:
         warmup = 0.0 if self._warmup * (steps + 1) == 1 else self._warmup
         self._scheduler = OneCycleLR(
             self._optimizer,
-            max_lr=peak,
+            max_lr=[peak * multiple for multiple in self._multiples],
             # One more than the cycle has: PyTorch's schedule reaches zero at its last step.
             total_steps=steps + 1,
             pct_start=warmup,
@@ -101,7 +124,7 @@ class LearningRate:
     @property
     def exhausted(self) -> bool:
         """Whether a plateau schedule has made its last reduction."""
-        return isinstance(self._scheduler, ReduceLROnPlateau) and self.current < self._initial * PLATEAU_FLOOR
+        return has_ended(self._config, self.current)
 
     def after_step(self) -> None:
         """Set the rate of the next step, under ``one_cycle``."""

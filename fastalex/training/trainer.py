@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from fastalex.config import DistributedConfig, TrainConfig
+from fastalex.config import DistributedConfig, Graph, TrainConfig
 from fastalex.data import Loader
 from fastalex.data.sampling import mix
 from fastalex.distributed import strategies
@@ -24,12 +24,14 @@ from fastalex.distributed.processes import ALONE, World
 from fastalex.errors import CheckpointError, DivergedError
 from fastalex.kernels import LazyBatch
 from fastalex.models import load_weights
-from fastalex.models.factored_linear import FactoredLinear, factored_layers, keeping_factors
 from fastalex.runtime import Runtime
 from fastalex.training.flops import training_flops
+from fastalex.training.freezing import freeze, frozen_norms
+from fastalex.training.graphs import CudaRecorder, Recorder, StepGraphs
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
 from fastalex.training.schedule import LearningRate
+from fastalex.training.taps import Taps
 from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
 
 # Variants that torch.compile may need at each crop. Training has batches of three sizes: a batch or a part of
@@ -106,6 +108,25 @@ class EpochState:
         return replace(self, loss=loss / world.size, wrong=int(wrong), samples=int(samples))
 
 
+class Sums(NamedTuple):
+    """Sums over an epoch's batches on this rank, on its device.
+
+    Attributes:
+        loss: of the losses, fp64 ``()``.
+        wrong: number of misclassified samples, int64 ``()``.
+    """
+
+    loss: Tensor
+    wrong: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Sums:
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+
 class StopTraining(Exception):
     """``should_stop`` returned true; the trainer's state is consistent and can be saved."""
 
@@ -154,12 +175,14 @@ class Trainer:
         distributed: DistributedConfig | None = None,
     ) -> None:
         self.world = world
+        freeze(model, config)
         self._template = copy.deepcopy(model).to("meta")  # the network before it is parallelized
         self._parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
             strategy = distributed or DistributedConfig()
             self._parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
         self.model = model
+        self._frozen_norms = frozen_norms(model, config)
         self.config = config
         self.train_loader = train_loader
         self.validation_loader = validation_loader
@@ -177,7 +200,15 @@ class Trainer:
         self._evaluation_network = compiled(model)
         self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
         self.optimizer = create_optimizer(model, config)
-        self._factored = self._layers_to_factor()
+        # Several ranks, and other optimizers, need the gradient itself.
+        is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
+        # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
+        copies = runtime.device.type == "cuda"
+        self._taps = Taps(model, self._template, runtime, copies=copies) if is_factored else None
+        self._sums = Sums.zeros(runtime.device)
+        self._graphs: StepGraphs | None = None
+        if runtime.graph is Graph.step:
+            self.record_steps(CudaRecorder(runtime.device))
         self.steps = config.epochs * len(train_loader)  # of the whole run
         self.learning_rate = LearningRate(self.optimizer, config, self.steps)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -189,6 +220,16 @@ class Trainer:
         self._clock = Clock()
         self._window = _Window(self.world)
         self._flops: dict[torch.Size, int] = {}  # FLOPs of a step, by the shape of its batch
+
+    def record_steps(self, recorder: Recorder) -> None:
+        """Take all later steps by recording one for each shape of batch and repeating it.
+
+        Args:
+            recorder: records a step.
+        """
+        self._graphs = StepGraphs(self._update, recorder)
+        device = self.runtime.device
+        self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
 
     @property
     def finished(self) -> bool:
@@ -252,9 +293,12 @@ class Trainer:
             return
         self.train_loader.set_epoch(self.epoch, first)
         self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
         if not first:
-            progress.loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-            progress.wrong = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+            self._sums.loss.zero_()
+            self._sums.wrong.zero_()
+        progress.loss, progress.wrong = self._sums
         warm_at = first
         for images, labels in self._clock.timing(self.train_loader):
             progress.rate = self.learning_rate.current
@@ -262,12 +306,9 @@ class Trainer:
                 self._flops[images.shape] = training_flops(self._template, images.shape) * self.world.size
                 # In an epoch shorter than the warm-up, the last step is the one that is timed.
                 warm_at = min(progress.batches + WARMUP_STEPS, len(self.train_loader) - 1)
-            loss, logits = self._step(images, labels)
+            loss = self._step(images, labels)
             progress.batches += 1
             progress.samples += labels.shape[0]
-            progress.loss += loss
-            classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
-            progress.wrong += (logits.argmax(dim=1) != classes).sum()
             self._window.add(loss, self.step, progress.rate)
             if progress.batches <= warm_at:
                 self.runtime.synchronize()
@@ -355,12 +396,12 @@ class Trainer:
             progress = state["progress"]
             self._progress = EpochState(**progress | {"spent": Spent(**progress["spent"])})
             if self._progress.batches:
-                device = self.runtime.device
                 main = self.world.main  # takes the sums over all ranks, which are later summed again
                 loss, wrong = (progress["loss"] * self.world.size, progress["wrong"]) if main else (0.0, 0)
                 self._progress.samples = progress["samples"] if main else 0
-                self._progress.loss = torch.tensor(loss, dtype=torch.float64, device=device)
-                self._progress.wrong = torch.tensor(wrong, dtype=torch.int64, device=device)
+                self._sums.loss.fill_(loss)
+                self._sums.wrong.fill_(wrong)
+                self._progress.loss, self._progress.wrong = self._sums
             if self.average:
                 self.average.load(average)
             self._restore_generators(state["generators"])
@@ -424,45 +465,76 @@ class Trainer:
         with self.average.applied() if self.average else nullcontext():
             yield self._evaluation_network
 
-    def _step(self, images: Tensor | LazyBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step.
+    def _step(self, images: Tensor | LazyBatch, labels: Tensor) -> Tensor:
+        """Take one optimizer step; return its loss, fp32 ``()`` on the device.
 
         Args:
             images: ``(B, 3, crop, crop)`` in the runtime's dtype, or a lazy batch.
             labels: int64 ``(B,)``, or fp32 ``(B, classes)``.
+        """
+        if self._graphs is None:
+            loss = self._update(images, labels)
+        else:
+            for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+                rate.fill_(group["lr"])
+            if self._taps:
+                self._taps.of(images.shape)  # makes copies of weights anew if something else changed these
+            assert isinstance(images, Tensor)  # lazy batches are for the CPU
+            loss = self._graphs(images, labels).clone()
+        self.learning_rate.after_step()
+        self.step += 1
+        if self.average:
+            self.average.after_step(self.step)
+        return loss
 
-        Returns:
-            The loss, fp32 ``()``, and the logits ``(B, classes)``, detached and on the device.
+    def _update(self, images: Tensor | LazyBatch, labels: Tensor) -> Tensor:
+        """Update the weights, and add to the epoch's sums; return the loss, fp32 ``()``.
+
+        A CUDA graph may repeat this without running its Python code: whatever changes from step to step has
+        to be a tensor.
         """
         chunks: Sequence[Tensor | LazyBatch] = images.chunk(self.config.accumulate)
         parts = []
-        with keeping_factors(self._factored):
-            for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
-                with nullcontext() if number == len(chunks) else self._no_sync():
-                    parts.append(self._backward(*part, len(labels)))
-            with record_function("optimizer"):
-                if self.config.clip_norm:
-                    self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
-                    strategies.clip_gradients(self.model, self.config.clip_norm)
+        for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
+            with nullcontext() if number == len(chunks) else self._no_sync():
+                parts.append(self._backward(*part, len(labels)))
+        with record_function("optimizer"):
+            if self.config.clip_norm:
+                self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
+                strategies.clip_gradients(self.model, self.config.clip_norm, self._loss_scale())
+            with self._rates_on_device():
                 self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()
-                self.learning_rate.after_step()
-                self.step += 1
-                if self.average:
-                    self.average.after_step(self.step)
+            self.scaler.update()
+            self.optimizer.zero_grad()
         losses, logits = zip(*parts, strict=True)
-        return torch.stack(losses).sum(), torch.cat(logits)
+        loss = torch.stack(losses).sum()
+        classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
+        self._sums.loss.add_(loss)
+        self._sums.wrong.add_((torch.cat(logits).argmax(dim=1) != classes).sum())
+        return loss
 
-    def _layers_to_factor(self) -> list[FactoredLinear]:
-        """Return the layers that keep their weight's gradient as factors.
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Context in which a recorded step reads its rates from tensors, filled before each step."""
+        if self._graphs is None:
+            yield
+            return
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for rate, group in zip(self._rates, groups, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for number, group in zip(rates, groups, strict=True):
+                group["lr"] = number
 
-        None under torch.compile or with several ranks, which both need the gradient itself.
-        """
-        plain = self.runtime.device.type == "cpu" and not self.runtime.compile and self._parallel is None
-        if not plain or not isinstance(self.optimizer, FactoredSGD):
-            return []
-        return factored_layers(self.model)
+    def _loss_scale(self) -> Tensor | None:
+        """Return the scaler's factor of the loss, ``()`` on the device; None without scaling."""
+        if not self.scaler.is_enabled():
+            return None
+        factor: Tensor = self.scaler.scale(torch.ones((), device=self.runtime.device))
+        return factor
 
     def _no_sync(self) -> AbstractContextManager[None]:
         """Context in which backward passes accumulate gradients without averaging them over ranks."""
@@ -479,14 +551,17 @@ class Trainer:
         Returns:
             The part's share of the batch's loss, fp32 ``()``, and its logits ``(N, classes)``, both detached.
         """
+        taps = self._taps.of(images.shape) if self._taps else []
         with record_function("forward"), self.runtime.autocast():
-            logits = self.network(images)
+            logits, inputs = self.network(images, taps) if taps else (self.network(images), [])
             # Without autocast, cross-entropy of bf16 logits would be computed with eight bits.
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(wide, labels, label_smoothing=self.config.label_smoothing)
             loss = loss * (len(labels) / batch)  # by its size: the last part may be smaller
         with record_function("backward"):
             self.scaler.scale(loss).backward()
+        if self._taps:
+            self._taps.collect(taps, inputs)
         return loss.detach(), logits.detach()
 
 

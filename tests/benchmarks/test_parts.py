@@ -40,6 +40,7 @@ from tests.profiler_events import STEPS, event, launched, on_gpu, recorded, trai
         (["aten::mm", "fastalex::conv_block", "forward"], CONVOLUTIONS),
         (["aten::copy_", "aten::to", "fastalex::conv_block_backward", "backward"], CONVOLUTIONS),
         (["fastalex::lrn_max_pool_backward", "fastalex::conv_block_backward", "backward"], LRN),
+        (["aten::sum", "fastalex::lrn_max_pool_bias_backward", "backward"], LRN),
         (["aten::pow", "forward"], LRN),
         (["aten::mul", "MulBackward0"], LRN),
         (["aten::mul", "aten::dropout"], OTHER),

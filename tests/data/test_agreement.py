@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional as F
 
-from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.config import Color, DataConfig, Fit, Flip, LoaderConfig
 from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.sampling import center_offset
 from tests.runtimes import loader_on
@@ -77,7 +78,18 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """Files of many sizes and kinds: colour, grey, CMYK, EXIF-rotated, one pixel wide or high, PNG, BMP."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    sizes = [(60, 90), (90, 61), (24, 30), (1, 50), (50, 1), (1, 1), (41, 40), (200, 35), (40, 40)]
+    sizes = [
+        (60, 90),
+        (90, 61),
+        (24, 30),
+        (1, 50),
+        (50, 1),
+        (1, 1),
+        (41, 40),
+        (200, 35),
+        (40, 40),
+        (10, 1000),
+    ]
     paths = []
     for size in sizes:
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -99,25 +111,32 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return ImageSet(np.arange(len(paths)), paths=tuple(paths))
 
 
-def expected(image: np.ndarray, data: DataConfig, top: int, left: int, flip: bool) -> Tensor:
-    """One crop, normalised, float64 (3, crop, crop)."""
+def square(image: np.ndarray, data: DataConfig) -> Tensor:
+    """What crops are cut from, float64 (3, resize, resize)."""
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
-    resized = interpolate(planes, (data.resize, data.resize), mode="bilinear", antialias=True)[0]
-    crop = resized[:, top : top + data.crop, left : left + data.crop]
+    if data.fit is Fit.shorter_side:
+        return F.center_crop(F.resize(planes, [data.resize], antialias=True), [data.resize] * 2)[0]
+    return interpolate(planes, (data.resize, data.resize), mode="bilinear", antialias=True)[0]
+
+
+def expected(whole: Tensor, data: DataConfig, top: int, left: int, flip: bool) -> Tensor:
+    """One crop of a square, normalised, float64 (3, crop, crop)."""
+    crop = whole[:, top : top + data.crop, left : left + data.crop]
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (data.mean, data.std))
     return ((crop.flip(-1) if flip else crop) / 255 - mean) / std
 
 
 def views_of(image: np.ndarray, data: DataConfig, views: Views, row: tuple[int, int, bool]) -> Tensor:
     """The views that a loader must yield for one image, float64 (V, 3, crop, crop)."""
+    whole = square(image, data)
     if views is not Views.ten_crop:
-        return expected(image, data, *row)[None]
+        return expected(whole, data, *row)[None]
     far, middle = data.resize - data.crop, center_offset(data.resize, data.crop)
     places = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
     # torchvision's TenCrop: five crops of the image, then the same five of its mirror image.
-    mirrored = [] if data.flip is Flip.none else [image[:, ::-1]]
+    mirrored = [] if data.flip is Flip.none else [whole.flip(-1)]
     return torch.stack(
-        [expected(source, data, *place, False) for source in [image, *mirrored] for place in places]
+        [expected(source, data, *place, False) for source in [whole, *mirrored] for place in places]
     )
 
 
@@ -130,7 +149,10 @@ def largest_error(loader: Loader, images: ImageSet, data: DataConfig, views: Vie
         for label, found in zip(labels.tolist(), batch.unflatten(0, (len(labels), -1)).double(), strict=True):
             assert label == plan.indices[row]
             place = (*plan.offsets[row].tolist(), bool(plan.flips[row]))
-            difference = (found - views_of(images.image(label), data, views, place)) * std * 255
+            wanted = views_of(images.image(label), data, views, place)
+            if plan.colors is not None:
+                wanted += plan.colors[row].double()[:, None, None] / std
+            difference = (found - wanted) * std * 255
             largest = max(largest, float(difference.abs().max()))
             row += 1
     assert row == loader.num_samples
@@ -146,14 +168,43 @@ def test_pixels_of_arrays(name: str, size: tuple[int, int], views: Views) -> Non
 
 
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
+@pytest.mark.parametrize("size", [(31, 47), (90, 57), (40, 40), (10, 1000)], ids=str)
+def test_pixels_of_arrays_that_keep_their_shape(name: str, size: tuple[int, int], views: Views) -> None:
+    images, data = numbered(9, size), config(fit=Fit.shorter_side)
+    loader = build(name, images, views, data=data)
+    assert largest_error(loader, images, data, views) < array_tolerance(name)
+
+
+@pytest.mark.parametrize("fit", list(Fit), ids=lambda fit: fit.value)
+@pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
 @pytest.mark.parametrize("crop", [32, 40])
-def test_pixels_of_photographs(name: str, photographs: ImageSet, views: Views, crop: int) -> None:
+def test_pixels_of_photographs(name: str, photographs: ImageSet, views: Views, crop: int, fit: Fit) -> None:
     if name == "resident":
         pytest.skip("resident holds images of one size only: loader=auto leaves files to torchvision")
-    data = config(crop=crop)
+    data = config(crop=crop, fit=fit)
     loader = build(name, photographs, views, data=data)
     # DALI's own CMYK conversion may round differently before the resize.
     assert largest_error(loader, photographs, data, views) < UINT8_TOLERANCE
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_a_photograph_is_upright_before_its_shorter_side_is_found(
+    name: str, orientation: int, tmp_path: Path
+) -> None:
+    if name == "resident":
+        pytest.skip("resident holds images of one size only: loader=auto leaves files to torchvision")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rows = np.linspace(0, 255, 90)[:, None, None]  # a gradient: another part of the image is of another grey
+    Image.fromarray(np.broadcast_to(rows, (90, 45, 3)).astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert upright.shape == (45, 90, 3)
+    data = config(fit=Fit.shorter_side, crop=40)
+    images = ImageSet(np.zeros(1, np.int64), paths=(tmp_path / "a.jpg",))
+    ((found, _),) = build(name, images, Views.center, data=data)
+    difference = found[0] - expected(square(upright, data), data, 0, 0, flip=False)
+    assert (difference * torch.tensor(data.std)[:, None, None] * 255).abs().max() < UINT8_TOLERANCE
 
 
 @pytest.mark.parametrize("flip", [Flip.none, Flip.both], ids=lambda flip: flip.value)
@@ -162,6 +213,20 @@ def test_flips_as_configured(name: str, flip: Flip) -> None:
     for views in (Views.random, Views.ten_crop):
         loader = build(name, images, views, data=data, batch_size=3)
         assert largest_error(loader, images, data, views) < array_tolerance(name)
+
+
+@pytest.mark.parametrize("fit", list(Fit), ids=lambda fit: fit.value)
+def test_colours_are_shifted_as_the_plan_says(name: str, fit: Fit) -> None:
+    images, data = numbered(24, (31, 47)), config(fit=fit, color=Color.pca)
+    loader = build(name, images, data=data)
+    shifts = loader.plan().colors  # type: ignore[attr-defined]
+    assert shifts.shape == (24, 3)
+    assert shifts.abs().max() * 255 > 2 * UINT8_TOLERANCE  # or leaving them out would pass
+    assert largest_error(loader, images, data, Views.random) < array_tolerance(name)
+    for views in (Views.center, Views.ten_crop):
+        assert largest_error(build(name, images, views, data=data), images, data, views) < array_tolerance(
+            name
+        )
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -239,7 +304,7 @@ def test_seed_and_epoch_decide_the_order(name: str) -> None:
 
 
 def test_an_epoch_resumes_in_its_middle(name: str) -> None:
-    loader = build(name, numbered(40), data=config())
+    loader = build(name, numbered(40), data=config(color=Color.pca))
     loader.set_epoch(3)
     whole = [(images.clone(), labels.clone()) for images, labels in loader]
     for start in (2, 5):

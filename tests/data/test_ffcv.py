@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numba import types
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.config import DataConfig, Fit, Flip, LoaderConfig
 from fastalex.data import ImageSet, Views
 from fastalex.errors import DataError, MissingDependencyError, OutputError
 from tests.runtimes import loader_on
@@ -152,7 +153,11 @@ def test_a_changed_source_has_another_file(files: ImageSet, tmp_path: Path) -> N
     assert not torch.equal(before[0], after[0])
     assert torch.equal(before[1:], after[1:])
     paths.add(ffcv_loader(files, tmp_path, data=DataConfig(name="test", resize=48, crop=32)).beton)
-    assert len(paths) == 6
+    kept = replace(DATA, fit=Fit.shorter_side)
+    paths.add(ffcv_loader(files, tmp_path, data=kept).beton)
+    assert len(paths) == 7
+    # Images in memory are stored in their own size, whatever becomes of them.
+    assert ffcv_loader(arrays(), tmp_path, data=kept).beton in paths
 
 
 @installed

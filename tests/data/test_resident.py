@@ -51,7 +51,7 @@ def test_yields_the_reference_result_for_the_plan(views: Views, flip: Flip) -> N
             mirrored = corners * torch.tensor([1, -1], dtype=torch.int32) + torch.tensor([0, 4])
             offsets = corners if flip is Flip.none else torch.cat([corners, mirrored.int()])
             flips = torch.arange(len(offsets)) >= 5
-        options = loader.num_views, 20, 16, loader.data.mean, loader.data.std, torch.float32
+        options = None, loader.num_views, 20, False, 16, loader.data.mean, loader.data.std, torch.float32
         expected = augment_reference.augment(pixels, rows.indices, offsets, flips, *options)
         torch.testing.assert_close(batch, expected, rtol=0, atol=1e-6)
         assert torch.equal(labels, torch.from_numpy(split.labels)[rows.indices])

@@ -24,6 +24,9 @@ def plan(num_images: int = 24, **changes: object) -> EpochPlan:
     return training_plan(num_images, **options)  # type: ignore[arg-type]
 
 
+STEPS = [[0.2, 0.2, 0.2], [0.1, 0.0, -0.1], [0.01, -0.02, 0.01]]
+
+
 def same(a: EpochPlan, b: EpochPlan) -> bool:
     return all(torch.equal(getattr(a, field), getattr(b, field)) for field in ("indices", "offsets", "flips"))
 
@@ -106,6 +109,55 @@ def test_seed_and_epoch_decide() -> None:
         for other in drawn[:i]:
             for field in ("indices", "offsets", "flips"):
                 assert not torch.equal(getattr(one, field), getattr(other, field))
+
+
+def by_image(drawn: EpochPlan) -> dict[tuple[int, bool], tuple[float, ...]]:
+    assert drawn.colors is not None
+    samples = zip(drawn.indices.tolist(), drawn.flips.tolist(), drawn.colors.tolist(), strict=True)
+    return {(image, flip): tuple(color) for image, flip, color in samples}
+
+
+def test_no_colours_without_steps() -> None:
+    assert plan().colors is None
+    assert plan().batch(0, 2).colors is None
+
+
+def test_colours_change_nothing_else() -> None:
+    assert same(plan(), plan(color_steps=STEPS))
+
+
+def test_colours_have_the_covariance_of_the_paper() -> None:
+    """The factors are N(0, 0.1) and independent."""
+    count = 40_000
+    colors = plan(count, color_steps=STEPS, batch_size=1).colors
+    assert colors is not None
+    assert colors.dtype == torch.float32
+    steps = torch.tensor(STEPS, dtype=torch.float64)
+    factors = torch.linalg.solve(steps.T, colors.double().T).T / 0.1
+    # Of N(0, 1), a mean, a variance and a covariance deviate by 1, sqrt 2 and 1, over the root of the count.
+    assert factors.mean(0).abs().max() < 5 / count**0.5
+    assert (factors.T @ factors / count - torch.eye(3)).abs().max() < 5 * (2 / count) ** 0.5
+
+
+@pytest.mark.parametrize("flip", [Flip.random, Flip.both])
+def test_colours_depend_on_image_seed_and_epoch_alone(flip: Flip) -> None:
+    options = {"color_steps": STEPS, "flip": flip}
+    alone = by_image(plan(48, batch_size=12, **options))
+    shared = [plan(48, batch_size=4, rank=rank, world_size=3, **options) for rank in range(3)]
+    together = {key: color for each in shared for key, color in by_image(each).items()}
+    assert together == alone
+    assert len(set(alone.values())) == len(alone)  # a draw for each sample
+    for other in (plan(48, epoch=1, **options), plan(48, seed=4, **options)):
+        assert not set(by_image(other).values()) & set(alone.values())
+
+
+def test_batches_have_their_rows_of_colours() -> None:
+    drawn = plan(color_steps=STEPS)
+    assert drawn.colors is not None
+    batch = drawn.batch(1, 4)
+    assert batch.colors is not None
+    assert torch.equal(batch.colors, drawn.colors[4:8])
+    assert torch.equal(torch.cat([drawn.batch(i, 4).colors for i in range(6)]), drawn.colors)
 
 
 def test_the_dropped_images_change() -> None:

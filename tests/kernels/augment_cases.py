@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import center_crop
+from torchvision.transforms.v2.functional import resize as resize_image
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = [0.485, 0.456, 0.406], [0.9, 1.0, 0.25]
@@ -26,9 +28,20 @@ SHAPES = [
     (200, 3, 8, 5),
 ]
 
+# Of images that keep their shape, height, width, resize and crop: enlarged and shrunk, high and wide; a side
+# that is rounded down, halves of a pixel at the square's place, one that is long and thin.
+SHAPES_KEPT = [
+    (9, 16, 32, 27),
+    (17, 8, 24, 24),
+    (40, 61, 23, 20),
+    (50, 37, 20, 13),
+    (8, 8, 16, 12),
+    (2, 300, 16, 9),
+]
+
 
 def sample(height: int, width: int, resize: int, crop: int, count: int = 5) -> dict[str, Any]:
-    """Arguments of `augment`: seven images, and crops that include both corners and both flips."""
+    """Arguments of `augment`: seven images, and crops that include both corners, both flips and colours."""
     generator = torch.Generator().manual_seed(height * 1000 + resize)
     limit = resize - crop
     offsets = torch.randint(limit + 1, (count, 2), generator=generator, dtype=torch.int32)
@@ -37,6 +50,7 @@ def sample(height: int, width: int, resize: int, crop: int, count: int = 5) -> d
         "images": torch.randint(256, (7, height, width, 3), generator=generator, dtype=torch.uint8),
         "offsets": offsets,
         "flips": torch.arange(count) % 2 == 1,
+        "colors": torch.randn(count, 3, generator=generator) / 8,
         "indices": torch.randint(7, (count,), generator=generator),
         "resize": resize,
         "crop": crop,
@@ -54,13 +68,20 @@ def in_float64(
     crop: int,
     mean: list[float],
     std: list[float],
+    colors: Tensor | None = None,
+    keep_shape: bool = False,
 ) -> Tensor:
     """The expected result of `augment`."""
     planes = images.permute(0, 3, 1, 2).double()
-    resized = interpolate(planes, (resize, resize), mode="bilinear", antialias=True)
+    if keep_shape:
+        resized = center_crop(resize_image(planes, [resize], antialias=True), [resize, resize])
+    else:
+        resized = interpolate(planes, (resize, resize), mode="bilinear", antialias=True)
     shift, scale = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
     crops = []
-    for index, (top, left), flip in zip(indices.tolist(), offsets.tolist(), flips.tolist(), strict=True):
-        crop_of = resized[index, :, top : top + crop, left : left + crop]
-        crops.append(((crop_of.flip(-1) if flip else crop_of) / 255 - shift) / scale)
+    for i, (index, (top, left)) in enumerate(zip(indices.tolist(), offsets.tolist(), strict=True)):
+        pixels = resized[index, :, top : top + crop, left : left + crop] / 255
+        if colors is not None:
+            pixels = pixels + colors[i].double()[:, None, None]
+        crops.append(((pixels.flip(-1) if flips[i] else pixels) - shift) / scale)
     return torch.stack(crops)

@@ -14,11 +14,30 @@ from torchvision.transforms import v2
 
 from fastalex.kernels import augment, augment_reference, ten_crop
 from fastalex.kernels.augment import ten_crop_views
-from tests.kernels.augment_cases import DTYPES, MEAN, SHAPES, STD, TORCH_ERROR, in_float64, sample
+from tests.kernels.augment_cases import (
+    DTYPES,
+    MEAN,
+    SHAPES,
+    SHAPES_KEPT,
+    STD,
+    TORCH_ERROR,
+    in_float64,
+    sample,
+)
 
 
-def reference(images: Tensor, offsets: Tensor, flips: Tensor, *, indices: Tensor, **options: Any) -> Tensor:
-    return augment_reference.augment(images, indices, offsets, flips, 1, **options)
+def reference(
+    images: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    *,
+    indices: Tensor,
+    colors: Tensor | None,
+    keep_shape: bool = False,
+    **options: Any,
+) -> Tensor:
+    options["keep_shape"] = keep_shape
+    return augment_reference.augment(images, indices, offsets, flips, colors, 1, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,6 +62,26 @@ def test_agrees_with_float64(
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2, atol=error)
 
 
+@pytest.mark.parametrize("shape", SHAPES_KEPT, ids=str)
+@pytest.mark.parametrize("implementation", [augment, reference], ids=["numba", "reference"])
+def test_an_image_keeps_its_shape(
+    implementation: Callable[..., Tensor], shape: tuple[int, int, int, int]
+) -> None:
+    arguments = {**sample(*shape), "keep_shape": True}
+    found = implementation(**arguments, dtype=torch.float32)
+    torch.testing.assert_close(found.double(), in_float64(**arguments), rtol=0, atol=TORCH_ERROR)
+    if shape[0] == shape[1]:
+        assert torch.equal(found, implementation(**{**arguments, "keep_shape": False}, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 64, 56), (37, 50, 25, 22)], ids=str)
+def test_no_colors_are_colors_of_zero(shape: tuple[int, int, int, int]) -> None:
+    arguments = sample(*shape)
+    zeros = {**arguments, "colors": torch.zeros_like(arguments["colors"])}
+    found = augment(**{**arguments, "colors": None}, dtype=torch.float32)
+    assert torch.equal(found, augment(**zeros, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rounds_to_nearest_even(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -57,12 +96,12 @@ def test_agrees_with_torchvision(shape: tuple[int, int, int, int]) -> None:
     resize, crop = shape[2:]
     resized = v2.Resize((resize, resize))(arguments["images"].permute(0, 3, 1, 2).float())
     expected = []
-    for index, (top, left), flip in zip(
-        arguments["indices"], arguments["offsets"].tolist(), arguments["flips"], strict=True
+    for index, (top, left), flip, color in zip(
+        *(arguments[name] for name in ("indices", "offsets", "flips", "colors")), strict=True
     ):
-        view = v2.functional.crop(resized[index], top, left, crop, crop)
+        view = v2.functional.crop(resized[index], int(top), int(left), crop, crop)
         view = v2.functional.horizontal_flip(view) if flip else view
-        expected.append(v2.functional.normalize(view / 255, MEAN, STD))
+        expected.append(v2.functional.normalize(view / 255 + color[:, None, None], MEAN, STD))
     found = augment(**arguments, dtype=torch.float32)
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=TORCH_ERROR)
 
@@ -99,6 +138,7 @@ def test_empty_batch(images: int) -> None:
         "offsets": arguments["offsets"][:0],
         "flips": arguments["flips"][:0],
         "indices": arguments["indices"][:0],
+        "colors": arguments["colors"][:0],
     }
     assert augment(**arguments, dtype=torch.bfloat16).shape == (0, 3, 12, 12)
     options = {name: arguments[name] for name in ("resize", "crop", "mean", "std", "indices")}
@@ -108,7 +148,7 @@ def test_empty_batch(images: int) -> None:
 def test_offsets_flips_and_indices_need_not_be_contiguous() -> None:
     arguments = sample(8, 8, 16, 12, count=6)
     every_other = {
-        name: value[::2] if name in ("offsets", "flips", "indices") else value
+        name: value[::2] if name in ("offsets", "flips", "indices", "colors") else value
         for name, value in arguments.items()
     }
     expected = augment(**arguments, dtype=torch.float32)[::2]
@@ -138,17 +178,22 @@ def test_two_python_threads_at_once() -> None:
 # --- ten-crop ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keep_shape", [False, True])
 @pytest.mark.parametrize("mirror", [True, False])
 @pytest.mark.parametrize(
     "shape", [(20, 37, 40, 32), (20, 37, 40, 29), (37, 50, 25, 22), (8, 8, 8, 8)], ids=str
 )
 def test_ten_crop_has_the_views_and_order_of_torchvision(
-    shape: tuple[int, int, int, int], mirror: bool
+    shape: tuple[int, int, int, int], mirror: bool, keep_shape: bool
 ) -> None:
     arguments = sample(*shape)
     resize, crop = shape[2:]
     images, indices = arguments["images"], arguments["indices"]
-    resized = v2.Resize((resize, resize))(images.permute(0, 3, 1, 2).float())
+    planes = images.permute(0, 3, 1, 2).float()
+    if keep_shape:
+        resized = v2.CenterCrop(resize)(v2.Resize(resize)(planes))
+    else:
+        resized = v2.Resize((resize, resize))(planes)
     cut = v2.TenCrop(crop) if mirror else v2.FiveCrop(crop)
     views = [view for index in indices for view in cut(resized[index])]
     expected = v2.functional.normalize(torch.stack(views) / 255, MEAN, STD)
@@ -156,6 +201,7 @@ def test_ten_crop_has_the_views_and_order_of_torchvision(
         images,
         indices=indices,
         mirror=mirror,
+        keep_shape=keep_shape,
         resize=resize,
         crop=crop,
         mean=MEAN,
@@ -191,16 +237,20 @@ def test_flipping_all_ten_crops_again_does_not_change_predictions() -> None:
 # --- as a PyTorch operator --------------------------------------------------------------------------------
 
 
-def operands(views: int, count: int = 3, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+def operands(
+    views: int, count: int = 3, dtype: torch.dtype = torch.bfloat16, keep_shape: bool = False
+) -> tuple[Any, ...]:
     arguments = sample(8, 9, 16, 12, count=count if views == 1 else views)
     indices = torch.arange(count)
     rows = arguments["offsets"], arguments["flips"]
-    return arguments["images"], indices, *rows, views, 16, 12, MEAN, STD, dtype
+    colors = arguments["colors"][:count] if views == 1 else None
+    return arguments["images"], indices, *rows, colors, views, 16, keep_shape, 12, MEAN, STD, dtype
 
 
 @pytest.mark.parametrize(("views", "count"), [(1, 3), (1, 1), (1, 0), (10, 2)])
 def test_opcheck(views: int, count: int) -> None:
-    torch.library.opcheck(torch.ops.fastalex.augment.default, operands(views, count))
+    arguments = operands(views, count, keep_shape=views > 1)
+    torch.library.opcheck(torch.ops.fastalex.augment.default, arguments)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -268,6 +318,8 @@ def test_is_channels_last() -> None:
         ({"offsets": torch.full((5, 2), -1, dtype=torch.int32)}, r"got -1 .. -1"),
         ({"flips": torch.zeros(5)}, r"flips must be torch.bool \(5,\)"),
         ({"flips": torch.zeros(5, dtype=torch.bool, device="meta")}, "on cpu, got .* on meta"),
+        ({"colors": torch.zeros(5)}, r"colors must be torch.float32 \(5, 3\) on cpu"),
+        ({"colors": torch.zeros(5, 3).double()}, r"got torch.float64 \(5, 3\)"),
         (
             {"indices": torch.zeros(5, dtype=torch.int32)},
             r"indices must be int64 \(B,\) on cpu, got torch.int32",
@@ -285,6 +337,6 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
         augment(**arguments)
     shared = {"images", "indices", "resize", "crop", "mean", "std", "dtype"}
     if shared & set(change):
-        images, *_ = (arguments.pop(name) for name in ("images", "offsets", "flips"))
+        images, *_ = (arguments.pop(name) for name in ("images", "offsets", "flips", "colors"))
         with pytest.raises(ValueError, match=message):
             ten_crop(images, **arguments)

@@ -119,7 +119,7 @@ def test_number_of_threads() -> None:
 
 def test_empty_batch() -> None:
     arguments = case(4)
-    arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices")})
+    arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices", "colors")})
     found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.bfloat16)
     assert found.shape == (0, 96, 6, 6)
     assert not any(each.any() for each in gradients(found, arguments))
@@ -127,7 +127,9 @@ def test_empty_batch() -> None:
 
 def test_operator() -> None:
     arguments = case(2)
-    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "weight", "bias")]
+    tensors = [
+        arguments[name] for name in ("images", "indices", "offsets", "flips", "colors", "weight", "bias")
+    ]
     opcheck(_block, (*tensors, 64, 56, MEAN, STD, 4, 2, torch.float32, 5, 5e-4, 0.75, 2.0))
 
 

@@ -160,8 +160,8 @@ def test_bf16_is_more_accurate_than_a_convolution_under_autocast() -> None:
     """Autocast rounds crops and weight; the folded convolution does not."""
     arguments = case(32, 32, 256, 224, 11)
     expected = plain(arguments, arguments["weight"], arguments["bias"], 4, 2)[0]
-    options = {name: arguments[name] for name in ("images", "offsets", "flips", "indices", "resize", "crop")}
-    crops = augment(**options, mean=MEAN, std=STD, dtype=torch.bfloat16)
+    names = ("images", "offsets", "flips", "indices", "colors", "resize", "crop")
+    crops = augment(**{name: arguments[name] for name in names}, mean=MEAN, std=STD, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = F.conv2d(crops, arguments["weight"], arguments["bias"], stride=4, padding=2)
         found = folded_conv2d(**arguments, stride=4, padding=2, dtype=torch.bfloat16)
@@ -221,7 +221,7 @@ def test_gradient_in_another_layout() -> None:
 
 def test_empty_batch() -> None:
     arguments = case(8, 8, 64, 56, 11)
-    arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices")})
+    arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices", "colors")})
     weight = arguments["weight"].requires_grad_()
     found = folded_conv2d(**arguments, stride=4, padding=2, dtype=torch.bfloat16)
     assert found.shape == (0, 96, 13, 13)
@@ -232,7 +232,7 @@ def test_empty_batch() -> None:
 def test_operator() -> None:
     arguments = case(8, 8, 64, 56, 11, count=2)
     weight, bias = (arguments[name].requires_grad_() for name in ("weight", "bias"))
-    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips")]
+    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "colors")]
     opcheck(_folded_conv, (*tensors, weight, bias, 64, 56, MEAN, STD, 4, 2, torch.float32))
 
 
@@ -265,7 +265,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 def test_a_gradient_that_does_not_fit_is_refused() -> None:
     arguments = case(8, 8, 64, 56, 11, count=2)
-    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "weight")]
+    tensors = [arguments[name] for name in ("images", "indices", "offsets", "flips", "colors", "weight")]
     grad = torch.zeros(2, 96, 13, 12)
     with pytest.raises(ValueError, match=r"gradient does not fit.* \(2, 96, 13, 12\).* \(2, 96, 13, 13\)"):
         torch.ops.fastalex.folded_conv_backward(grad, *tensors, 64, 56, MEAN, STD, 4, 2)

@@ -53,8 +53,17 @@ def lrn_case(name: str) -> KernelCase:
 
 @pytest.fixture(scope="module")
 def machine_code() -> list[dict[str, Any]]:
-    """Every kernel in bf16 for every architecture, and in fp32 for one; the command compiles all."""
+    """Every kernel in bf16 for every architecture, and in fp32 for one; the command compiles all.
+
+    The pooled kernels without a bias, which AlexNet does not run on a GPU, are compiled for one only.
+    """
+
+    def is_wanted(job: inspect._Job) -> bool:
+        name = inspect._cases(job.module)[job.case].name
+        return job.arch == 89 or not name.startswith("relu_lrn_max_pool")
+
     jobs = inspect._jobs(ARCHS, ["bfloat16"], "") + inspect._jobs([89], ["float32"], "")
+    jobs = list(filter(is_wanted, jobs))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(inspect._compile, jobs))
 
@@ -67,8 +76,15 @@ def test_no_spills_and_wide_accesses(machine_code: list[dict[str, Any]]) -> None
 
 
 def test_lrn_kernels_use_no_shared_memory(machine_code: list[dict[str, Any]]) -> None:
-    """Splitting and joining columns must not move data between threads."""
-    assert not [row for row in machine_code if "lrn" in row["kernel"] and row["shared"]]
+    """Splitting and joining columns must not move data between threads.
+
+    The exception sums the bias's gradient over a program, by way of at most one copy of its sums.
+    """
+    shared = {
+        row["kernel"]: row["shared"] for row in machine_code if "lrn" in row["kernel"] and row["shared"]
+    }
+    assert set(shared) == {"bias_relu_lrn_max_pool backward"}
+    assert max(shared.values()) <= 128 * 8 * 4
 
 
 def test_occupancy_of_the_lrn_kernels_in_bf16(machine_code: list[dict[str, Any]]) -> None:
@@ -146,6 +162,11 @@ def test_traffic(interpreted: Any, module: str) -> None:
         elements, pooled = 55 * 55 * 96, 27 * 27 * 96
         assert by_name["relu_lrn backward"].floor == 3 * 2 * elements
         assert by_name["relu_lrn_max_pool backward"].floor == 2 * 2 * elements + (2 + 1) * pooled
+        # Each program reads the bias and, backward, writes a row of sums. Its lanes move 38 KB, or more.
+        for name, rows in (("forward", 0), ("backward", cdiv(14 * 28 * 12, 128))):
+            without, with_bias = (by_name[f"{of}relu_lrn_max_pool {name}"] for of in ("", "bias_"))
+            assert with_bias.floor - without.floor == (1 + rows) * 4 * 96
+            assert with_bias.moved - without.moved <= 0.025 * without.moved
 
 
 def problems_of(name: str, **changes: Any) -> list[str]:

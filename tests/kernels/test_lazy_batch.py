@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fastalex.config import DataConfig, Flip, LoaderConfig
+from fastalex.config import Color, DataConfig, Fit, Flip, LoaderConfig
 from fastalex.data import ImageSet, Views
 from fastalex.data.resident import can_fold
 from fastalex.kernels import LazyBatch
@@ -29,12 +31,14 @@ def data(**changes: object) -> DataConfig:
     return DataConfig(**{"name": "synthetic", "resize": 128, "crop": 96, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("flip", [Flip.random, Flip.none])
+@pytest.mark.parametrize(
+    "changes", [{}, {"flip": Flip.none}, {"color": Color.pca, "fit": Fit.shorter_side}], ids=str
+)
 @pytest.mark.parametrize("views", list(Views))
-def test_materialized_equals_the_batch_of_the_loader(views: Views, flip: Flip) -> None:
+def test_materialized_equals_the_batch_of_the_loader(views: Views, changes: dict[str, Any]) -> None:
     options = {"views": views, "batch_size": 5 if views is not Views.random else 4, "seed": 3}
-    materialized = loader_on(images(), data(flip=flip), RESIDENT, **options)  # type: ignore[arg-type]
-    lazy = loader_on(images(), data(flip=flip), RESIDENT, network=Folding(), **options)  # type: ignore[arg-type]
+    materialized = loader_on(images(), data(**changes), RESIDENT, **options)  # type: ignore[arg-type]
+    lazy = loader_on(images(), data(**changes), RESIDENT, network=Folding(), **options)  # type: ignore[arg-type]
     count = 0
     for (batch, labels), (lazy_batch, lazy_labels) in zip(materialized, lazy, strict=True):
         assert isinstance(batch, torch.Tensor)
@@ -49,9 +53,11 @@ def test_materialized_equals_the_batch_of_the_loader(views: Views, flip: Flip) -
 def test_gradients_of_lazy_and_materialized_batches_agree() -> None:
     torch.manual_seed(0)
     network = create_model("alexnet", init="he", dropout=0.0)
-    loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=6, network=network)
+    shifted = data(color=Color.pca)
+    loader = loader_on(images(), shifted, RESIDENT, views=Views.random, batch_size=6, network=network)
     batch, labels = next(iter(loader))
     assert isinstance(batch, LazyBatch)
+    assert batch.colors is not None
     exact = create_model("alexnet", init="he", dropout=0.0).double()
     exact.load_state_dict(network.state_dict())
     F.cross_entropy(network(batch), labels).backward()
@@ -63,8 +69,10 @@ def test_gradients_of_lazy_and_materialized_batches_agree() -> None:
         assert distance < 1e-5, f"{name}: {distance:.2g}"
 
 
-def test_chunks_of_a_lazy_batch_are_chunks_of_the_materialized() -> None:
-    loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=12, network=Folding())
+@pytest.mark.parametrize("color", list(Color))
+def test_chunks_of_a_lazy_batch_are_chunks_of_the_materialized(color: Color) -> None:
+    colored = data(color=color)
+    loader = loader_on(images(), colored, RESIDENT, views=Views.random, batch_size=12, network=Folding())
     batch, _ = next(iter(loader))
     assert isinstance(batch, LazyBatch)
     assert torch.equal(torch.cat([part.materialize() for part in batch.chunk(3)]), batch.materialize())
@@ -82,6 +90,14 @@ def test_chunks_of_a_lazy_batch_are_chunks_of_the_materialized() -> None:
 def test_only_whole_multiples_of_the_stride_are_folded(changes: dict[str, int], expected: bool) -> None:
     network = create_model("alexnet")
     assert can_fold(network, images(), data(**changes), RESIDENT, CPU) is expected
+
+
+@pytest.mark.parametrize(("fit", "expected"), [(Fit.square, True), (Fit.shorter_side, False)])
+def test_an_image_that_keeps_its_shape_is_folded_if_it_is_square(fit: Fit, expected: bool) -> None:
+    network = create_model("alexnet")
+    wide = ImageSet(np.zeros(1, np.int64), pixels=np.zeros((1, 16, 32, 3), np.uint8))
+    assert can_fold(network, wide, data(fit=fit), RESIDENT, CPU) is expected
+    assert can_fold(network, images(), data(fit=fit), RESIDENT, CPU)
 
 
 def test_what_cannot_be_folded() -> None:

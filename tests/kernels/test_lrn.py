@@ -313,6 +313,76 @@ def test_agrees_with_the_reference(size: int, dtype: torch.dtype, device: str) -
     assert (argmax == expected_argmax).float().mean() > 0.999  # fp32 rounding may swap nearly equal values
 
 
+# --- with a bias ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "that of x"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 96])
+def test_bias_against_float64(
+    channels: int, dtype: torch.dtype, layout: torch.memory_format, bias_dtype: str, device: str
+) -> None:
+    """As `check`, with the bias's gradient: the sum of dx before it is rounded."""
+    x = random((2, channels, 8, 9), dtype, device).contiguous(memory_format=layout)[:, :, 1:].requires_grad_()
+    bias = random((channels,), torch.float32 if bias_dtype == "float32" else dtype, device, seed=2)
+    bias.requires_grad_()
+    exact_x, exact_bias = (t.detach().double().requires_grad_() for t in (x, bias))
+    biased = exact_x + exact_bias[:, None, None]
+    result, exact = relu_lrn_max_pool(x, *STRONG, bias), torch_relu_lrn_max_pool(biased, STRONG)
+    grad = random(tuple(result.shape), dtype, device, seed=1)
+    grad[has_rival(biased.detach(), STRONG, 1e-5)] = 0
+    dx, d_bias = torch.autograd.grad(result, (x, bias), grad)
+    exact_dx, exact_d_bias = torch.autograd.grad(exact, (exact_x, exact_bias), grad.double())
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    scale = max(1.0, exact_dx.abs().max().item())
+    # The power on CUDA and, where the bias makes the Numba kernel's input fp32, on the CPU is fp32's.
+    torch.testing.assert_close(result.double(), exact, rtol=4e-6 + rounding, atol=1e-6)
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=4e-6 + rounding, atol=4e-6 * scale)
+    assert result.dtype == dx.dtype == dtype
+    assert dx.stride() == torch.empty_like(x).stride()
+    assert d_bias.dtype == bias.dtype
+    error = (d_bias.double() - exact_d_bias).abs()
+    terms = exact_dx.transpose(0, 1).flatten(1).abs()
+    bound = terms.shape[1] * 4e-6 * scale + 1e-5 * terms.sum(1)
+    bound += torch.finfo(bias.dtype).eps / 2 * exact_d_bias.abs()
+    assert (error <= bound).all()
+
+
+def test_bias_of_a_reference_shape(device: str) -> None:
+    """Negative alpha, where the Numba kernel hands over to the reference."""
+    x, bias = random((2, 16, 7, 7), torch.float32, device).abs() + 0.5, random((16,), torch.float32, device)
+    options = (5, -10.0, 1.0, 1.0)
+    expected = torch_relu_lrn_max_pool(x.double() + bias.double()[:, None, None], options)
+    assert (expected < 0).any()
+    found = relu_lrn_max_pool(x, *options, bias).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck_with_bias() -> None:
+    x = random((2, 5, 3, 4), torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    bias = random((5,), torch.float64, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, bias: relu_lrn_max_pool(x, 4, 0.5, 0.75, 1.0, bias), (x, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_empty_batch_with_bias(dtype: torch.dtype, device: str) -> None:
+    x = random((0, 16, 7, 7), dtype, device).requires_grad_()
+    bias = torch.ones(16, dtype=dtype, device=device, requires_grad=True)
+    relu_lrn_max_pool(x, *ALEXNET, bias).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+def test_only_the_gradients_that_are_asked_for(device: str) -> None:
+    for x_needs, bias_needs in ((True, False), (False, True)):
+        x = random((1, 16, 5, 5), torch.float32, device).requires_grad_(x_needs)
+        bias = torch.ones(16, device=device).requires_grad_(bias_needs)
+        relu_lrn_max_pool(x, *ALEXNET, bias).sum().backward()
+        assert (x.grad is not None, bias.grad is not None) == (x_needs, bias_needs)
+
+
 # --- within PyTorch ---------------------------------------------------------------------------------------
 
 
@@ -328,8 +398,21 @@ def test_opcheck(dtype: torch.dtype, layout: torch.memory_format, device: str) -
     torch.library.opcheck(lrn._lrn_max_pool_backward, (pooled, argmax, x, *ALEXNET))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_with_bias(dtype: torch.dtype, device: str) -> None:
+    x = random((2, 16, 7, 8), dtype, device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    bias = torch.ones(16, dtype=torch.float32, device=device, requires_grad=True)
+    torch.library.opcheck(lrn._lrn_max_pool, (x, *ALEXNET, bias))
+    x, bias = x.detach(), bias.detach()
+    pooled, argmax = lrn._lrn_max_pool(x, *ALEXNET, bias)
+    torch.library.opcheck(lrn._lrn_max_pool_bias_backward, (pooled, argmax, x, bias, *ALEXNET))
+
+
 class Block(nn.Module):
-    """Two convolutions, each with one of the kernels: AlexNet's first block and part of the second."""
+    """Two convolutions, each with one of the kernels: AlexNet's first block and part of the second.
+
+    The first leaves its bias to the kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +420,8 @@ class Block(nn.Module):
         self.second = nn.Conv2d(16, 32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = relu_lrn_max_pool(self.first(x), *STRONG)
+        x = F.conv2d(x, self.first.weight)
+        x = relu_lrn_max_pool(x, *STRONG, self.first.bias)
         return relu_lrn(self.second(x), *STRONG)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -426,7 +510,10 @@ def test_deterministic_for_any_number_of_threads(block: Block, images: Tensor) -
 
 
 def test_second_derivative_is_refused() -> None:
-    for function in (relu_lrn, relu_lrn_max_pool):
+    def biased(x: Tensor, size: int) -> Tensor:
+        return relu_lrn_max_pool(x, size, bias=torch.ones(16))
+
+    for function in (relu_lrn, relu_lrn_max_pool, biased):
         x = random((1, 16, 5, 5), torch.float32).requires_grad_()
         (dx,) = torch.autograd.grad(function(x, 5).square().sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="differentiable once"):
@@ -525,6 +612,14 @@ def test_importing_loads_no_compiler() -> None:
         (lambda: relu_lrn(torch.ones(1, 4, 4), 0), "size must be .* at least 1, got 0"),
         (lambda: relu_lrn(torch.ones(1, 4, 4), 2.5), r"size must be .* got 2\.5"),
         (lambda: relu_lrn_max_pool(torch.ones(1, 4, 2, 5), 5), r"at least 3, got \(1, 4, 2, 5\)"),
+        (
+            lambda: relu_lrn_max_pool(torch.ones(1, 4, 3, 3), 5, bias=torch.ones(3)),
+            r"bias does not fit.*\(3,\).*expected torch.float32 \(4,\) on cpu",
+        ),
+        (
+            lambda: relu_lrn_max_pool(torch.ones(1, 4, 3, 3).bfloat16(), 5, bias=torch.ones(4).half()),
+            r"bias does not fit.* got torch.float16 .*expected torch.bfloat16 \(4,\)",
+        ),
         (
             lambda: torch.ops.fastalex.lrn_backward(torch.ones(1, 4, 5), torch.ones(1, 4, 4), *ALEXNET, True),
             r"gradient does not fit.*\(1, 4, 5\).*expected torch.float32 \(1, 4, 4\)",

@@ -112,6 +112,69 @@ def check_pool(
     assert dx.stride() == torch.empty_like(x).stride()
 
 
+def check_bias(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    layout: str = CHANNELS_LAST,
+    size: int = 5,
+    beta: float = 0.75,
+    k: float = 2.0,
+    shift: float = 0.0,
+    device: str = "cpu",
+) -> None:
+    """Maximum, argmax and both gradients with a bias around `shift`, against float64; equal in two runs."""
+    arguments = (size, 1e-2, beta, k)
+    x = make(shape, dtype, layout).to(device)
+    bias = (make((shape[1], 1), bias_dtype, CONTIGUOUS) + shift)[:, 0].to(device)
+    module = on_cuda(x, size)
+    y, argmax = module.lrn_max_pool_forward(x, *arguments, bias)
+    grad = torch.randn_like(y)
+    dx, d_bias = module.lrn_max_pool_bias_backward(grad, argmax, x, bias, *arguments)
+    exact, exact_bias = x.double().requires_grad_(), bias.double().requires_grad_()
+    normalised = F.local_response_norm(F.relu(exact + exact_bias[:, None, None]), *arguments)
+    pooled = F.max_pool2d(normalised, 3, 2)
+    assert_close(y, pooled.detach(), dtype)
+    won = windows(normalised).gather(-1, argmax.long()[..., None])[..., 0]
+    torch.testing.assert_close(won, pooled, rtol=1e-6, atol=0)
+    expected_dx, expected = torch.autograd.grad(won, (exact, exact_bias), grad.double())
+    assert_close(dx, expected_dx, dtype)
+    assert dx.stride() == torch.empty_like(x).stride()
+    # The sum is of unrounded values, each with fp32's error (`assert_close`); its own error is another
+    # half unit in the last place for each of the few additions that a value goes through.
+    assert d_bias.dtype == bias_dtype
+    terms = expected_dx.transpose(0, 1).flatten(1).abs()
+    bound = terms.shape[1] * 3e-6 * terms.max() + 1e-5 * terms.sum(1)
+    if bias_dtype != torch.float32:
+        bound = bound + torch.finfo(bias_dtype).eps / 2 * expected.abs()
+    assert ((d_bias.double() - expected).abs() <= bound).all()
+    again = module.lrn_max_pool_bias_backward(grad, argmax, x, bias, *arguments)
+    assert torch.equal(again[0], dx)
+    assert torch.equal(again[1], d_bias)
+
+
+def check_bias_special_values(channels: int) -> None:
+    """A NaN or an infinity in `x` or the bias reaches what it reaches in PyTorch."""
+    for where in ("x", "bias"):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            x = make((1, channels, 5, 6), torch.float32, CHANNELS_LAST)
+            bias = torch.linspace(-1, 1, channels)
+            if where == "x":
+                x[0, channels // 2, 1, 1] = value
+            else:
+                bias[channels // 2] = value
+            module = on_cuda(x, 5)
+            y, argmax = module.lrn_max_pool_forward(x, 5, 1e-2, 0.75, 2.0, bias)
+            grad = torch.ones_like(y)
+            found = module.lrn_max_pool_bias_backward(grad, argmax, x, bias, 5, 1e-2, 0.75, 2.0)
+            inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+            activation = F.relu(inputs[0] + inputs[1][:, None, None])
+            expected = F.max_pool2d(F.local_response_norm(activation, 5, 1e-2, 0.75, 2.0), 3, 2)
+            torch.testing.assert_close(y, expected.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, grad), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def check_ties(channels: int) -> None:
     """Equal values: small integers, the same in all channels of a position, tie often and exactly."""
     x = torch.randint(-1, 3, (1, 1, 9, 9), generator=torch.Generator().manual_seed(0)).float()
@@ -187,10 +250,13 @@ def check_tiling() -> None:
                 torch.manual_seed(0)
                 launch = small(case.name)
                 launch.run()
-            results.append([launch.tensors[name].clone() for name in case.writes])
+            results.append({name: launch.tensors[name].clone() for name in case.writes})
         for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                assert torch.equal(a, b), case.name
+            for name, value in other.items():
+                if name == "sums_pointer":  # a row per program, and so in another order
+                    torch.testing.assert_close(value.sum(0), results[0][name].sum(0))
+                else:
+                    assert torch.equal(value, results[0][name]), case.name
 
 
 def small(name: str) -> Any:
@@ -200,14 +266,15 @@ def small(name: str) -> Any:
     x = torch.randn(1, 7, 7, 16)
     y = torch.zeros(1, 3, 3, 16)
     argmax = torch.arange(144).reshape(y.shape).remainder(9).to(torch.uint8)
-    arguments = (5, 1e-2, 0.75, 2.0)
+    arguments = (5, 1e-2, 0.75, 2.0, torch.linspace(-1, 1, 16) if "bias" in name else None)
+    if "pool" in name:
+        if "forward" in name:
+            return lrn_triton._pool_forward(x, y, argmax, *arguments)
+        return lrn_triton._pool_backward(torch.randn_like(y), argmax, x, torch.zeros_like(x), *arguments)[0]
+    arguments = arguments[:-1]
     if name == "relu_lrn forward":
         return lrn_triton._forward(x, torch.zeros_like(x), *arguments, True)
-    if name == "relu_lrn backward":
-        return lrn_triton._backward(torch.randn_like(x), x, torch.zeros_like(x), *arguments, True)[0]
-    if name == "relu_lrn_max_pool forward":
-        return lrn_triton._pool_forward(x, y, argmax, *arguments)
-    return lrn_triton._pool_backward(torch.randn_like(y), argmax, x, torch.zeros_like(x), *arguments)[0]
+    return lrn_triton._backward(torch.randn_like(x), x, torch.zeros_like(x), *arguments, True)[0]
 
 
 def check_offsets_beyond_32_bits() -> None:
@@ -291,6 +358,34 @@ def test_lrn(interpreted: Any, shape: tuple[int, ...], size: int, dtype: torch.d
 @pytest.mark.parametrize(("shape", "size"), [*TAKEN[:2], *OTHERS], ids=str)
 def test_pool(interpreted: Any, shape: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
     interpreted(check_pool, shape, size, dtype, CHANNELS_LAST)
+
+
+# Several programs of which the last is part empty; more and fewer channels than a program has lanes.
+BIASED = [(3, 256, 3, 4), (1, 8, 9, 6), (1, 1040, 3, 3), (2, 7, 5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*(((2, 96, 5, 7), dtype) for dtype in DTYPES), *((shape, torch.float32) for shape in BIASED)],
+    ids=str,
+)
+def test_bias(interpreted: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    interpreted(check_bias, shape, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("channels", [16, 7])
+def test_bias_in_other_forms(interpreted: Any, channels: int) -> None:
+    """In the dtype of x; with other layouts, windows and exponents; with k that needs what is masked."""
+    shape = (2, channels, 5, 4)
+    interpreted(check_bias, shape, torch.bfloat16, torch.bfloat16, SLICED)
+    interpreted(check_bias, shape, torch.float16, torch.float32, CONTIGUOUS, 4)
+    interpreted(check_bias, shape, torch.float32, torch.float32, CHANNELS_LAST, 3, 1.0, -2.0)
+    interpreted(check_bias, shape, torch.float32, torch.float32, CHANNELS_LAST, 5, 0.75, 0.0, 30.0)
+
+
+@pytest.mark.parametrize("channels", [16, 7])
+def test_bias_and_special_values(interpreted: Any, channels: int) -> None:
+    interpreted(check_bias_special_values, channels)
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3), (4, 4), (5, 8), (8, 5)])
@@ -381,3 +476,4 @@ def test_on_a_gpu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> No
     """The same checks with compiled kernels."""
     check_lrn(shape, 5, dtype, layout, True, device="cuda")
     check_pool(shape, 5, dtype, layout, device="cuda")
+    check_bias(shape, dtype, torch.float32, layout, device="cuda")

@@ -1,0 +1,68 @@
+"""A step of momentum SGD from the factors of a gradient, in plain PyTorch; also the CPU's implementation.
+
+The gradient of a fully connected layer's weight over N images is `output.T @ input`. PyTorch's matrix product
+and its fused step are the fastest there are for a CPU, so there is no Numba implementation: a few rows of the
+gradient at a time are multiplied, applied and rounded while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+# Rows of a gradient that are multiplied out at a time, 5 MB in AlexNet's largest layer: the fastest number in
+# benchmarks/test_factored_sgd.py.
+ROWS = 128
+
+
+def gradient_rows(output: Tensor, input: Tensor, pooling: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return rows `start` to `stop` (exclusive) of the gradient, fp32 or wider, (stop - start, in).
+
+    The arguments are those of `factored_sgd`.
+    """
+    product = output[:, start:stop].t() @ input
+    return upsampled(product.to(torch.promote_types(product.dtype, torch.float32)), pooling)
+
+
+def upsampled(rows: Tensor, pooling: Tensor | None) -> Tensor:
+    """Return `rows`, (..., channels * pixels), with each channel's pixels multiplied by `pooling`."""
+    if pooling is None:
+        return rows
+    return (rows.reshape(-1, len(pooling)) @ pooling.to(rows.dtype)).view(len(rows), -1)
+
+
+def factored_sgd(
+    weight: Tensor,
+    velocity: Tensor | None,
+    copy: Tensor | None,
+    output: Tensor,
+    input: Tensor,
+    pooling: Tensor | None,
+    rate: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """As `fastalex.kernels.factored_sgd`, in blocks of rows. The host waits for `rate` and `skip`."""
+    if skip is not None and skip.item():
+        return
+    lr = rate.item()
+    for start in range(0, len(weight), ROWS):
+        stop = min(start + ROWS, len(weight))
+        rows = gradient_rows(output, input, pooling, start, stop).to(weight.dtype)
+        sgd(
+            [weight[start:stop]],
+            [rows if scale is None else rows.mul_(scale)],
+            [None if velocity is None else velocity[start:stop]],
+            fused=True,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        if copy is not None:
+            copy[start:stop] = weight[start:stop]
