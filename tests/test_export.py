@@ -24,7 +24,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalex import export, predict
-from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, Precision, RuntimeConfig
+from fastalex.config import (
+    Config,
+    DataConfig,
+    ExportFormat,
+    Fit,
+    LoaderConfig,
+    ModelConfig,
+    Precision,
+    RuntimeConfig,
+)
 from fastalex.config.plain import plain
 from fastalex.config.schema import AlexNetConfig
 from fastalex.kernels import LocalResponseNorm, relu_lrn
@@ -83,10 +92,17 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del MODELS[name]
 
 
-def save_run(folder: Path, model: ModelConfig, resize: int, crop: int, weights: dict[str, Tensor]) -> Path:
+def save_run(
+    folder: Path,
+    model: ModelConfig,
+    resize: int,
+    crop: int,
+    weights: dict[str, Tensor],
+    fit: Fit = Fit.square,
+) -> Path:
     config = Config(
         model=model,
-        data=DataConfig("imagefolder", resize=resize, crop=crop, mean=MEAN, std=STD),
+        data=DataConfig("imagefolder", resize=resize, crop=crop, fit=fit, mean=MEAN, std=STD),
         loader=LoaderConfig("torchvision", workers=0),
         runtime=RuntimeConfig(device="cpu", precision=Precision.fp32),
     )
@@ -103,7 +119,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tiny", 20, 16),
         ("normed", 20, 16),
         ("fused", 20, 16),
-        ("mobilenet_v3_small", 36, 32),
+        ("resnet18", 36, 32),
     ):
         torch.manual_seed(0)
         weights = create_model(name, len(CLASSES)).state_dict()
@@ -169,7 +185,7 @@ def test_onnx_has_names_metadata_and_any_batch(runs: Path, command: Command) -> 
     facts = made.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == CLASSES
     prepared = json.loads(facts["preprocessing"])
-    assert {"resize": 20, "crop": 16, "mean": MEAN, "std": STD}.items() <= prepared.items()
+    assert prepared == {"resize": 20, "fit": "square", "crop": 16, "mean": MEAN, "std": STD}
     check(logits, runs / "tiny", tiny.Tiny(len(CLASSES)), 16)
     content = Path("tiny.onnx").read_bytes()
     assert b".py" not in content  # no names of this machine's files
@@ -203,7 +219,7 @@ def test_a_state_dict_has_alexnets_definition_beside_it(alexnet: Path, command: 
     assert all(isinstance(node, ast.ImportFrom) for node in imports)
     defined = runpy.run_path("alexnet.py")
     assert defined["CLASSES"] == CLASSES
-    assert {"resize": 100, "crop": 95, "mean": MEAN, "std": STD}.items() <= defined["PREPROCESSING"].items()
+    assert defined["PREPROCESSING"] == {"resize": 100, "fit": "square", "crop": 95, "mean": MEAN, "std": STD}
     network = defined["network"]()
     network.load_state_dict(load_file("alexnet.safetensors"))
     assert {type(layer).__module__.split(".")[0] for layer in network.modules()} == {"torch", "<run_path>"}
@@ -236,14 +252,14 @@ def test_plain_variants_of_alexnet_are_its_equivalents(options: dict[str, Any]) 
 
 
 def test_a_state_dict_of_another_network_is_defined_with_torchvision(runs: Path, command: Command) -> None:
-    status, _, err = command(f"weights={runs / 'mobilenet_v3_small'}", "format=state_dict", "output=net.pt")
+    status, _, err = command(f"weights={runs / 'resnet18'}", "format=state_dict", "output=net.pt")
     assert status == 0, err
     network = runpy.run_path("net.py")["network"]()
     network.load_state_dict(torch.load("net.pt", weights_only=True))
     assert {type(layer) for layer in network.modules() if isinstance(layer, nn.Conv2d)} == {nn.Conv2d}
-    check(network.eval(), runs / "resnet18", torchvision.models.mobilenet_v3_small(num_classes=3), 32)
+    check(network.eval(), runs / "resnet18", torchvision.models.resnet18(num_classes=3), 32)
     # An export wrote the files, so another may replace them.
-    assert command(f"weights={runs / 'mobilenet_v3_small'}", "format=state_dict", "output=net.pt")[0] == 0
+    exporting.check_output(ExportFormat.state_dict, Path("net.pt"))
 
 
 def test_pt2_is_a_program_of_torchs_operators(runs: Path, command: Command) -> None:
@@ -266,31 +282,38 @@ def test_onnx_expresses_even_windows_otherwise(runs: Path, command: Command) -> 
     check(session("normed.onnx")[1], runs / "normed", Normed(len(CLASSES)), 16)
 
 
+@pytest.mark.parametrize("fit", Fit)
 def test_the_program_of_the_documentation_finds_the_classes_of_predict(
-    runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    fit: Fit, runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    weights = load_file(runs / "tiny" / "model.safetensors")
+    run = save_run(Path("run"), ModelConfig("tiny"), 20, 17, weights, fit)
     rng = np.random.default_rng(0)
     Path("images").mkdir()
-    for i in range(24):
-        color, noise = rng.integers(0, 192, 3), rng.integers(0, 64, (24 + i, 30, 3))
-        Image.fromarray((color + noise).astype(np.uint8)).save(f"images/{i:02}.png")
-    overrides = f"weights={runs / 'tiny'}", "images=images", "output=predictions.csv"
-    assert command(*overrides, main=predict.main)[0] == 0
+    for i in range(24):  # of other shapes, and of other colours in the middle
+        pixels = rng.integers(0, 192, 3) + rng.integers(0, 64, (24 + i, 61 - i, 3))
+        pixels[:, 20:40] = rng.integers(0, 255, 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(f"images/{i:02}.png")
+    assert command(f"weights={run}", "images=images", "output=predictions.csv", main=predict.main)[0] == 0
     with Path("predictions.csv").open(newline="", encoding="utf-8") as file:
-        expected = [f"{row['path']} {row['class_1']}" for row in csv.DictReader(file)]
-    assert command(f"weights={runs / 'tiny'}", "output=model.onnx")[0] == 0
+        rows = list(csv.DictReader(file))
+    assert command(f"weights={run}", "output=model.onnx")[0] == 0
 
     section = SETTINGS.read_text(encoding="utf-8").partition("## Export")[2].partition("\n## ")[0]
     program = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
-    imported = {
-        name.name for node in ast.parse(program).body if isinstance(node, ast.Import) for name in node.names
-    }
-    assert imported == {"json", "sys", "numpy", "onnxruntime"}
-    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, sorted(Path("images").iterdir()))])
+    imports = [node for node in ast.parse(program).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.name for node in imports for name in node.names}
+    assert names == {"json", "sys", "numpy", "onnxruntime", "Image", "ImageOps"}
+    monkeypatch.setattr(sys, "argv", ["program.py", *(row["path"] for row in rows)])
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(program, "program.py", "exec"), {})
-    assert out.getvalue().splitlines() == expected
-    assert len({line.partition(" ")[2] for line in expected}) > 1
+        variables: dict[str, Any] = {}
+        exec(compile(program, "program.py", "exec"), variables)
+    assert out.getvalue().splitlines() == [f"{row['path']} {row['class_1']}" for row in rows]
+    assert len({row["class_1"] for row in rows}) > 1
+    # The last image's probability too, which says more: Pillow and torchvision round some pixels otherwise.
+    logits = variables["session"].run(["logits"], {"images": variables["images"]})[0]
+    best = torch.from_numpy(logits).softmax(dim=1).max().item()
+    assert best == pytest.approx(float(rows[-1]["probability_1"]), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +379,7 @@ def test_a_missing_package_is_one_line(runs: Path, command: Command, monkeypatch
 
 def test_a_definition_replaces_no_file_of_the_users(runs: Path, command: Command) -> None:
     Path("train.py").write_text("import torch\n")
-    status, _, err = command(f"weights={runs / 'mobilenet_v3_small'}", "format=state_dict", "output=train.pt")
+    status, _, err = command(f"weights={runs / 'resnet18'}", "format=state_dict", "output=train.pt")
     assert status == 2
     assert "train.py would be replaced, which fastalex.export did not write" in err
     assert Path("train.py").read_text() == "import torch\n"

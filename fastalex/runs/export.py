@@ -138,7 +138,7 @@ def _facts(trained: TrainedNetwork) -> dict[str, Any]:
     data = plain(trained.config)["data"]
     return {
         "classes": trained.classes,
-        "preprocessing": {key: data[key] for key in _PREPARED if key in data},
+        "preprocessing": {key: data[key] for key in _PREPARED},
         "network": trained.config.model.name,
         "fastalex": version("fastalex"),
     }
@@ -278,8 +278,9 @@ def _write_state_dict(
     model.eval()
 
 Its input: images, float32 (N, 3, crop, crop), prepared as PREPROCESSING says: an RGB image is resized to
-resize x resize pixels (bilinear, with antialiasing), its central crop x crop pixels are cut out, and each
-channel becomes (pixel / 255 - mean) / std. Its output: a logit for each of CLASSES, (N, len(CLASSES)).
+resize x resize pixels, bilinear with antialiasing (where fit is shorter_side: its shorter side is resized to
+resize pixels, and the centre cut out), the crop x crop pixels in its middle are cut out, and each channel
+becomes (pixel / 255 - mean) / std. Its output: a logit for each of CLASSES, (N, len(CLASSES)).
 \"\"\"
 
 {imports}
