@@ -336,9 +336,12 @@ def test_the_program_of_the_documentation_finds_the_classes_of_predict(
         ),
         (
             ["weights=fused", "format=pt2", "output=a.pt2"],
-            r"model.name=fused uses fastalex.lrn.default, which only",
+            r"since it uses fastalex.lrn.default, which only fastalex has",
         ),
-        (["weights=fused", "output=a.onnx"], r"format=onnx: model.name=fused uses fastalex.lrn.default"),
+        (
+            ["weights=fused", "output=a.onnx"],
+            r"model.name=fused: cannot be exported, since it uses fastalex.lrn.default, which only",
+        ),
         (
             ["weights=tiny", "format=state_dict", "output=a.pt"],
             r"no plain definition of model.name=tiny; choose",
@@ -390,8 +393,8 @@ def test_a_definition_replaces_no_file_of_the_users(runs: Path, command: Command
 def test_other_logits_are_not_written(
     wrong: float, runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = exporting._read_onnx
-    monkeypatch.setattr(exporting, "_read_onnx", lambda file: lambda images: read(file)(images) + wrong)
+    read = exporting.read_onnx
+    monkeypatch.setattr(exporting, "read_onnx", lambda file: lambda images: read(file)(images) + wrong)
     Path("a.onnx").write_text("old")
     status, _, err = command(f"weights={runs / 'tiny'}", "output=a.onnx")
     assert status == 2
