@@ -42,9 +42,8 @@ def launches() -> Iterator[Any]:
             x = torch.empty(BATCH, side, side, channels, dtype=torch.bfloat16)
             y = torch.empty(BATCH, pooled, pooled, channels, dtype=torch.bfloat16)
             argmax = torch.empty_like(y, dtype=torch.uint8)
-            bias = torch.empty(channels)
-        yield lrn_triton._pool_forward(x, y, argmax, **PAPER, bias=bias)
-        yield from lrn_triton._pool_backward(y, argmax, x, torch.empty_like(x), **PAPER, bias=bias)
+        yield lrn_triton._pool_forward(x, y, argmax, **PAPER)
+        yield from lrn_triton._pool_backward(y, argmax, x, torch.empty_like(x), **PAPER)
 
 
 def compile_all(arch: int) -> float:

@@ -205,7 +205,7 @@ def _check_step_graph(device: torch.device, dtype: torch.dtype, world: World) ->
         ConfigError: on a CPU, in fp16, whose loss scaler decides on the host, or with several ranks.
     """
     reasons = {
-        "is for a GPU; on a CPU leave it out": device.type != "cuda",
+        "is for a GPU; on a CPU use runtime.graph=network": device.type != "cuda",
         "is not for fp16, whose loss scaler works outside graphs; use runtime.graph=network": (
             dtype == torch.float16
         ),

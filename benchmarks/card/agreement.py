@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.card.place import given_place
 from benchmarks.hardware import DEVICE
-from fastalex.config import Precision, RuntimeConfig, TrainConfig
+from fastalex.config import Graph, Precision, RuntimeConfig, TrainConfig
 from fastalex.data import CutMixLoader
 from fastalex.files import write_text
 from fastalex.models import create_model
@@ -122,6 +122,7 @@ def trainer(
     compiled: bool,
     dropout: float = 0.0,
     cutmix: float = 0.0,
+    graph: Graph = Graph.network,
     fused: bool = False,
     **settings: Any,
 ) -> tuple[Trainer, list[float]]:
@@ -129,8 +130,8 @@ def trainer(
 
     With ``fused`` the passes that a GPU's default leaves apart are fused.
     """
-    options = RuntimeConfig(precision=precision, compile=compiled, factored=fused, fused_bias=fused)
-    runtime = choose_runtime(options)
+    options: dict[str, Any] = {"factored": fused, "fused_bias": fused, "graph": graph}
+    runtime = choose_runtime(RuntimeConfig(precision=precision, compile=compiled, **options))
     model = copy.deepcopy(initial_model(size.units))
     model.dropout.p = dropout
     torch.manual_seed(1)
@@ -207,6 +208,9 @@ def check(size: Size) -> list[Check]:
         compare("these, in four parts", train(size, low, True, fused=True, accumulate=4), plain, bound),
         compare("resumed in the middle of an epoch and not", resumed(size, low), plain, bound),
     ]
+    if DEVICE == "cuda":
+        whole = train(size, low, True, fused=True, graph=Graph.step)
+        found.append(compare("these, each step as one graph", whole, plain, bound))
     mixed = {"cutmix": 0.5, "ema_decay": 0.9, "label_smoothing": 0.1}
     exact, plain = train(size, Precision.fp32, False, **mixed), train(size, low, False, **mixed)
     compiled = train(size, low, True, **mixed)

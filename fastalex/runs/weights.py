@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastalex.config import Config, Precision
+from fastalex.config import Config, Graph, Precision
 from fastalex.config.checks import validate
 from fastalex.config.plain import from_plain, model_options
 from fastalex.errors import CheckpointError, ConfigError
@@ -46,7 +46,9 @@ class TrainedNetwork:
             ConfigError: the device does not exist, or does not support the precision.
         """
         config = self.config.runtime
-        return choose_runtime(replace(config, device=device, precision=precision or config.precision))
+        graph = Graph.off if config.graph is Graph.off else Graph.network  # there is no training step here
+        precision = precision or config.precision
+        return choose_runtime(replace(config, device=device, precision=precision, graph=graph))
 
     def model(self) -> nn.Module:
         """Build the network with these weights, in fp32 on the CPU.

@@ -157,6 +157,20 @@ def test_a_pooled_weight(take: Any, image: int) -> None:
     check(take(narrow, pooling=pooling), wanted, images + 2 * image**2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_a_gpu(shape: tuple[int, int, int]) -> None:
+    """In bf16, whose products are exact: in fp32 the tensor cores round the factors to TF32."""
+    tensors = sample(shape, torch.bfloat16)
+    there = {name: tensor.cuda() for name, tensor in tensors.items()}
+    copy = torch.zeros(shape[1:], dtype=torch.bfloat16, device="cuda")
+    options = {"rate": torch.tensor(RATE).cuda(), "scale": torch.tensor(SCALE).cuda(), "copy": copy}
+    found = {name: tensor.cpu() for name, tensor in step(there, False, **options).items()}
+    check(found, expected(tensors), shape[0])
+    assert torch.equal(found["copy"], found["weight"].bfloat16())
+
+
 def test_rows_of_the_gradient() -> None:
     tensors = sample((7, 20, 9), torch.float64)
     rows = gradient_rows(tensors["output"], tensors["input"], None, 3, 11)
