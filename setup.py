@@ -2,7 +2,9 @@
 
 from setuptools import setup
 
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 DEV = [
+    *EXPORT,
     "hypothesis>=6.100",
     "mypy>=1.14",
     "pyarrow>=18",
@@ -51,6 +53,7 @@ setup(
     extras_require={
         "dali": ["nvidia-dali-cuda120>=1.48"],
         "dali-cuda13": ["nvidia-dali-cuda130>=1.52"],
+        "export": EXPORT,
         "ffcv": ["ffcv==1.0.2"],
         "lars": ["timm>=1.0"],
         "parquet": ["pyarrow>=18"],

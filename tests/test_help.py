@@ -21,6 +21,7 @@ CONFIGS = Path(cli.__file__).parents[1] / "configs"
         ("fastalex.data.write_beton", {"data"}),
         ("fastalex.evaluate", set()),
         ("fastalex.predict", set()),
+        ("fastalex.export", set()),
         ("fastalex.reproduce", set()),
     ],
 )

@@ -110,6 +110,14 @@ class Budget(Enum):
     quick = "quick"  # a few epochs on the digits: tests the whole path; the figures mean nothing
 
 
+class ExportFormat(Enum):
+    """What a trained network is written as."""
+
+    onnx = "onnx"  # for ONNX Runtime and other programs
+    pt2 = "pt2"  # a program of torch.export
+    state_dict = "state_dict"  # its weights, with the network's definition in plain PyTorch beside them
+
+
 class Graph(Enum):
     """What a GPU records as a CUDA graph, whose kernels one call launches."""
 
@@ -320,6 +328,15 @@ class PredictConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What ``python -m fastalex.export`` takes; how images are prepared is read with the weights."""
+
+    weights: str = MISSING  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
+    format: ExportFormat = ExportFormat.onnx
+    output: str = MISSING  # ends with .onnx or .pt2; of a state dict, with .pt or .safetensors
+
+
+@dataclass
 class ReproduceConfig:
     """What ``python -m fastalex.reproduce`` takes; everything else is in ``configs/row/``."""
 
@@ -347,6 +364,7 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(name="schema_evaluate", node=EvaluateConfig)
     store.store(name="schema_predict", node=PredictConfig)
+    store.store(name="schema_export", node=ExportConfig)
     store.store(name="schema_reproduce", node=ReproduceConfig)
     store.store(name="schema_write_beton", node=BetonConfig)
     store.store(group="model", name="schema", node=ModelConfig)
