@@ -174,7 +174,7 @@ def test_dry_run_estimates_and_writes_nothing(command: Any, tmp_path: Path, dry_
     assert len(times) == 2
     assert all(re.fullmatch(r"\d+:[0-5]\d", time) and time != "0:00" for time in times)
     assert re.search(r"^together +\d+:[0-5]\d$", out, re.M)
-    assert "- measured: 4 steps of each network" in out
+    assert "- measured: the median of 4 steps of each network" in out
     assert "still to be downloaded" not in out
     assert not list(tmp_path.iterdir())
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -59,8 +62,8 @@ class Estimator:
     def assumptions(self) -> str:
         """Say what the estimates so far rest on, one assumption per line."""
         lines = [
-            f"measured: {MEASURED_STEPS} steps of each network, crop and batch on random pixels, after "
-            f"{WARMUP_STEPS} to warm up; {self.machine}",
+            f"measured: the median of {MEASURED_STEPS} steps of each network, crop and batch on random "
+            f"pixels, after {WARMUP_STEPS} to warm up; {self.machine}",
             "evaluation: a third of the time of a training step per image; validation after each epoch, and "
             f"{TEST_VIEWS} views of each test image with the final weights and with the best",
             "not counted: compilation, decoding and copies of images, checkpoints",
@@ -112,5 +115,14 @@ class Estimator:
             runtime.place(model)
             # A rate at which no network diverges.
             recipe = replace(config.train, epochs=1, stages=[], lr=1e-6)
-            self._rates[key] = Trainer(model, recipe, loader, None, runtime).run_epoch().images_per_second
+            ends: list[float] = []
+
+            def ended(step: int, loss: float | None) -> None:
+                runtime.synchronize()
+                ends.append(time.perf_counter())
+
+            Trainer(model, recipe, loader, None, runtime, on_step=ended).run_epoch()
+        # The median, because a step that other work has interrupted may take many times as long.
+        seconds = statistics.median(end - begin for begin, end in pairwise(ends[WARMUP_STEPS - 1 :]))
+        self._rates[key] = config.train.batch_size / seconds
         return self._rates[key]
