@@ -17,7 +17,8 @@ OLDEST_STAMP := $(OLDEST)/.installed
 train: $(STAMP)
 	$(RUN) -m fastalex.train $(if $(findstring data=,$(ARGS))$(findstring --config-name,$(ARGS)),,data=digits) $(ARGS)
 
-# The study's table, row by row: make reproduce ARGS="rows=alexnet data.root=DATA", or ARGS=--dry-run for the plan
+# Trains the rows of the study's table in outputs/reproduction and compares them with results/:
+# make reproduce ARGS="rows=alexnet data.root=DATA", or ARGS=--dry-run for the plan
 reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 

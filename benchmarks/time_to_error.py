@@ -96,7 +96,8 @@ def extrapolated(study: FinishedRun | None, steps: Path, error: float) -> TimeTo
         missing.append(f"the reference's images/s are not in {steps}: make bench")
     if study is None:
         missing.append(
-            "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_study_recipe"
+            "the study's recipe has not been run: python -m fastalex.reproduce rows=alexnet_study_recipe, "
+            "then --study outputs/reproduction/alexnet_study_recipe"
         )
     if rate is None or study is None:
         return TimeToError("reference", NOT_MEASURED, hardware=hardware, note="; ".join(missing))

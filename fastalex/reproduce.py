@@ -1,30 +1,28 @@
-"""``python -m fastalex.reproduce``: run the rows of the study's table, and compare their errors with it."""
+"""``python -m fastalex.reproduce``: run the rows of the study's table, and compare their errors.
+
+The runs go to a folder of the user's. Their errors are compared with those of the committed runs in
+``results/``, which ``publish=true`` replaces.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
-import torch
 
 from fastalex.cli import command
-from fastalex.config import Budget, Config, DataConfig, Flip, ReproduceConfig
-from fastalex.config.plain import from_plain, load_config, model_options, plain, to_dataclass
-from fastalex.data import Views, build_loader, load_splits, resolve_loader
+from fastalex.config import Budget, Config, ReproduceConfig
+from fastalex.config.plain import from_plain, load_config, plain, to_dataclass
 from fastalex.errors import ConfigError, DivergedError
-from fastalex.models import create_model
 from fastalex.runs.launch import train
-from fastalex.runtime import choose_runtime
-from fastalex.study.report import write
-from fastalex.study.results import NOT_RUN, load_run
+from fastalex.study import committed, comparison, report
+from fastalex.study.estimate import Estimator
+from fastalex.study.results import NOT_RUN, read_run
 from fastalex.study.rows import ROWS, run_folder
-from fastalex.training.limits import explained
-from fastalex.training.memory import room_for_images
-from fastalex.training.timing import WARMUP_STEPS
-from fastalex.training.trainer import Trainer
 
 QUICK = (
     "data=digits",
@@ -34,10 +32,6 @@ QUICK = (
     "train.epochs=2",
     "train.stages=[]",
 )
-PROBE_STEPS = WARMUP_STEPS + 2
-TEST_VIEWS = 11  # of each test image: the centre crop, and ten
-# A forward pass is a third of the arithmetic of a training step.
-EVALUATION_COST = 1 / 3
 COMPLETE, INTERRUPTED = "complete", "interrupted"
 
 
@@ -54,8 +48,12 @@ class Job:
         return f"{self.row}, seed {self.config.seed}"
 
 
-def plan(config: ReproduceConfig, results: Path) -> list[Job]:
+def plan(config: ReproduceConfig, runs: Path) -> list[Job]:
     """Return the runs of the requested rows.
+
+    Args:
+        config: of the command.
+        runs: the folder that the rows' folders are in.
 
     Raises:
         ConfigError: for a row that does not exist, or a folder that holds a run of other settings.
@@ -71,12 +69,12 @@ def plan(config: ReproduceConfig, results: Path) -> list[Job]:
             run.runtime.device = config.runtime.device
             if config.data.root is not None:
                 run.data.root = config.data.root
-            folder = run_folder(results, name, seed)
-            jobs.append(Job(name, run, folder, _status(run, folder, name, results)))
+            folder = run_folder(runs, name, seed)
+            jobs.append(Job(name, run, folder, _status(run, folder, name)))
     return jobs
 
 
-def _status(config: Config, folder: Path, name: str, results: Path) -> str:
+def _status(config: Config, folder: Path, name: str) -> str:
     """Return how far a run is; refuse a folder whose network, data or recipe differ from the row's."""
     if not (folder / "config.yaml").is_file():
         return NOT_RUN
@@ -97,63 +95,7 @@ def _status(config: Config, folder: Path, name: str, results: Path) -> str:
                     f"{folder}: holds a run of {section}.{key}={found}, and the row {name} has {wanted}; "
                     f"{remedy}"
                 )
-    return COMPLETE if load_run(results, name, config.seed) else INTERRUPTED
-
-
-def estimate(config: Config, rates: dict[tuple, float]) -> float:
-    """Estimate the seconds of a run from its number of images and a probe of a few steps.
-
-    Args:
-        config: of the run.
-        rates: training images/s of the probes made so far, by network, crop and batch; added to.
-    """
-    training, validation, test = _numbers_of_images(config)
-    views = 2 if config.data.flip is Flip.both else 1
-    train = config.train
-    before = sum(stage.epochs for stage in train.stages)
-    parts = [*((s.epochs, s.crop) for s in train.stages), (train.epochs - before, config.data.crop)]
-    seconds = sum(epochs * views * training / _rate(config, crop, rates) for epochs, crop in parts)
-    evaluated = train.epochs * validation + 2 * TEST_VIEWS * test
-    return seconds + EVALUATION_COST * evaluated / _rate(config, config.data.crop, rates)
-
-
-def _numbers_of_images(config: Config) -> tuple[int, int, int]:
-    """Training, validation and test images; CIFAR-10's own numbers where it has still to be downloaded."""
-    data = config.data
-    if data.name == "cifar10" and data.download and not Path(data.root).expanduser().exists():
-        validation = math.ceil(50_000 * data.validation_fraction)
-        return 50_000 - validation, validation, 10_000
-    splits = load_splits(replace(data, download=False), config.seed, progress=False)
-    return len(splits.train), len(splits.validation), len(splits.test)
-
-
-def _rate(config: Config, crop: int, rates: dict[tuple, float]) -> float:
-    """Training images/s on random pixels."""
-    options = model_options(config.model)
-    key = (config.model.name, *options.values(), crop, config.train.batch_size)
-    if key in rates:
-        return rates[key]
-    with explained(config):
-        runtime = choose_runtime(config.runtime)
-        images = PROBE_STEPS * config.train.batch_size
-        data = DataConfig("synthetic", resize=crop, crop=crop, images=images)
-        splits = load_splits(data, 0, progress=False)
-        torch.manual_seed(0)
-        model = create_model(config.model.name, len(splits.classes), **options)
-        room = room_for_images(model, replace(config, data=data), runtime)
-        loader = build_loader(
-            splits.train,
-            data,
-            resolve_loader(config.loader, splits, room),
-            views=Views.random,
-            batch_size=config.train.batch_size,
-            runtime=runtime,
-        )
-        runtime.place(model)
-        # A rate at which no network diverges.
-        recipe = replace(config.train, epochs=1, stages=[], lr=1e-6)
-        rates[key] = Trainer(model, recipe, loader, None, runtime).run_epoch().images_per_second
-    return rates[key]
+    return COMPLETE if read_run(folder) else INTERRUPTED
 
 
 def _overrides(config: ReproduceConfig) -> dict[str, str]:
@@ -167,23 +109,28 @@ def _overrides(config: ReproduceConfig) -> dict[str, str]:
 
 
 def print_plan(jobs: list[Job]) -> None:
-    """Print what would run, and an estimate of its time from a probe of a few steps."""
-    rates: dict[tuple, float] = {}
+    """Print what would run, and an estimate of its time from a few steps of each network."""
+    estimator = Estimator()
     total = 0.0
-    print(f"{'run':<38}  {'epochs':>6}  {'crop':>4}  {'hours':>7}  status")
+    print(f"{'run':<38}  {'epochs':>6}  {'crop':>4}  {'h:min':>7}  status")
     for job in jobs:
-        hours = 0.0 if job.status == COMPLETE else estimate(job.config, rates) / 3600
-        total += hours
+        seconds = None if job.status == COMPLETE else estimator.seconds(job.config)
+        total += seconds or 0.0
         config = job.config
+        time = "" if seconds is None else _hours(seconds)
         print(
-            f"{job!s:<38}  {config.train.epochs:>6}  {config.data.crop:>4}  {hours:7.2f}  {job.status}",
+            f"{job!s:<38}  {config.train.epochs:>6}  {config.data.crop:>4}  {time:>7}  {job.status}",
             flush=True,
         )
-    print(
-        f"{'together':<38}  {'':>6}  {'':>4}  {total:7.2f}\n"
-        f"an estimate from {PROBE_STEPS - WARMUP_STEPS} steps of each network on random pixels; "
-        "an interrupted run counts in full"
-    )
+    print(f"{'together':<38}  {'':>6}  {'':>4}  {_hours(total):>7}")
+    if total:
+        print(f"The times are estimates:\n{estimator.assumptions()}")
+
+
+def _hours(seconds: float) -> str:
+    """Hours and minutes, rounded up to a minute."""
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours}:{minutes:02}"
 
 
 def run(config: ReproduceConfig) -> None:
@@ -193,12 +140,15 @@ def run(config: ReproduceConfig) -> None:
         FastalexError: for input that has to be corrected; DivergedError after the other rows have been run.
     """
     quick = config.budget is Budget.quick
-    results = Path(config.folder) / "quick" if quick else Path(config.folder)
-    jobs = plan(config, results)
+    results = committed.find(config.results)
+    _check(config, results)
+    folder = Path(config.folder) / "quick" if quick else Path(config.folder)
+    jobs = plan(config, folder)
     if config.dry_run:
         print_plan(jobs)
         return
-    readme = None if quick else Path(config.readme)
+    requested = {job.row for job in jobs}
+    ours = report.collect(results, False) if results and not quick else None
     diverged: list[str] = []
     for job in jobs:
         print(f"== {job}: {job.status}", flush=True)
@@ -211,11 +161,47 @@ def run(config: ReproduceConfig) -> None:
             diverged.append(f"{job}: {error}")
             print(diverged[-1], file=sys.stderr)
             continue
-        write(results, quick, readme)
-    write(results, quick, readme)
-    print(f"reproduction.md, reproduction.json and the loss figures are in {results}")
+        _write(folder, quick, ours, requested)
+    comparisons = _write(folder, quick, ours, requested)
+    print(f"\n{comparison.printed(comparisons)}\n")
+    print(f"comparison.md says how the intervals are computed; it and reproduction.md are in {folder}")
+    if config.publish:
+        _publish(jobs, committed.check_publishable(results))
     if diverged:
         raise DivergedError("; ".join(diverged))
+
+
+def _check(config: ReproduceConfig, results: Path | None) -> None:
+    """Refuse folders that cannot be used, before anything is trained."""
+    folder = Path(config.folder)
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ConfigError(f"folder={folder}: is not a folder; name another")
+    if results is not None and folder.resolve() == results.resolve():
+        raise ConfigError(
+            f"folder={folder}: holds the committed runs, which yours are compared with; name another folder"
+        )
+    if config.publish:
+        if config.budget is Budget.quick:
+            raise ConfigError("publish=true: runs of budget=quick are not the rows; leave one of them out")
+        committed.check_publishable(results)
+
+
+def _write(
+    folder: Path, quick: bool, ours: dict[str, Any] | None, requested: set[str]
+) -> list[comparison.Comparison]:
+    """Write everything about the runs so far into the user's folder."""
+    theirs = report.write(folder, quick, None)
+    comparisons = comparison.compare(theirs, ours, requested)
+    comparison.write(folder, comparisons, comparison.note(theirs, ours, quick=quick))
+    return comparisons
+
+
+def _publish(jobs: list[Job], results: Path) -> None:
+    """Put the complete runs among the committed ones, and write ``results/`` and the README's table anew."""
+    complete = [job for job in jobs if read_run(job.folder)]
+    committed.replace_runs((job.folder, run_folder(results, job.row, job.config.seed)) for job in complete)
+    report.write(results, False, results.parent / "README.md")
+    print(f"published in {results}: {'; '.join(map(str, complete)) or 'nothing'}")
 
 
 @command("reproduce", ReproduceConfig)

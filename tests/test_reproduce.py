@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -23,7 +24,10 @@ from fastalex.config.plain import plain, to_dataclass
 from fastalex.errors import DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
-from fastalex.study import report
+from fastalex.study import committed, comparison, report
+from fastalex.study.estimate import Estimator
+from fastalex.study.intervals import Sample
+from fastalex.study.intervals import difference as interval
 from fastalex.study.report import BEGIN, END
 from fastalex.study.results import load_run
 from fastalex.study.rows import BASE, ROWS, run_folder
@@ -113,11 +117,13 @@ def test_comparisons_change_one_thing(rows: dict[str, Config]) -> None:
 
 
 def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> None:
-    Path("README.md").write_text(f"{BEGIN}\nours\n{END}\n")
-    assert command("budget=quick", "rows=resnet18,alexnet_paper_init")[0] == 0
-    results = Path("results/quick")
-    assert not (Path("results") / "reproduction.md").exists()
-    assert Path("README.md").read_text() == f"{BEGIN}\nours\n{END}\n"
+    status, out, _ = command("budget=quick", "rows=resnet18,alexnet_paper_init")
+    assert status == 0
+    assert len(re.findall(r"^(?:resnet18|alexnet_paper_init) .* nothing to compare with$", out, re.M)) == 2
+    assert [str(path) for path in Path().iterdir()] == ["outputs"]
+    results = Path("outputs/reproduction/quick")
+    assert [path.name for path in results.parent.iterdir()] == ["quick"]
+    assert "Nothing is compared." in (results / "comparison.md").read_text()
     text = (results / "reproduction.md").read_text()
     assert "quick budget" in text.splitlines()[0]
     assert "No figure here says anything about CIFAR-10" in text
@@ -164,9 +170,12 @@ def test_dry_run_estimates_and_writes_nothing(command: Any, tmp_path: Path, dry_
     status, out, _ = command("budget=quick", "rows=alexnet_paper_init,resnet18", dry_run)
     assert status == 0
     lines = out.splitlines()
-    hours = [float(line.split()[5]) for line in lines if line.startswith(("alexnet_paper_init", "resnet18"))]
-    assert len(hours) == 2
-    assert "together" in out
+    times = [line.split()[5] for line in lines if line.startswith(("alexnet_paper_init", "resnet18"))]
+    assert len(times) == 2
+    assert all(re.fullmatch(r"\d+:[0-5]\d", time) and time != "0:00" for time in times)
+    assert re.search(r"^together +\d+:[0-5]\d$", out, re.M)
+    assert "- measured: the median of 4 steps of each network" in out
+    assert "still to be downloaded" not in out
     assert not list(tmp_path.iterdir())
 
 
@@ -176,18 +185,52 @@ def test_estimate_counts_images_views_and_stages(monkeypatch: pytest.MonkeyPatch
         overrides = ["data=digits", "data.flip=both", "train.epochs=5"]
         overrides.append("train.stages=[{epochs: 2, resize: 64, crop: 63}]")
         config = to_dataclass(hydra.compose("config", overrides), Config)
-    monkeypatch.setattr(reproduce, "_rate", lambda config, crop, rates: {63: 100.0, 64: 10.0}[crop])
+    monkeypatch.setattr(Estimator, "_rate", lambda self, config, crop: {63: 100.0, 64: 10.0}[crop])
     training = 2 * 1149 * (2 / 100 + 3 / 10)
     evaluation = (5 * 288 + 2 * 11 * 360) / 3 / 10
-    assert reproduce.estimate(config, {}) == pytest.approx(training + evaluation)
+    assert Estimator().seconds(config) == pytest.approx(training + evaluation)
 
 
 def test_estimate_without_the_images_counts_cifar10s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(AlexNetConfig("alexnet"), DataConfig("cifar10", root="nowhere"), LoaderConfig("auto"))
-    monkeypatch.setattr(reproduce, "_rate", lambda config, crop, rates: 10.0)
+    monkeypatch.setattr(Estimator, "_rate", lambda self, config, crop: 10.0)
     training = config.train.epochs * 40_000 / 10
     evaluation = (config.train.epochs * 10_000 + 2 * 11 * 10_000) / 3 / 10
-    assert reproduce.estimate(config, {}) == pytest.approx(training + evaluation)
+    estimator = Estimator()
+    assert estimator.seconds(config) == pytest.approx(training + evaluation)
+    assert "still to be downloaded" in estimator.assumptions()
+
+
+def test_a_dry_run_estimates_what_the_user_has_not_run(
+    command: Any, rows: dict[str, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in ``results/``: this is done beside the committed runs, all of which are complete."""
+    monkeypatch.setattr(Estimator, "_rate", lambda self, config, crop: 100.0)
+    complete(Path("outputs/reproduction"), rows, "alexnet_112", 0.1)
+    complete(Path("outputs/reproduction"), rows, "resnet18", 0.1)
+    Path("outputs/reproduction/resnet18/summary.json").unlink()  # as of a run that was stopped before its end
+    status, out, err = command("--dry-run")
+    assert status == 0, err
+    lines = {line.partition(",")[0]: line.split() for line in out.splitlines() if ", seed 0" in line}
+    assert set(lines) == set(ROWS)
+    assert lines.pop("alexnet_112")[-1] == "complete"
+    assert lines.pop("resnet18")[-1] == "interrupted"
+    for line in lines.values():
+        assert line[-2:] == ["not", "run"]
+    # Training images, and a third of those of three validations and of two tests of eleven views, at 100/s.
+    seconds = 3 * 40_000 / 100 + (3 * 10_000 + 2 * 11 * 10_000) / 3 / 100
+    assert lines["alexnet_paper_init"][5] == f"0:{math.ceil(seconds / 60)}"
+
+
+def test_the_committed_runs_are_the_rows() -> None:
+    """The ones that a user's are compared with have the settings that a user's have."""
+    results = committed.find(None)
+    assert results is not None
+    schema.register()
+    with initialize_config_module("fastalex.configs", version_base="1.3"):
+        jobs = reproduce.plan(ReproduceConfig(), results)
+    assert {job.status for job in jobs} == {"complete"}
+    assert json.loads((results / "reproduction.json").read_text()) == report.collect(results, False)
 
 
 def test_a_row_named_twice_is_run_once() -> None:
@@ -210,7 +253,7 @@ def test_bad_input_is_one_line(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_settings_is_neither_skipped_nor_lost(command: Any) -> None:
-    folder = Path("results/quick/alexnet_paper_init")
+    folder = Path("outputs/reproduction/quick/alexnet_paper_init")
     made_up_run(folder.parent, "alexnet_paper_init", 0, 0.1)
     before = sorted(folder.iterdir())
     status, _, err = command("budget=quick", "rows=alexnet_paper_init")
@@ -231,13 +274,14 @@ def test_a_run_of_other_settings_is_neither_skipped_nor_lost(command: Any) -> No
 def test_a_run_from_before_a_key_had_its_default(
     command: Any, rows: dict[str, Config], key: str, message: str | None
 ) -> None:
-    made_up_run(Path("results"), "alexnet_112", 0, 0.1)
+    folder = Path("outputs/reproduction")
+    made_up_run(folder, "alexnet_112", 0, 0.1)
     written = plain(rows["alexnet_112"])
     if key in written["train"]:
         del written["train"][key]
     else:
         written["train"][key] = 1
-    OmegaConf.save(written, "results/alexnet_112/config.yaml")
+    OmegaConf.save(written, folder / "alexnet_112" / "config.yaml")
     status, out, err = command("rows=alexnet_112", "dry_run=true")
     if message is None:
         assert status == 0
@@ -260,14 +304,14 @@ def test_an_interrupted_row_finds_its_images_where_they_are_now(
                 Image.new("RGB", (36, 36), (99 * number, i, 0)).save(folder / f"{i}.png")
     row = ("budget=quick", "rows=mobilenet_v3_small")
     assert command(*row, "data.root=before")[0] == 0
-    run = Path("results/quick/mobilenet_v3_small")
+    run = Path("outputs/reproduction/quick/mobilenet_v3_small")
     before = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()  # as of a run that was stopped before its end
     Path("before").rename("after")
 
     status, _, err = command(*row, "data.root=after", "runtime.device=cpu")
     assert status == 2
-    assert "runtime.device=cpu: the run in results/quick/mobilenet_v3_small has runtime.device=auto" in err
+    assert f"runtime.device=cpu: the run in {run} has runtime.device=auto" in err
     status, _, err = command(*row, "data.root=after")
     assert status == 0, err
     after = json.loads((run / "summary.json").read_text())
@@ -297,7 +341,127 @@ def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pyte
     assert status == 1
     assert ran == ["alexnet_paper_init", "resnet18"]
     assert "alexnet_paper_init, seed 0: the loss became nan at step 3" in err.splitlines()[-1]
-    assert "not run" in Path("results/quick/reproduction.md").read_text()
+    assert "not run" in Path("outputs/reproduction/quick/reproduction.md").read_text()
+    with Path("outputs/reproduction/quick/comparison.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["row"]: line["verdict"] for line in lines} == dict.fromkeys(ran, "not run")
+
+
+# Beside the committed runs
+
+
+def complete(
+    folder: Path, rows: dict[str, Config], name: str, error: float, seed: int = 0, source: str = "CIFAR-10"
+) -> None:
+    """Make a finished run up that has the row's settings."""
+    summary = made_up_run(folder, name, seed, error) | {"data": source}
+    run = run_folder(folder, name, seed)
+    write_text(run / "summary.json", json.dumps(summary))
+    OmegaConf.save(plain(rows[name]) | {"seed": seed}, run / "config.yaml")
+    write_text(run / "losses.png", "a plot")
+    write_text(run / "checkpoint.pt", "weights")
+
+
+@pytest.fixture
+def checkout(command: Any, rows: dict[str, Config]) -> Path:
+    """A git checkout with committed runs, as the current folder."""
+    Path(".git").mkdir()
+    Path("README.md").write_text(f"# Title\n{BEGIN}\nold\n{END}\n")
+    for name, error in (("alexnet", 0.12), ("resnet18", 0.09)):
+        complete(Path("results"), rows, name, error, source="CIFAR-10 (JPEG copy)")
+        Path("results", name, "checkpoint.pt").unlink()
+    return Path.cwd()
+
+
+def contents(*paths: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for path in paths for file in [path, *path.rglob("*")] if file.is_file()}
+
+
+def test_a_users_runs_are_set_beside_ours_which_stay(
+    command: Any, checkout: Path, rows: dict[str, Config]
+) -> None:
+    complete(Path("outputs/reproduction"), rows, "alexnet", 0.1225)
+    before = contents(checkout / "results", checkout / "README.md")
+    status, out, err = command("rows=alexnet", "results=results")
+    assert status == 0, err
+    assert contents(checkout / "results", checkout / "README.md") == before
+    (line,) = re.findall(r"^alexnet  +(.*)", out, re.M)
+    study, ours, yours, value, low, high, verdict = line.split()
+    assert (study, ours, yours, value, verdict) == ("0.1397", "0.1200", "0.1225", "+0.0025", "reproduced")
+    # Wald's interval: at 10,000 images it is Newcombe's to three digits.
+    bound = 1.96 * math.sqrt((0.12 * 0.88 + 0.1225 * 0.8775) / 10_000)
+    assert [float(limit.strip("[],")) for limit in (low, high)] == pytest.approx(
+        [0.0025 - bound, 0.0025 + bound], abs=1e-4
+    )
+    text = Path("outputs/reproduction/comparison.md").read_text()
+    assert (
+        f"| AlexNet (`alexnet`) | 0.1397 / 0.0072 | 0.1200 / 0.0120 | 0.1225 / 0.0123 | 1 of 1 | {value} "
+        in text
+    )
+    assert "Yours were tested on CIFAR-10, ours on CIFAR-10 (JPEG copy)." in text
+    with Path("outputs/reproduction/comparison.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["row"], line["error"]) for line in lines] == [("alexnet", key) for key in comparison.KEYS]
+    assert lines[0]["study"] == "0.1397"
+    assert (lines[1]["ours_mean"], lines[1]["yours_mean"]) == ("0.012000", "0.012250")
+    assert float(lines[0]["low"]) == pytest.approx(float(low.strip("[],")), abs=1e-4)
+
+
+def test_publishing_replaces_a_row_and_the_table(
+    command: Any, checkout: Path, rows: dict[str, Config]
+) -> None:
+    complete(Path("outputs/reproduction"), rows, "alexnet", 0.1225)
+    kept = contents(checkout / "results" / "resnet18")
+    status, out, err = command("rows=alexnet", "results=results", "publish=true")
+    assert status == 0, err
+    assert "published in results: alexnet, seed 0" in out
+    mine, published = Path("outputs/reproduction/alexnet"), Path("results/alexnet")
+    for name in ("config.yaml", "losses.png", "metrics.jsonl", "summary.json"):
+        assert (published / name).read_bytes() == (mine / name).read_bytes()
+    assert len(list(published.iterdir())) == 4
+    assert contents(checkout / "results" / "resnet18") == kept
+    content = json.loads(Path("results/reproduction.json").read_text())
+    assert content["rows"]["alexnet"]["runs"][0]["ten_crop_top1_error"] == 0.1225
+    assert content["rows"]["resnet18"]["runs"][0]["ten_crop_top1_error"] == 0.09
+    assert "| AlexNet | 0.1397 / 0.0072 | 0.1225 / 0.0123 |" in Path("README.md").read_text()
+
+
+def test_nothing_is_published_without_a_runs_plot(
+    command: Any, checkout: Path, rows: dict[str, Config]
+) -> None:
+    for name in ("alexnet", "resnet18"):
+        complete(Path("outputs/reproduction"), rows, name, 0.1)
+    Path("outputs/reproduction/resnet18/losses.png").unlink()
+    before = contents(checkout / "results", checkout / "README.md")
+    status, _, err = command("rows=alexnet,resnet18", "results=results", "publish=true")
+    assert status == 2
+    assert "resnet18/losses.png: is missing, so nothing is published" in err
+    assert contents(checkout / "results", checkout / "README.md") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["publish=true", "budget=quick"], "publish=true: runs of budget=quick are not the rows"),
+        (["publish=true", "results=here"], "publish=true: here is in no git checkout"),
+        (["publish=true"], "publish=true: there is no results/ beside "),
+        (["results=nowhere"], "results=nowhere: is not a folder"),
+        (["results=here", "folder=./here"], "folder=here: holds the committed runs"),
+        (["folder=file"], "folder=file: is not a folder"),
+        (["folder=file/deeper"], "folder=file/deeper: is not a folder"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_one_line(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(committed, "CHECKOUT", tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    status, _, err = command("rows=alexnet", *arguments)
+    assert status == 2
+    (line,) = err.splitlines()
+    assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here"]
 
 
 # The arithmetic
@@ -314,7 +478,7 @@ def made_up_run(
     errors = {crop: {"top1_error": value, "top5_error": value / 10} for crop, value in crops.items()}
     best = {key: {k: v + 0.001 for k, v in value.items()} for key, value in errors.items()}
     summary = {
-        **errors,
+        **{crop: {**values, "images": 10_000} for crop, values in errors.items()},
         "best_on_validation": {"epoch": 2, "validation_top1_error": 0.12, **best},
         "data": "a data set",
         "epochs": 3,
@@ -442,3 +606,35 @@ def test_epochs_to_an_error(tmp_path: Path) -> None:
     assert run.epochs_to(0.3) == 1
     assert run.epochs_to(0.12) == 2
     assert run.epochs_to(0.1199) is None
+
+
+def test_an_interval_without_seeds_is_newcombes() -> None:
+    """His example (1998, table II, method 10): 56/70 less 48/80 is 0.2 with limits 0.0524 and 0.3339."""
+    found = interval(Sample([56 / 70], 70), Sample([48 / 80], 80))
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+def test_an_interval_with_seeds_is_wider_by_their_spread() -> None:
+    theirs, ours = Sample([0.250, 0.256], 10_000), Sample([0.270, 0.274], 10_000)
+    found = interval(theirs, ours)
+    alone = interval(Sample([0.253], 10_000), Sample([0.272], 10_000))
+    # Student's t at 95% and two degrees of freedom is 4.303.
+    variance = (0.006**2 / 2 + 0.004**2 / 2) / 2
+    seeds = 4.303 * math.sqrt(variance * (1 / 2 + 1 / 2))
+    assert found.value == pytest.approx(-0.019)
+    assert found.value - found.low == pytest.approx(math.hypot(alone.value - alone.low, seeds), rel=1e-3)
+    assert found.high - found.value == pytest.approx(math.hypot(alone.high - alone.value, seeds), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [(0.13, "error higher than ours"), (0.1225, "reproduced"), (0.11, "error lower than ours")],
+)
+def test_the_verdict_is_where_the_interval_lies(tmp_path: Path, error: float, verdict: str) -> None:
+    made_up_run(tmp_path / "ours", "alexnet", 0, 0.12)
+    made_up_run(tmp_path / "theirs", "alexnet", 0, error)
+    theirs, ours = (report.collect(tmp_path / name, False) for name in ("theirs", "ours"))
+    (found,) = comparison.compare(theirs, ours, set())
+    assert found.verdict == verdict
+    (alone,) = comparison.compare(theirs, None, set())
+    assert alone.verdict == "nothing to compare with"

@@ -343,8 +343,9 @@ class ReproduceConfig:
     rows: list[str] = field(default_factory=list)  # none: all
     budget: Budget = Budget.full
     dry_run: bool = False  # print what would be run and an estimate of its time
-    folder: str = "results"
-    readme: str = "README.md"  # its table is written anew, where the file has one
+    folder: str = "outputs/reproduction"  # of the runs and of what is written about them
+    results: str | None = None  # the committed runs, to compare with; null: results/ of this checkout
+    publish: bool = False  # for maintainers: put the rows' runs among the committed ones, and in the README
     data: EvaluateData = field(default_factory=EvaluateData)
     runtime: ReproduceRuntime = field(default_factory=ReproduceRuntime)
 

@@ -44,7 +44,7 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
     root = Path(config.root).expanduser()
     batches = _find_batches(root)
     skipped, source = 0, "CIFAR-10"
-    if batches is None and not (root / "train").is_dir():
+    if not holds_cifar10(config.root):
         batches = _download(root, config)
     if batches is not None:
         train, test = (_load_batches(batches, config, train=part) for part in (True, False))
@@ -59,6 +59,12 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
     what = f"data.root={config.root}"
     train, validation = split(train, config.validation_fraction, seed, classes=CLASSES, what=what)
     return DataSplits(train, validation, test, CLASSES, skipped, source=source)
+
+
+def holds_cifar10(root: str) -> bool:
+    """Return whether a folder has the pickles or a ``train`` folder, so that nothing has to be downloaded."""
+    folder = Path(root).expanduser()
+    return _find_batches(folder) is not None or (folder / "train").is_dir()
 
 
 def _find_batches(root: Path) -> Path | None:

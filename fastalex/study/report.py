@@ -10,15 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from fastalex import plots
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
+from fastalex.study.intervals import degrees_of_freedom, seeds_bound
 from fastalex.study.results import NOT_RUN, FinishedRun, load_run
 from fastalex.study.rows import ROWS, Row
 
-CONFIDENCE = 0.95
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 
 
@@ -65,6 +63,7 @@ def _record(run: FinishedRun, row: Row, results: Path) -> dict[str, Any]:
         "seed": run.config["seed"],
         "folder": run.folder.relative_to(results).as_posix(),
         "data": run.summary["data"],
+        "test_images": run.summary["ten_crop"]["images"],
         "crops": run.crops,
         "epochs": run.summary["epochs"],
         "best_epoch": best["epoch"],
@@ -121,13 +120,7 @@ def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
 def _verdict(
     change: str, difference: float, spread: float, samples: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    freedom = sum(len(values) - 1 for values in samples if values)
-    bound = None
-    if freedom:
-        squares = sum(
-            statistics.variance(values) * (len(values) - 1) for values in samples if len(values) > 1
-        )
-        bound = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(squares / freedom) * spread
+    bound = seeds_bound(samples, spread)
     if bound is None:
         verdict = "no second seed, so the noise is not known"
     else:
@@ -136,7 +129,7 @@ def _verdict(
         "change": change,
         "difference": difference,
         "bound": bound,
-        "degrees_of_freedom": freedom,
+        "degrees_of_freedom": degrees_of_freedom(samples),
         "verdict": verdict,
     }
 
