@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
+from fastalex.models import MODELS
+from fastalex.training import flops
+from tests import tiny
 from tests.compiling import Compiler
 
 
@@ -17,6 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_matrix_product() -> Iterator[None]:
+    """Measure the processor's peak rate by a small product: by a large one it takes half of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flops.MATMUL_SIZE, "cpu", 64)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +45,14 @@ def same_default_dtype() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="module")
+def tiny_network() -> Iterator[None]:
+    """Have ``model.name=tiny`` name the network of ``tests/tiny.py``, which takes no time."""
+    with mock.patch.dict(MODELS):
+        tiny.register()
+        yield
 
 
 @pytest.fixture

@@ -1,15 +1,18 @@
 """Short training runs and collectives for ``tests/test_distributed.py``, on several ranks or one process.
 
-``torchrun --nproc-per-node=2 tests/ranks.py FOLDER`` writes each rank's results to FOLDER/RANK.pt.
+``torchrun --nproc-per-node=2 tests/ranks.py FOLDER`` writes each rank's results to FOLDER/RANK.pt. To start
+the ranks takes longer than most of what they do, so they do one thing after the other.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,12 +29,14 @@ from fastalex.config import (
     Strategy,
     TrainConfig,
 )
+from fastalex.distributed import processes
 from fastalex.distributed.processes import World, joined
 from fastalex.models import alexnet, create_model
 from fastalex.models.factored_linear import FactoredLinear
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
+from tests import tiny_train
 
 BATCH, CROP, VALIDATION = 16, 63, 27  # of 27 images, rank 0 validates 14 and rank 1 13, in batches of 7
 
@@ -62,21 +67,37 @@ def recipe(**options: Any) -> TrainConfig:
 
 DDP, HYBRID = DistributedConfig(Strategy.ddp), DistributedConfig(Strategy.hybrid)
 CASES = {
-    "ddp": Case(recipe(), {}, 10, DDP),
-    "hybrid": Case(recipe(), {}, 10, HYBRID),
+    "ddp": Case(recipe(), {}, 6, DDP),
+    "hybrid": Case(recipe(), {}, 6, HYBRID),
     "two towers, ddp": Case(recipe(), {"groups": 2}, 3, DDP),
     "two towers, hybrid": Case(recipe(), {"groups": 2}, 3, HYBRID),
     "batch normalisation, ddp": Case(recipe(), {"norm": "batch"}, 5, DDP),
     "batch normalisation, hybrid": Case(recipe(), {"norm": "batch"}, 5, HYBRID),
     "clipped and in parts, ddp": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, DDP),
     "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
-    "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
+    "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 6, DDP),
     "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16)),
     "frozen with batch normalisation, ddp": Case(
         recipe(freeze=["conv1", "norm_pool1", "fc6"], head_lr=1e-3), {"norm": "batch"}, 4, DDP
     ),
     "frozen, hybrid": Case(recipe(freeze=["conv1", "fc6"], head_lr=1e-3), {}, 4, HYBRID),
     "bf16, hybrid": Case(recipe(), {}, 4, HYBRID, Precision.bf16),
+}
+
+# A run of the command that has time to be interrupted, and what the command refuses.
+RUN = [
+    "data=digits",
+    "model=resnet18",  # a group without options
+    "model.name=interruptible",
+    "data.resize=36",
+    "data.crop=32",
+    "train.epochs=4",
+    "runtime.precision=fp32",
+]
+COMMANDS = {
+    "undisturbed": RUN,
+    "accumulated": [*RUN, "train.batch_size=12", "train.accumulate=4"],
+    "hybrid": [*RUN, "distributed.strategy=hybrid"],
 }
 
 
@@ -181,6 +202,21 @@ def resumed(case: Case, world: World) -> bool:
     return moved and all(torch.equal(value, resumed_weights[name]) for name, value in first.weights().items())
 
 
+def command(arguments: list[str], world: World) -> dict[str, Any]:
+    """Run the command ``fastalex.train`` in these processes; return its exit status and standard error."""
+    with (
+        mock.patch.object(processes, "joined", return_value=nullcontext(world)),
+        mock.patch.object(sys, "argv", ["fastalex", *arguments]),
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        try:
+            tiny_train.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return {"status": status, "stderr": err.getvalue()}
+
+
 def collectives(world: World) -> dict[str, Any]:
     """Call each collective; return the results."""
     rows = torch.arange(7).view(7, 1).expand(7, 2)[world.rank :: world.size]
@@ -207,8 +243,12 @@ def main(folder: Path) -> None:
         own = gloo_threads()
         results: dict[str, Any] = {name: run(case, world) for name, case in CASES.items()}
         for name in ("ddp", "hybrid", "batch normalisation, hybrid", "frozen, hybrid"):
-            results[f"{name}, resumed"] = resumed(CASES[name], world)
+            results[f"{name}, resumed"] = resumed(replace(CASES[name], steps=3), world)
         results["collectives"] = collectives(world)
+        results["commands"] = {
+            name: command([*arguments, f"hydra.run.dir={folder / name}"], world)
+            for name, arguments in COMMANDS.items()
+        }
     results["gloo's threads"] = {"own": list(own), "left": list(own & gloo_threads())}
     torch.save(results, folder / f"{world.rank}.pt")
 

@@ -26,9 +26,11 @@ from fastalex.runs.checkpoint_writer import CheckpointWriter
 from fastalex.runs.folder import RunFolder
 from fastalex.training.trainer import Epoch, Trainer
 
+pytestmark = pytest.mark.usefixtures("tiny_network")
 RUN = [
     "data=digits",
-    "model=mobilenet_v3_small",
+    "model=resnet18",  # a group without options
+    "model.name=tiny",
     "data.resize=36",
     "data.crop=32",
     "runtime.precision=fp32",

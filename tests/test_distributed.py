@@ -17,35 +17,33 @@ import pytest
 import torch
 from torch import nn
 
+from fastalex import train
 from fastalex.config import Optimizer, Scaling, TrainConfig
 from fastalex.distributed.processes import World
 from fastalex.runs.checkpoint import read_weights
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
-from tests import ranks
+from tests import ranks, tiny_train
 from tests.processes import ENVIRONMENT, TORCHRUN, has_ended, torchrun
 
 REPEATS = int(os.environ.get("FASTALEX_FAULT_REPEATS", "1"))
 FULL = REPEATS > 1  # set by `make faults`
 repeated = pytest.mark.parametrize("repeat", range(REPEATS))
-TRAIN = [
-    "-m",
-    "fastalex.train",
-    "data=digits",
-    "model=mobilenet_v3_small",
-    "data.resize=36",
-    "data.crop=32",
-    "train.epochs=4",
-    "runtime.precision=fp32",
-]
+TRAIN = [tiny_train.__file__, *ranks.RUN]
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of two ranks, by rank."""
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have written."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(ranks.__file__, str(folder))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(ranks_folder: Path) -> list[dict[str, Any]]:
+    """The results of two ranks, by rank."""
+    return [torch.load(ranks_folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 # In fp32, only the order of sums differs. bf16 gradients and activations have eight bits.
@@ -128,43 +126,52 @@ def test_a_world_of_size_1_does_not_communicate() -> None:
     assert world.interleave(rows) is rows
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train.batch_size=127"], r"train.batch_size=127: is of all 2 processes together .* multiple of 2"),
-        (
-            ["train.batch_size=12", "train.accumulate=4"],
-            r"train.batch_size=12: is of all 2 processes together and does not divide among them in "
-            r"train.accumulate=4 equal parts each; use a multiple of 8",
-        ),
-        (
-            ["distributed.strategy=hybrid"],
-            r"distributed.strategy=hybrid: divides AlexNet's two hidden layers",
-        ),
-    ],
-)
-def test_a_configuration_error_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = torchrun(*TRAIN, *arguments, f"hydra.run.dir={tmp_path / 'run'}", check=False)
-    assert done.returncode
-    errors = [line for line in done.stderr.splitlines() if "fastalex: error" in line]
+def check_errors(stderr: str, message: str, folder: Path, traceback: str = "Traceback") -> None:
+    errors = [line for line in stderr.splitlines() if "fastalex: error" in line]
     assert errors
     assert all(re.search(message, line) for line in errors), errors
     assert len(set(errors)) == 1
-    assert "rank0]: Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert traceback not in stderr
+    assert not folder.exists()
+
+
+def test_a_configuration_error_ends_torchrun_with_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = torchrun(*TRAIN, "train.batch_size=127", f"hydra.run.dir={folder}", check=False)
+    assert done.returncode
+    message = r"train.batch_size=127: is of all 2 processes together .* multiple of 2"
+    check_errors(done.stderr, message, folder, "rank0]: Traceback")  # torchrun has a traceback of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "accumulated",
+            r"train.batch_size=12: is of all 2 processes together and does not divide among them in "
+            r"train.accumulate=4 equal parts each; use a multiple of 8",
+        ),
+        ("hybrid", r"distributed.strategy=hybrid: divides AlexNet's two hidden layers"),
+    ],
+)
+def test_a_configuration_error_is_one_line(
+    name: str, message: str, together: list[dict[str, Any]], ranks_folder: Path
+) -> None:
+    ended = [theirs["commands"][name] for theirs in together]
+    assert [end["status"] for end in ended] == [2, 2]
+    check_errors("".join(end["stderr"] for end in ended), message, ranks_folder / name)
 
 
 @pytest.mark.parametrize("resume", ["", "auto"])
-def test_hybrid_with_one_process_is_refused(resume: str, tmp_path: Path) -> None:
-    folder = f"hydra.run.dir={tmp_path / 'run'}"
-    done = subprocess.run(
-        [sys.executable, *TRAIN, "distributed.strategy=hybrid", folder, f"resume={resume}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "takes several processes; start them with torchrun" in done.stderr
+def test_hybrid_with_one_process_is_refused(
+    resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*ranks.RUN, "model.name=resnet18", "distributed.strategy=hybrid", f"resume={resume}"]
+    monkeypatch.setattr(sys, "argv", ["fastalex", *arguments, f"hydra.run.dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert "takes several processes; start them with torchrun" in capsys.readouterr().err
 
 
 def start(
@@ -203,10 +210,9 @@ def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -> 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    torchrun(*TRAIN, f"hydra.run.dir={run_dir}")
-    return run_dir
+def undisturbed(ranks_folder: Path, together: list[dict[str, Any]]) -> Path:
+    assert [theirs["commands"]["undisturbed"]["status"] for theirs in together] == [0, 0]
+    return ranks_folder / "undisturbed"
 
 
 @repeated
@@ -234,14 +240,14 @@ def test_the_run_ends_with_a_message_when_a_process_dies_or_hangs(
     fault: signal.Signals, repeat: int, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    launcher = start(run_dir, "distributed.timeout=4", "train.epochs=1000")
+    launcher = start(run_dir, "distributed.timeout=10", "train.epochs=1000")
     wait_for((run_dir / "checkpoint.pt").is_file, launcher)
     processes = workers(launcher)
     os.kill(processes[1], fault)
     printed, _ = launcher.communicate()
     assert launcher.returncode
     if fault is signal.SIGSTOP:
-        assert "process 0 of 2: another process has ended, or did not answer within 4 s" in printed
+        assert "process 0 of 2: another process has ended, or did not answer within 10 s" in printed
     assert all(has_ended(process) for process in processes)
     assert (run_dir / "checkpoint.pt").is_file()
 

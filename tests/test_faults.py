@@ -39,7 +39,7 @@ from fastalex.data.decode import decode_image
 from fastalex.errors import FastalexError
 from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import load_newest, older
-from tests.processes import has_ended
+from tests.processes import ENVIRONMENT, has_ended
 
 T = TypeVar("T")
 KILLS = int(os.environ.get("FASTALEX_FAULT_KILLS", "2"))
@@ -47,7 +47,8 @@ REPEATS = int(os.environ.get("FASTALEX_FAULT_REPEATS", "1"))
 EXAMPLES = int(os.environ.get("FASTALEX_FAULT_EXAMPLES", "60"))
 RUN = [
     "data=digits",
-    "model=mobilenet_v3_small",
+    "model=resnet18",  # a group without options
+    "model.name=interruptible",  # of tests/tiny.py
     "data.resize=36",
     "data.crop=32",
     "train.epochs=2",
@@ -84,12 +85,22 @@ def tally(record_property: Callable[[str, object], None]) -> Iterator[Tally]:
     record_property("note", tally.note)
 
 
-# Imports once and forks for each command, before PyTorch has started a thread; a process of its own for each
-# would spend most of its life in importing. Takes a line of JSON a command, answers with a process id.
+# Imports once, also what a run imports only when it needs it, and forks for each command, before PyTorch has
+# started a thread; a process of its own for each would spend most of its life in importing. Takes a line of
+# JSON a command, answers with a process id.
 _SERVER = """
 import ctypes, json, os, resource, sys, time
-import hydra.core.utils
-from fastalex import train
+import hydra.core.utils, numba, torch._dynamo, torch.utils.tensorboard
+from fastalex import plots, train
+from fastalex.data import builtin, resident
+from fastalex.kernels import augment_numba
+from fastalex.training import flops
+from tests import tiny
+
+tiny.register()
+flops.MATMUL_SIZE["cpu"] = 64
+numba.njit(lambda: 0)()  # imports what loading a compiled kernel needs
+assert len(os.listdir("/proc/self/task")) == 1
 
 def child(argv, log, limit, now, powerless, session, environment):
     log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -142,7 +153,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+            env={**ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache")},
         )
 
     def _ask(self, **command: Any) -> int:

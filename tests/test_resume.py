@@ -39,9 +39,11 @@ from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Epoch, StopTraining, Trainer
 from tests.runtimes import loader_on
 
+pytestmark = pytest.mark.usefixtures("tiny_network")
 QUICK = [
     "data=digits",
     "model=mobilenet_v3_small",
+    "model.name=tiny",  # of tests/tiny.py
     "data.resize=36",
     "data.crop=32",
     "train.epochs=3",
@@ -290,10 +292,10 @@ def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),
         (["resume=run/none.pt"], r"resume=run/none.pt: there is no such run or checkpoint"),
         (["resume=run", "hydra.run.dir=b"], r"hydra.run.dir=\S+: a resumed run stays in its folder"),
-        (["resume=run", "model=resnet18"], r"model.name=resnet18: .* has model.name=mobilenet_v3_small"),
-        (["resume=run", "model=alexnet"], r"model.name=alexnet: .* has model.name=mobilenet_v3_small"),
+        (["resume=run", "model=resnet18"], r"model.name=resnet18: .* has model.name=tiny"),
+        (["resume=run", "model=alexnet"], r"model.name=alexnet: .* has model.name=tiny"),
         (["resume=run", "recipe=study"], r"data.flip=both: .* has data.flip=none"),
-        (["resume=run", "--config-name=row/alexnet"], r"model.name=alexnet: .* has model.name=mobilenet"),
+        (["resume=run", "--config-name=row/alexnet"], r"model.name=alexnet: .* has model.name=tiny"),
         (["resume=run", "--config-name=row/mobilenet_v3_small"], r"=\S+: .*; leave out what sets it"),
         (["resume=run", "data=cifar10"], r"data.name=cifar10: .* has data.name=digits"),
         (["resume=run", "seed=7"], r"seed=7: .* has seed=0"),

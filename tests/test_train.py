@@ -25,14 +25,18 @@ from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, Runti
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
+from fastalex.models import MODELS
 from fastalex.runs import checkpoint_writer, setup
 from fastalex.runs.checkpoint import read_weights, save_weights
 from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose_runtime
 from fastalex.training import trainer
+from tests import ranks
 from tests.compiling import Compiler
 
-# A network that takes two seconds, on images that come with scikit-learn.
+pytestmark = pytest.mark.usefixtures("tiny_network")
+
+# On images that come with scikit-learn.
 QUICK = [
     "data=digits",
     "model=mobilenet_v3_small",
@@ -41,6 +45,7 @@ QUICK = [
     "train.epochs=2",
     "runtime.precision=fp32",
 ]
+TINY = [*QUICK, "model.name=tiny"]  # where a run takes steps, and the network does not matter
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -64,13 +69,11 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(tiny_network: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch, (folder.parent / "out").open("w") as out:
-        patch.setattr(
-            sys, "argv", ["fastalex", *QUICK, "checkpoint.every_steps=8", f"hydra.run.dir={folder}"]
-        )
+        patch.setattr(sys, "argv", ["fastalex", *TINY, "checkpoint.every_steps=8", f"hydra.run.dir={folder}"])
         patch.setattr(sys, "stdout", out)
         train.main()
     return folder, (folder.parent / "out").read_text()
@@ -159,17 +162,22 @@ def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], co
 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: Command) -> None:
     folder, _ = finished
-    command(train.main, *QUICK, "hydra.run.dir=again")
+    command(train.main, *TINY, "hydra.run.dir=again")
     first, again = (json.loads((path / "summary.json").read_text()) for path in (folder, Path("again")))
     assert first["ten_crop"] == again["ten_crop"]
-    command(train.main, *QUICK, "hydra.run.dir=other", "seed=1")
+    command(train.main, *TINY, "hydra.run.dir=other", "seed=1")
     other = json.loads((Path("other") / "summary.json").read_text())
     assert other["ten_crop"]["loss"] != first["ten_crop"]["loss"]
 
 
-def test_alexnet_takes_batches_that_are_mixed_and_ones_that_are_not_made(command: Command) -> None:
-    fold = ["model=alexnet", "data.resize=64", "data.crop=63", "train.epochs=1"]
-    status, _, err = command(train.main, *QUICK, *fold, "train.cutmix=0.5", "hydra.run.dir=mixed")
+def test_alexnet_takes_batches_that_are_mixed_and_ones_that_are_not_made(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "narrow_alexnet", ranks.narrow_alexnet)
+    root = image_tree(Path("images"))
+    few = ["data=imagefolder", f"data.root={root}", "train.batch_size=2", "train.epochs=1"]
+    fold = ["model=resnet18", "model.name=narrow_alexnet", "data.resize=64", "data.crop=63"]
+    status, _, err = command(train.main, *QUICK, *few, *fold, "train.cutmix=0.5", "hydra.run.dir=mixed")
     assert (status, err.count("fastalex: error")) == (0, 0)
 
 
@@ -188,14 +196,14 @@ def test_a_stage_may_have_a_share_of_its_own(command: Command, monkeypatch: pyte
         "{epochs: 1, resize: 35, crop: 32, cutmix: 1}",
     ]
     stopped = ["train.epochs=4", f"train.stages=[{', '.join(stages)}]", "profile=true"]
-    assert command(train.main, *QUICK, *stopped, "train.cutmix=0.25")[0] == 0
+    assert command(train.main, *TINY, *stopped, "train.cutmix=0.25")[0] == 0
     assert made == [(34, 0.25), (35, 1.0), (36, 0.25)]
 
 
 def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(command: Command) -> None:
     status, out, _ = command(
         train.main,
-        *QUICK,
+        *TINY,
         "train.ema_decay=0.9",
         "train.label_smoothing=0.1",
         "train.cutmix=0.5",
@@ -217,7 +225,7 @@ def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(com
 
 
 def test_a_profile_names_the_parts_of_the_loop_and_the_operators(command: Command) -> None:
-    status, out, _ = command(train.main, *QUICK, "profile=true", "hydra.run.dir=run")
+    status, out, _ = command(train.main, *TINY, "profile=true", "hydra.run.dir=run")
     assert status == 0
     assert not Path("run/summary.json").exists()
     assert Path("run/profile.txt").read_text().split("\n", 2)[2] in out
@@ -232,7 +240,7 @@ def test_a_profile_names_the_parts_of_the_loop_and_the_operators(command: Comman
 
 
 def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) -> None:
-    quick = [*QUICK, "data=synthetic", "data.images=256", "train.epochs=1"]
+    quick = [*TINY, "data=synthetic", "data.images=256", "train.epochs=1"]
     assert command(train.main, *quick, "hydra.run.dir=run")[0] == 0
     before = Path("run/summary.json").read_text()
     status, _, err = command(train.main, *quick, "hydra.run.dir=run")
@@ -247,7 +255,7 @@ def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) ->
 
 def test_synthetic_data_reports_throughput_and_no_error(command: Command) -> None:
     status, out, _ = command(
-        train.main, *QUICK, "data=synthetic", "data.images=256", "train.epochs=1", "hydra.run.dir=run"
+        train.main, *TINY, "data=synthetic", "data.images=256", "train.epochs=1", "hydra.run.dir=run"
     )
     assert status == 0
     assert "an error would mean nothing" in out
@@ -272,7 +280,7 @@ def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> 
     root = image_tree(Path("images"))
     damaged = root / "cat" / "3.png"
     os.truncate(damaged, damaged.stat().st_size // 2)
-    overrides = [*QUICK, "data=imagefolder", f"data.root={root}", "train.batch_size=4", "train.epochs=1"]
+    overrides = [*TINY, "data=imagefolder", f"data.root={root}", "train.batch_size=4", "train.epochs=1"]
     status, _, err = command(train.main, *overrides)
     assert status == 2
     assert "cat/3.png" in err
@@ -295,7 +303,7 @@ def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
         save(weights, path, *args, **facts)
 
     monkeypatch.setattr(checkpoint_writer, "save_weights", fails_for_the_best)
-    status, _, err = command(train.main, *QUICK, "checkpoint.on_error=warn", "hydra.run.dir=run")
+    status, _, err = command(train.main, *TINY, "checkpoint.on_error=warn", "hydra.run.dir=run")
     assert status == 0, err
     assert "run/best.safetensors: cannot be written (No space left on device)" in err
     assert "run/best.safetensors: is missing or damaged; its errors are left out" in err
@@ -306,7 +314,7 @@ def test_weights_that_could_not_be_kept_are_left_out_at_the_end(
 
 
 def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
-    status, _, err = command(train.main, *QUICK, "train.lr=1e30", "log_every=1", "hydra.run.dir=run")
+    status, _, err = command(train.main, *TINY, "train.lr=1e30", "log_every=1", "hydra.run.dir=run")
     assert status == 1
     message = err.splitlines()[-1]
     assert "the loss became" in message
@@ -419,7 +427,7 @@ def test_bad_input_is_one_line(command: Command, overrides: list[str], message: 
 
 def test_each_job_of_a_sweep_says_what_was_wrong_with_it(command: Command) -> None:
     synthetic = ["data=synthetic", "data.images=256", "train.epochs=1"]
-    status, _, err = command(train.main, "-m", *QUICK, *synthetic, "train.lr=-1,0.01,-2")
+    status, _, err = command(train.main, "-m", *TINY, *synthetic, "train.lr=-1,0.01,-2")
     assert status == 2
     assert re.findall("^fastalex: error: (.*)", err, re.MULTILINE) == [
         f"job {job}: train.lr={lr}: must lie between 0 and inf, both left out"
@@ -477,7 +485,7 @@ def test_more_kinds_of_batches_than_are_compiled_is_one_line(
 ) -> None:
     monkeypatch.setattr(trainer, "PASSES_AT_A_CROP", 1)
     monkeypatch.setattr(trainer, "EVALUATION_PASSES", 0)
-    status, _, err = command(train.main, *QUICK, "runtime.compile=true", "hydra.run.dir=run")
+    status, _, err = command(train.main, *TINY, "runtime.compile=true", "hydra.run.dir=run")
     assert status == 1
     assert compiler.graphs == 1
     assert "Traceback" not in err
@@ -515,7 +523,7 @@ def test_a_trace_that_the_disk_has_no_room_for_is_no_file(
         Path(f"{path}.tmp").write_text("half")  # as PyTorch leaves it, without an error
 
     monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", give_up)
-    status, _, err = command(train.main, *QUICK, "profile=true", "hydra.run.dir=run")
+    status, _, err = command(train.main, *TINY, "profile=true", "hydra.run.dir=run")
     assert status == 2
     assert re.search(r"^fastalex: error: \S+run/trace.json: cannot be written \(No space", err, re.MULTILINE)
     assert not [path.name for path in Path("run").iterdir() if "trace" in path.name]
@@ -534,7 +542,7 @@ def test_a_run_is_resumed_whatever_its_settings_would_be_without_it(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("fastalex.training.trainer.Trainer._stop_if_asked", stop)
-    options = [*QUICK, *synthetic, stages, "checkpoint.every_steps=1"]
+    options = [*TINY, *synthetic, stages, "checkpoint.every_steps=1"]
     assert command(train.main, *options)[0] == 130
     stop_after = 1000
     status, out, err = command(train.main, "resume=run", stages)
@@ -545,7 +553,7 @@ def test_a_run_is_resumed_whatever_its_settings_would_be_without_it(
 def test_an_evaluation_takes_images_of_another_size_than_the_run_had(command: Command) -> None:
     tree = image_tree(Path("same"))
     overrides = ["data=imagefolder", "data.root=same", "train.batch_size=4", "train.epochs=1"]
-    assert command(train.main, *QUICK, *overrides, "hydra.run.dir=run")[0] == 0
+    assert command(train.main, *TINY, *overrides, "hydra.run.dir=run")[0] == 0
     moved = tree.rename("other")
     for number, path in enumerate(sorted(moved.rglob("*.png"))):
         Image.new("RGB", (300 + number, 290)).save(path)

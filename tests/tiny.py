@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastalex.models import MODELS
 
@@ -24,6 +26,25 @@ class Tiny(nn.Sequential):
         )
 
 
+class Interruptible(Tiny):
+    """The tiny network with slow training steps, which use no processor, and checkpoints of 19 MB.
+
+    So there is time to interrupt a run, and to interrupt it while it writes.
+    """
+
+    seconds = 0.05  # that a training step takes, at least
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.ballast = nn.Parameter(torch.randn(1_500_000))  # with its momentum and its average, 18 MB
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(self.seconds)
+        return super().forward(x) * (1 + self.ballast.mean())
+
+
 def register(dropout: float = 0.25) -> None:
-    """Have ``model.name=tiny`` name it, in this process."""
+    """Have ``model.name=tiny`` and ``model.name=interruptible`` name them, in this process."""
     MODELS["tiny"] = partial(Tiny, dropout=dropout)
+    MODELS["interruptible"] = Interruptible

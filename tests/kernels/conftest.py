@@ -69,6 +69,12 @@ def _patch_language_once() -> None:
 
     interpreter._LangPatchScope.restore = lambda scope: None
     interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    # This one makes its table at each call. A pointer, which has no hash, is never looked up in it.
+    uncached = interpreter._get_np_dtype
+    cached = functools.cache(uncached)
+    interpreter._get_np_dtype = lambda dtype: (
+        uncached(dtype) if dtype.scalar.is_ptr() else cached(dtype.scalar)
+    )
 
 
 def _serve(path: str) -> None:
