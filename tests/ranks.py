@@ -75,7 +75,8 @@ CASES = {
     "batch normalisation, hybrid": Case(recipe(), {"norm": "batch"}, 5, HYBRID),
     "clipped and in parts, ddp": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, DDP),
     "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
-    "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 6, DDP),
+    # Nine steps: the average is updated after every eighth.
+    "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
     "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16)),
     "frozen with batch normalisation, ddp": Case(
         recipe(freeze=["conv1", "norm_pool1", "fc6"], head_lr=1e-3), {"norm": "batch"}, 4, DDP
