@@ -23,8 +23,8 @@ reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 
 # make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Two work side by side, since most tests wait
-# for another process; threads that wait for work would take the other's cores. In the order of their names: the
-# slow files have few tests, and would come last.
+# for another process; threads that wait for work would take the other's cores. In the order of tests/conftest.py,
+# the longest files first: xdist would begin with the files of many tests, and end with slow ones of few.
 test: $(STAMP)
 	$(call suite,$(RUN))
 

@@ -32,13 +32,16 @@ from fastalex.study.report import BEGIN, END
 from fastalex.study.results import load_run
 from fastalex.study.rows import BASE, ROWS, run_folder
 
-# Every row becomes a network that takes two seconds.
+pytestmark = pytest.mark.usefixtures("tiny_network")
+
+# Every row becomes a network that takes no time.
 TINY = (
     "data=digits",
     "data.resize=36",
     "data.crop=32",
     "data.flip=none",
-    "model=mobilenet_v3_small",
+    "model=resnet18",  # a group without options
+    "model.name=tiny",
     "train.epochs=1",
     "train.stages=[]",
 )
@@ -501,7 +504,7 @@ def made_up_run(
     write_text(folder / "metrics.jsonl", "\n".join(lines))
     write_text(
         folder / "config.yaml",
-        "model: {name: mobilenet_v3_small}\nloader: {name: auto}\n"
+        "model: {name: tiny}\nloader: {name: auto}\n"
         "data: {name: digits, resize: 36, crop: 96}\n"
         "train: {epochs: 3, batch_size: 128, stages: [{epochs: 1, resize: 24, crop: 64}]}\n"
         f"seed: {seed}\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -47,30 +48,41 @@ def training(
 ) -> Command:
     """A run of ``fastalex.train`` in the folder ``run``, with a checkpoint every ten minutes.
 
-    A rehearsal trains in two of the runs; for the others it only composes the configuration, which finds
-    wrong settings.
+    A rehearsal trains in two of the runs; of the others it only composes the configurations.
     """
     config = [f"--config-name=row/{row}"] if row else []
     places = [f"data.root={place.root}", f"hydra.run.dir={place.folder}/runs/{run}"]
-    toy: list[str] = []
-    if place.toy:
-        toy = [*TOY, "train.stages=[]"] if rehearsed else ["--cfg", "job"]
+    toy = [*TOY, "train.stages=[]"] if place.toy and rehearsed else []
     return [*PYTHON, "fastalex.train", *config, *places, "checkpoint.every_seconds=600", *settings, *toy]
+
+
+def not_rehearsed(place: Place, trainings: list[Command]) -> list[Command]:
+    """Trainings; in a rehearsal, one process that composes their configurations, to find wrong settings."""
+    if not place.toy:
+        return trainings
+    return [[*PYTHON, "benchmarks.card.composed", *(json.dumps(command[3:]) for command in trainings)]]
 
 
 def row(name: str, rehearsed: bool = False) -> Callable[[Place], list[Command]]:
     """A row of the study's table."""
-    return lambda place: [training(place, name, row=name, rehearsed=rehearsed)]
+
+    def commands(place: Place) -> list[Command]:
+        trainings = [training(place, name, row=name, rehearsed=rehearsed)]
+        return trainings if rehearsed else not_rehearsed(place, trainings)
+
+    return commands
 
 
 def seeds(name: str, *numbers: int) -> Callable[[Place], list[Command]]:
     """A row with other seeds."""
-    return lambda place: [training(place, f"{name}_seed{n}", f"seed={n}", row=name) for n in numbers]
+    return lambda place: not_rehearsed(
+        place, [training(place, f"{name}_seed{n}", f"seed={n}", row=name) for n in numbers]
+    )
 
 
 def tests(place: Place) -> list[Command]:
     """The gpu tests; a rehearsal collects and skips them."""
-    workers = str(min(os.cpu_count() or 1, 14))
+    workers = "0" if place.toy else str(min(os.cpu_count() or 1, 14))
     command = [*PYTHON, "pytest", "-m", "gpu", "-n", workers, "--dist", "load", "-q", "-v"]
     where = [
         "tests/data/test_resident.py" if place.toy else "tests/kernels",
@@ -94,18 +106,23 @@ def profile(place: Place) -> list[Command]:
 def variants(place: Place) -> list[Command]:
     """Training in other ways: in fp16, with batch normalisation, accumulated, eager, with another loader."""
     short = ["train.epochs=2", "data.resize=128", "data.crop=112"]
-    return [
-        training(place, "fp16", *short, "runtime.precision=fp16"),
-        training(place, "batch_norm", *short, "model=alexnet_bn"),
-        training(place, "accumulate", *short, "train.accumulate=4"),
-        training(place, "eager", *short, "runtime.compile=false"),
-        training(place, "torchvision", *short, "loader=torchvision"),
-    ]
+    return not_rehearsed(
+        place,
+        [
+            training(place, "fp16", *short, "runtime.precision=fp16"),
+            training(place, "batch_norm", *short, "model=alexnet_bn"),
+            training(place, "accumulate", *short, "train.accumulate=4"),
+            training(place, "eager", *short, "runtime.compile=false"),
+            training(place, "torchvision", *short, "loader=torchvision"),
+        ],
+    )
 
 
 def recipe(place: Place) -> list[Command]:
     """The study's recipe to its end."""
-    return [training(place, "alexnet_study_recipe", "train.epochs=90", row="alexnet_study_recipe")]
+    return not_rehearsed(
+        place, [training(place, "alexnet_study_recipe", "train.epochs=90", row="alexnet_study_recipe")]
+    )
 
 
 # Most important first. A phase gets its seconds, or those that are left of the total.

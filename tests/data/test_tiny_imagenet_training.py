@@ -34,6 +34,7 @@ def write_tree(root: Path, per_class: int = 40) -> None:
     (root / "val" / "val_annotations.txt").write_text("".join(annotations))
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_training_learns_the_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -41,9 +42,10 @@ def test_training_learns_the_colours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     overrides = [
         "data=tiny_imagenet",
         f"data.root={tmp_path}",
-        "data.resize=72",
-        "data.crop=64",
-        "model=resnet18",
+        "data.resize=36",
+        "data.crop=32",
+        "model=resnet18",  # a group without options
+        "model.name=tiny",
         "train.batch_size=8",
         "train.epochs=6",  # 48 steps: after 16, batch normalisation's running averages have not converged
         "runtime.precision=fp32",
