@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +205,6 @@ class Trainer:
         # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
         copies = runtime.device.type == "cuda"
         self._taps = Taps(model, self._template, runtime, copies=copies) if is_factored else None
-        self._sums = Sums.zeros(runtime.device)
         self._graphs: StepGraphs | None = None
         if runtime.graph is Graph.step:
             self.record_steps(CudaRecorder(runtime.device))
@@ -220,6 +219,11 @@ class Trainer:
         self._clock = Clock()
         self._window = _Window(self.world)
         self._flops: dict[torch.Size, int] = {}  # FLOPs of a step, by the shape of its batch
+
+    @cached_property
+    def _sums(self) -> Sums:
+        """The sums of the current epoch, at the same addresses in all epochs."""
+        return Sums.zeros(self.runtime.device)
 
     def record_steps(self, recorder: Recorder) -> None:
         """Take all later steps by recording one for each shape of batch and repeating it.
