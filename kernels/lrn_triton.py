@@ -164,15 +164,13 @@ def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.conste
 
 @triton.jit
 def _load_bias(pointer, group, masks, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The bias of every lane's channels in fp32, as `_load_with_halo`; None if there is none."""
-    if pointer is None:
-        return None
-    else:
+    """The bias of every lane's channels in fp32, as `_load_with_halo`; no columns if there is none."""
+    bias = ()
+    if pointer is not None:
         loaded = _load_with_halo(pointer, group * 8, masks, BLOCK, LEFT, RIGHT)
-        bias = ()
         for i in tl.static_range(LEFT + 8 + RIGHT):
             bias = bias + (loaded[i].to(tl.float32),)
-        return bias
+    return bias
 
 
 # ---------------------------------------------------------------- the arithmetic, on columns in registers
@@ -227,10 +225,11 @@ def _normalise(
     SIZE: tl.constexpr,
     RELU: tl.constexpr,
     B75: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """Eight channels of the normalised (ReLU of) x for every lane. `terms`: alpha / size, k and -beta.
 
-    `bias` is None, or the bias of the channels as columns, with the halo.
+    If BIASED, `bias` is that of the channels as columns, with the halo.
     """
     alpha, k, neg_beta = terms
     LEFT: tl.constexpr = SIZE // 2
@@ -239,7 +238,7 @@ def _normalise(
     squares = ()
     for i in tl.static_range(7 + SIZE):
         v = loaded[i].to(tl.float32)
-        if bias is not None:
+        if BIASED:
             v += bias[i]
         if RELU:
             v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -281,7 +280,7 @@ def _gradient(
     squares = ()
     for i in tl.static_range(8 + 2 * HALO):
         v = loaded[i].to(tl.float32)
-        if bias is not None:
+        if bias_pointer is not None:
             v += bias[i]
         if RELU:
             v = tl.where(v < 0.0, 0.0, v)  # the same as a maximum, in fewer registers: see the docstring
@@ -333,7 +332,9 @@ def _forward_kernel(
     lane = tl.arange(0, BLOCK)
     group = ((start % GROUPS).to(tl.int32) + lane) % GROUPS
     masks = _vector_masks(lane < vectors - start, group, GROUPS)
-    y = _normalise(x_pointer + start * 8, lane * 8, masks, None, (alpha, k, neg_beta), BLOCK, SIZE, RELU, B75)
+    y = _normalise(
+        x_pointer + start * 8, lane * 8, masks, (), (alpha, k, neg_beta), BLOCK, SIZE, RELU, B75, False
+    )
     _store(y_pointer + start * 8, lane * 8, masks[0], y, BLOCK, 8)
 
 
@@ -397,11 +398,12 @@ def _row_maximum(
     """The largest of three neighbouring positions of a row, and which it is: 0, 1 or 2."""
     zero = tl.zeros((BLOCK,), tl.int32)
     zeros = (zero, zero, zero, zero, zero, zero, zero, zero)
+    BIASED: tl.constexpr = bias_pointer is not None
     bias = _load_bias(bias_pointer, group, masks, BLOCK, SIZE // 2, (SIZE - 1) // 2)
-    best = _normalise(x_pointer, offset, masks, bias, terms, BLOCK, SIZE, True, B75)
+    best = _normalise(x_pointer, offset, masks, bias, terms, BLOCK, SIZE, True, B75, BIASED)
     best_tap = zeros
     for column in tl.static_range(1, 3):
-        y = _normalise(x_pointer, offset + column * C, masks, bias, terms, BLOCK, SIZE, True, B75)
+        y = _normalise(x_pointer, offset + column * C, masks, bias, terms, BLOCK, SIZE, True, B75, BIASED)
         best, best_tap = _keep_larger(best, best_tap, y, zeros, column)
     return best, best_tap
 
