@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,14 +77,18 @@ def bias_passes() -> list[Operation]:
     return [Operation("bias", OTHER, 0, 4 * elements), Operation("bias gradient", OTHER, 0, 2 * elements)]
 
 
-def steps() -> dict[str, list[Operation]]:
-    """The step as it is by default, with each fusion, and at its floor, by name."""
-    whole, factored = fast_step(), fast_step(factored=True)
-    floor = [op for op in factored if op.part in (CONVOLUTIONS, PRODUCTS) or op.name in _AT_THE_FLOOR]
+def steps(whole: Sequence[Operation], fused: Sequence[Operation]) -> dict[str, list[Operation]]:
+    """The step as it is by default, with each fusion, and at its floor, by name.
+
+    Args:
+        whole: the step by default.
+        fused: the step with factored gradients.
+    """
+    floor = [op for op in fused if op.part in (CONVOLUTIONS, PRODUCTS) or op.name in _AT_THE_FLOOR]
     return {
         "default on a GPU": [*whole, *bias_passes()],
-        "`runtime.factored=true`": [*factored, *bias_passes()],
-        "and `runtime.fused_bias=true`": factored,
+        "`runtime.factored=true`": [*fused, *bias_passes()],
+        "and `runtime.fused_bias=true`": [*fused],
         "floor": floor,
     }
 
@@ -102,13 +106,13 @@ def least_seconds(operations: Sequence[Operation], card: Card) -> float:
     )
 
 
-def _variants() -> str:
+def _variants(variants: Mapping[str, Sequence[Operation]]) -> str:
     """The steps of :func:`steps` as a Markdown table."""
     heads = ["", "GB", "GB outside convolutions and products"]
     heads += [f"{card.name}, ms" for card in CARDS]
     heads += [f"{card.name}, at {EFFICIENCY:.0%}" for card in CARDS]
     rows = []
-    for name, operations in steps().items():
+    for name, operations in variants.items():
         outside = [op for op in operations if op.part not in (CONVOLUTIONS, PRODUCTS)]
         slower = [
             replace(op, flops=int(op.flops / EFFICIENCY)) if op.part == CONVOLUTIONS else op
@@ -135,9 +139,8 @@ def _first_seconds(products: int, card: Card) -> float:
     return 2 * 2 * products * BATCH * 96 * 55**2 / card.flops_per_second
 
 
-def _first_convolution() -> str:
-    """The ways to compute the first convolution as a Markdown table."""
-    step = steps()["and `runtime.fused_bias=true`"]
+def _first_convolution(step: Sequence[Operation]) -> str:
+    """The ways to compute the first convolution, as shares of a step too, as a Markdown table."""
     rows = []
     for name, products in FIRST_CONVOLUTION.items():
         times = [_first_seconds(products, card) for card in CARDS]
@@ -147,9 +150,8 @@ def _first_convolution() -> str:
     return table(["", "products an output", *(f"{card.name}, ms" for card in CARDS)], rows)
 
 
-def _fold_saves() -> str:
+def _fold_saves(step: Sequence[Operation]) -> str:
     whole, *_, folded = FIRST_CONVOLUTION.values()
-    step = steps()["and `runtime.fused_bias=true`"]
     saved = [
         (_first_seconds(whole, card) - _first_seconds(folded, card)) / least_seconds(step, card)
         for card in CARDS
@@ -159,7 +161,7 @@ def _fold_saves() -> str:
 
 def section() -> str:
     """The section as Markdown."""
-    fast, plain = fast_step(), totals(reference_step())
+    fast, fused, plain = fast_step(), fast_step(factored=True), totals(reference_step())
     heads = ["", "GFLOP", "GB", *(f"{card.name}, ms" for card in CARDS), "GB in the reference, fp32"]
     rows = []
     for part in (*PARTS, "step"):
@@ -188,7 +190,7 @@ These counts leave out the passes for the biases of the first two convolutions. 
 fusions that fastalex has and that are not its default on a GPU, since no card has run them (*at
 {EFFICIENCY:.0%}*: with convolutions at {EFFICIENCY:.0%} of the card's rate):
 
-{_variants()}
+{_variants(steps(fast, fused))}
 
 - `runtime.factored=true`: the gradients of the two hidden layers are never stored; `factored_sgd` multiplies
   them out and applies them in one pass (18 bytes a weight, where cast, clipping and update take 46).
@@ -199,9 +201,9 @@ fusions that fastalex has and that are not its default on a GPU, since no card h
 **The first convolution** has three input channels, which tensor cores take in groups: forward and the
 weight's gradient at the card's full rate, for each way to compute them, and as a share of the whole step.
 
-{_first_convolution()}
+{_first_convolution(fused)}
 
-At the arithmetic of the first row, the fold would save {_fold_saves()} of the step, less than the 5%
+At the arithmetic of the first row, the fold would save {_fold_saves(fused)} of the step, less than the 5%
 for which it would be built for a GPU. Whether cuDNN pads the channels to eight, which would change that, a
 profile on a card shows (`make card`).
 
@@ -223,10 +225,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="the file to rewrite a section of")
     page = parser.parse_args(arguments).page
     try:
-        write_text(page, replace_between(page.read_text(), BEGIN, END, section()))
+        text = section()
+        write_text(page, replace_between(page.read_text(), BEGIN, END, text))
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {page}: {error}\n")
-    print(section())
+    print(text)
 
 
 if __name__ == "__main__":
