@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,10 +25,26 @@ from fastalex.config.plain import flat, one_line, to_dataclass
 from fastalex.distributed.processes import is_main
 from fastalex.errors import FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
-from fastalex.runs.sweep import Job
 
 T = TypeVar("T")
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a sweep.
+
+    Attributes:
+        number: of the run in the sweep, from 0.
+        overrides: the values that it was given, by their keys.
+        folder: of the run.
+        error: what ended it before its end; empty if nothing did.
+    """
+
+    number: int
+    overrides: Mapping[str, str]
+    folder: Path
+    error: str = ""
 
 
 def command(

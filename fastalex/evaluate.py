@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, fields
@@ -17,9 +15,9 @@ from fastalex.cli import command
 from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.files import write_text
+from fastalex.files import write_csv, write_text
 from fastalex.runs.weights import open_weights
-from fastalex.text import shortened
+from fastalex.text import aligned, shortened
 from fastalex.training.evaluation import Evaluation, evaluate_model
 from fastalex.training.limits import explained
 from fastalex.training.memory import room_for_images
@@ -104,13 +102,10 @@ def _draw_mistakes(images: ImageSet, classes: list[str], probabilities: torch.Te
 
 
 def _write_per_class(figures: Sequence[ClassFigures], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(ClassFigures))
-    writer.writerows(
+    rows = (
         [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in astuple(each)] for each in figures
     )
-    write_text(path, text.getvalue())
+    write_csv(path, [[field.name for field in fields(ClassFigures)], *rows])
 
 
 def _confused_table(confused: Sequence[Confusion], classes: Sequence[str]) -> str:
@@ -119,11 +114,7 @@ def _confused_table(confused: Sequence[Confusion], classes: Sequence[str]) -> st
     for pair in confused:
         actual, predicted = (shortened(classes[i], 40) for i in (pair.actual, pair.predicted))
         rows.append((actual, predicted, str(pair.count), f"{pair.share:.1%}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{actual:<{widths[0]}}  {predicted:<{widths[1]}}  {count:>{widths[2]}}  {share:>{widths[3]}}"
-        for actual, predicted, count, share in rows
-    )
+    return aligned(rows, right=(2, 3))
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:

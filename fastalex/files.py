@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +69,21 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """
     with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows, of which the first has the columns' names, atomically as CSV; None is an empty cell.
+
+    Args:
+        path: of the file.
+        rows: the cells of each row.
+
+    Raises:
+        OutputError: the file cannot be written; ``path`` is unchanged.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def remove_partial(folder: Path) -> None:

@@ -19,7 +19,7 @@ from fastalex.runs.prediction import most_probable, predict_images
 from fastalex.runs.prediction_file import Row, prediction_file
 from fastalex.runs.signals import StopSignals
 from fastalex.runs.weights import open_weights
-from fastalex.text import shortened
+from fastalex.text import aligned, shortened
 
 TOP = 5  # classes of an image, of those that there are
 FEW = 20  # images of which a table is printed
@@ -115,11 +115,7 @@ def _table(rows: Sequence[Row]) -> str:
         pairs = zip(cells[::2], cells[1::2], strict=True)
         classes = [f"{shortened(str(name), 20)} {share:.1%}" for name, share in pairs]
         lines.append([shortened(printable(Path(str(path))), 50), *classes])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 @command("predict", PredictConfig)

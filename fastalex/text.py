@@ -1,8 +1,9 @@
-"""Text that fits: names shortened in the middle, captions wrapped."""
+"""Text that fits: names shortened in the middle, captions wrapped, columns aligned."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Collection, Sequence
 
 
 def shortened(text: str, width: int) -> str:
@@ -25,3 +26,20 @@ def wrapped(text: str, width: int, lines: int) -> str:
         short = shortened(text, width * lines)
         found = [short[i : i + width] for i in range(0, len(short), width)]
     return "\n".join(found)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Return rows as lines of a text table, two spaces between columns.
+
+    Args:
+        rows: the cells of each row, of equal number.
+        right: columns that are aligned to the right, by number from 0.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

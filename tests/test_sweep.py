@@ -133,7 +133,7 @@ def test_other_swept_values_are_lines_and_names_are_places(
 def test_a_sweep_over_seeds_alone_is_one_mean(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "sweep", lambda *arguments: drawn.append(arguments))
-    monkeypatch.setattr(sweep, "write_text", lambda *arguments: None)
+    monkeypatch.setattr(sweep, "write_csv", lambda *arguments: None)
     write_sweep(swept, [Job(number, {"seed": str(number)}, swept / str(number)) for number in (0, 1)])
     errors = [float(row["validation_top1_error"]) for row in table(swept)[:2]]
     assert drawn[0][:2] == ({"": {"all seeds": errors}}, "seed")
@@ -167,7 +167,7 @@ def test_a_table_that_cannot_be_written_does_not_end_the_sweep(
     def full(path: Path, text: str) -> None:
         raise OutputError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(sweep, "write_text", full)
+    monkeypatch.setattr(sweep, "write_csv", full)
     synthetic = ["data=synthetic", "data.images=512", "hydra.sweep.dir=all"]
     assert a_sweep(monkeypatch, *synthetic, "seed=0,1") == 0
     assert len(list(Path("all").rglob("summary.json"))) == 2

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastalex import plots
-from fastalex.files import write_text
+from fastalex.cli import Job
+from fastalex.files import write_csv
 from fastalex.runs.folder import METRICS, SUMMARY
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 SEED = "seed"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run of a sweep.
-
-    Attributes:
-        number: of the run in the sweep, from 0.
-        overrides: the values that it was given, by their keys.
-        folder: of the run.
-        error: what ended it before its end; empty if nothing did.
-    """
-
-    number: int
-    overrides: Mapping[str, str]
-    folder: Path
-    error: str = ""
 
 
 def write_sweep(folder: Path, jobs: Sequence[Job]) -> None:
@@ -59,12 +40,9 @@ def write_sweep(folder: Path, jobs: Sequence[Job]) -> None:
         }
         for job, of_job in zip(jobs, figures, strict=True)
     ]
-    text = io.StringIO()
     columns = dict.fromkeys(["run", *swept, *(key for of_job in figures for key in of_job)])
-    writer = csv.DictWriter(text, [*columns, "folder", "error"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / TABLE, text.getvalue())
+    names = [*columns, "folder", "error"]
+    write_csv(folder / TABLE, [names, *([row.get(name, "") for name in names] for row in rows)])
     _draw(folder / PICTURE, swept, rows, failed=sum(bool(job.error) for job in jobs))
 
 

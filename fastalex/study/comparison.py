@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastalex.files import write_text
+from fastalex.files import write_csv, write_text
 from fastalex.markdown import table
 from fastalex.study.intervals import Difference, Sample, difference
 from fastalex.study.results import NOT_RUN
 from fastalex.study.rows import ROWS
+from fastalex.text import aligned
 
 REPRODUCED = "reproduced"
 HIGHER, LOWER = "error higher than ours", "error lower than ours"
@@ -164,20 +163,18 @@ def write(folder: Path, comparisons: Sequence[Comparison], remark: str) -> None:
     )
     parts = ["# Your runs beside ours", *([remark] if remark else []), text, table(heads, lines), METHOD]
     write_text(folder / "comparison.md", "\n\n".join(parts) + "\n")
-    write_text(folder / "comparison.csv", _as_csv(comparisons))
+    write_csv(folder / "comparison.csv", _csv_rows(comparisons))
 
 
 def _pair(values: Mapping[str, object]) -> str:
     return " / ".join(str(values[key]) for key in KEYS) if values else ""
 
 
-def _as_csv(comparisons: Sequence[Comparison]) -> str:
+def _csv_rows(comparisons: Sequence[Comparison]) -> Iterator[list[object]]:
     """A line per row and kind of error; cells of what there is not are empty."""
-    text = io.StringIO()
     columns = ["row", "error", "study"]
     columns += [f"{whose}_{what}" for whose in ("ours", "yours") for what in ("mean", "deviation", "seeds")]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "difference", "low", "high", "verdict"])
+    yield [*columns, "difference", "low", "high", "verdict"]
     for each in comparisons:
         for key in KEYS:
             cells: list[object] = [each.row, key, each.study.get(key, "")]
@@ -185,8 +182,7 @@ def _as_csv(comparisons: Sequence[Comparison]) -> str:
                 cells += _statistics(sample) if sample else ["", "", 0]
             found = each.differences.get(key)
             cells += [_rounded(found.value), _rounded(found.low), _rounded(found.high)] if found else [""] * 3
-            writer.writerow([*cells, each.verdict])
-    return text.getvalue()
+            yield [*cells, each.verdict]
 
 
 def _statistics(sample: Sample) -> list[object]:
@@ -215,8 +211,4 @@ def printed(comparisons: Sequence[Comparison]) -> str:
                 each.verdict,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
