@@ -164,6 +164,69 @@ def loss_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     save(figure, path)
 
 
+def differences(
+    points: Sequence[tuple[str, float, float | None, bool | None]], label: str, path: Path
+) -> None:
+    """Plot differences of errors, a line each, with their intervals.
+
+    Args:
+        points: of each line its text, the difference, half the interval (None where it is not known), and
+            whether the interval is above 0 (True), below (False) or contains 0 (None).
+        label: of the axis of the differences.
+        path: of the PNG file.
+    """
+    colors = {True: "tab:green", False: "tab:red", None: "tab:gray"}
+    names = {True: "interval above 0", False: "interval below 0", None: "interval contains 0, or unknown"}
+    figure = Figure(figsize=(8.4, 0.34 * len(points) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="black", lw=0.8)
+    for verdict in dict.fromkeys(point[3] for point in points):
+        lines = [place for place, point in enumerate(points) if point[3] is verdict]
+        axes.errorbar(
+            [points[place][1] for place in lines],
+            lines,
+            xerr=[points[place][2] or 0.0 for place in lines],
+            fmt="o",
+            ms=5,
+            capsize=3,
+            color=colors[verdict],
+            label=names[verdict],
+        )
+    axes.set_yticks(range(len(points)), [point[0] for point in points], parse_math=False)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def error_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]], level: float, title: str, path: Path
+) -> None:
+    """Plot the errors of several runs over the epochs.
+
+    Args:
+        curves: by the label in the legend, the runs that have it, each the errors of its epochs.
+        level: an error that a horizontal line marks.
+        title: of the plot.
+        path: of the PNG file.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (label, runs), color in zip(curves.items(), (TRAIN, VALIDATION, "tab:green"), strict=False):
+        for number, errors in enumerate(runs):
+            epochs = range(1, len(errors) + 1)
+            axes.plot(epochs, errors, color=color, label="" if number else label, alpha=0.8, lw=1.2)
+    axes.axhline(level, color="black", lw=0.8, ls=":")
+    axes.set(title=title, xlabel="epoch", ylabel="top-1 error", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
 def sweep(points: Mapping[str, Mapping[str, Sequence[float]]], key: str, note: str, path: Path) -> None:
     """Plot the validation error of a sweep's runs against the swept value: each run, mean and spread.
 

@@ -22,7 +22,7 @@ from fastalex.runs.launch import train
 from fastalex.study import committed, comparison, report
 from fastalex.study.estimate import Estimator
 from fastalex.study.results import NOT_RUN, read_run
-from fastalex.study.rows import ROWS, run_folder
+from fastalex.study.rows import ROWS, run_folder, select
 
 QUICK = (
     "data=digits",
@@ -58,11 +58,15 @@ def plan(config: ReproduceConfig, runs: Path) -> list[Job]:
     Raises:
         ConfigError: for a row that does not exist, or a folder that holds a run of other settings.
     """
-    for name in config.rows:
-        if name not in ROWS:
-            raise ConfigError(f"rows={name}: there is no such row; choose from {', '.join(ROWS)}")
+    try:
+        names = select(config.rows)
+    except KeyError as error:
+        choices = ", ".join(dict.fromkeys(row.group or name for name, row in ROWS.items()))
+        raise ConfigError(
+            f"rows={error.args[0]}: there is no such row; choose from {choices}, or a file of configs/row/"
+        ) from error
     jobs = []
-    for name in dict.fromkeys(config.rows or ROWS):
+    for name in names:
         for seed in ROWS[name].seeds:
             overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
             run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)

@@ -248,13 +248,27 @@ def test_torchvision_networks(name: str) -> None:
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_the_four_layer_network_against_its_formula(activation: str) -> None:
+    """In float64, layer by layer, on 32x32 pixels: 32 to 15, 7 and 3."""
+    model = create_model("four_layer", activation=activation).double()
+    x = images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    weights = list(model.parameters())
+    for weight, bias in zip(weights[0:6:2], weights[1:6:2], strict=True):
+        x = F.max_pool2d(getattr(torch, activation)(F.conv2d(x, weight, bias, padding=2)), 3, 2)
+    assert x.shape == (2, 64, 3, 3)
+    torch.testing.assert_close(model(images), F.linear(x.flatten(1), *weights[6:]))
+    assert count_parameters(model) == 75 * 32 + 32 + 800 * 32 + 32 + 800 * 64 + 64 + 576 * 10 + 10
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_limits_on_a_batch_of_one_image(name: str) -> None:
-    model, smallest = create_model(name), 63 if name == "alexnet" else 32
+    own = {"alexnet": 63, "four_layer": 15}  # without batch normalisation after the first layers
+    model, smallest = create_model(name), own.get(name, 32)
     check_batch(name, 1, smallest + 1)
     model(torch.zeros(1, 3, smallest + 1, smallest + 1))
     image = torch.zeros(1, 3, smallest, smallest)
-    if name == "alexnet":
+    if name in own:
         check_batch(name, 1, smallest)
         model(image)
     else:
@@ -282,6 +296,7 @@ def test_resnet18_has_torchvisions_parameter_count() -> None:
         ("alexnet", {"norm": "layer"}, "model.norm=layer"),
         ("alexnet", {"dropout": 1.0}, "model.dropout=1.0"),
         ("alexnet", {"init": "xavier"}, "model.init=xavier"),
+        ("four_layer", {"activation": "gelu"}, "model.activation=gelu: choose relu or tanh"),
         ("alexnet", {"num_classes": 0}, "num_classes=0"),
         ("resnet18", {"groups_of": 2}, "groups_of"),
     ],

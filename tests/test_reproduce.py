@@ -24,13 +24,13 @@ from fastalex.config.plain import plain, to_dataclass
 from fastalex.errors import DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
-from fastalex.study import committed, comparison, report
+from fastalex.study import claims, committed, comparison, report
 from fastalex.study.estimate import Estimator
 from fastalex.study.intervals import Sample
 from fastalex.study.intervals import difference as interval
 from fastalex.study.report import BEGIN, END
 from fastalex.study.results import load_run
-from fastalex.study.rows import BASE, ROWS, run_folder
+from fastalex.study.rows import BASE, CLAIMS, ROWS, run_folder, select
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
 
@@ -83,7 +83,8 @@ def test_each_row_is_a_file_that_composes(rows: dict[str, Config]) -> None:
         validate(config)
         check_crop(config.model.name, "data.crop", config.data.crop)
         assert config.data.name == "cifar10"
-        assert (config.data.resize / config.data.crop) == pytest.approx(256 / 224, rel=0.01)
+        if config.model.name != "four_layer":  # which has no augmentation
+            assert (config.data.resize / config.data.crop) == pytest.approx(256 / 224, rel=0.01)
 
 
 def changed(one: Config, other: Config) -> dict[str, Any]:
@@ -116,6 +117,35 @@ def test_comparisons_change_one_thing(rows: dict[str, Config]) -> None:
     assert changed(failing, mended) == {"data.std": [1 / 255] * 3, "train.lr": 0.001}
 
 
+def test_claims_change_one_thing(rows: dict[str, Config]) -> None:
+    changes = {
+        name: changed(rows[claim_base], rows[name])
+        for name, row in ROWS.items()
+        if row.group == CLAIMS and name != "claim_resnet18"
+        for claim_base in ("claim_relu" if name in claims.FIGURE_1.values() else "claim_base",)
+    }
+    assert changes.pop("claim_base") == changes.pop("claim_relu") == {}
+    tanh = changes.pop("claim_tanh")
+    assert tanh.pop("model.activation") == "tanh"
+    assert set(tanh) <= {"train.lr"}
+    assert changes.pop("claim_no_augmentation") == {"data.flip": "none", "data.random_crop": False}
+    assert all(len(change) == 1 for change in changes.values()), changes
+    base, other = (plain(rows[name]) for name in ("claim_base", "claim_resnet18"))
+    assert {section for section in base if base[section] != other[section]} == {"model"}
+    assert {name for claim in claims.CLAIMED for name in (claim.row, claim.base)} == {
+        name for name, row in ROWS.items() if row.group == CLAIMS
+    }
+
+
+def test_a_group_selects_its_rows() -> None:
+    assert select(["claim_base", "claims", "alexnet"])[:2] == ["claim_base", "claim_no_lrn"]
+    assert select(["claims", "alexnet"])[-1] == "alexnet"
+    assert select([]) == [name for name, row in ROWS.items() if not row.group]
+    for name in ("vgg", "claim"):
+        with pytest.raises(KeyError, match=f"'{name}'"):
+            select([name])
+
+
 # The whole path
 
 
@@ -144,7 +174,7 @@ def test_quick_runs_skip_resume_and_say_that_they_are_quick(command: Any) -> Non
         assert f"{summary['single_crop']['top1_error']:.4f} / " in text
         with Image.open(results / ROWS[name].figure) as image:
             assert image.width > 400
-    for name in set(ROWS) - {"resnet18", "alexnet_paper_init"}:
+    for name in set(select([])) - {"resnet18", "alexnet_paper_init"}:
         (line,) = (line for line in text.splitlines() if f"(`{name}`)" in line)
         assert "not run" in line
 
@@ -215,7 +245,7 @@ def test_a_dry_run_estimates_what_the_user_has_not_run(
     status, out, err = command("--dry-run")
     assert status == 0, err
     lines = {line.partition(",")[0]: line.split() for line in out.splitlines() if ", seed 0" in line}
-    assert set(lines) == set(ROWS)
+    assert set(lines) == {name for name, row in ROWS.items() if not row.group}
     assert lines.pop("alexnet_112")[-1] == "complete"
     assert lines.pop("resnet18")[-1] == "interrupted"
     for line in lines.values():
@@ -232,7 +262,9 @@ def test_the_committed_runs_are_the_rows() -> None:
     schema.register()
     with initialize_config_module("fastalex.configs", version_base="1.3"):
         jobs = reproduce.plan(ReproduceConfig(), results)
+        claims_jobs = reproduce.plan(ReproduceConfig(rows=[CLAIMS]), results)
     assert {job.status for job in jobs} == {"complete"}
+    assert {job.status for job in claims_jobs} <= {"complete", "not run"}
     assert json.loads((results / "reproduction.json").read_text()) == report.collect(results, False)
 
 
@@ -496,7 +528,13 @@ def made_up_run(
     validation = [0.3, 0.12, 0.13]
     lines = [
         json.dumps(
-            {"epoch": i + 1, "train_loss": 1.0, "validation_loss": 1.1, "validation_top1_error": value}
+            {
+                "epoch": i + 1,
+                "train_loss": 1.0,
+                "train_top1_error": 0.5,
+                "validation_loss": 1.1,
+                "validation_top1_error": value,
+            }
         )
         for i, value in enumerate(validation)
     ]

@@ -402,6 +402,8 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["train.lr=-1"], r"train.lr=-1.0: must lie between"),
         (["train.momentum=1"], r"train.momentum=1: must be at least 0 and below 1"),
         (["data.validation_fraction=0"], r"data.validation_fraction=0.0"),
+        (["data.train_fraction=0"], r"data.train_fraction=0: must be above 0 and at most 1"),
+        (["data.train_fraction=1.5"], r"data.train_fraction=1.5: must be above 0"),
         (["data.std=[1,0,1]"], r"data.std=\[1.0, 0.0, 1.0\]"),
         (["data.crop=40"], r"data.crop=40: larger than data.resize=36"),
         (["data.crop=16"], r"data.crop=16: mobilenet_v3_small needs a crop of at least 32"),

@@ -1,6 +1,7 @@
 """Configuration: the types and defaults of every setting, the values that are refused, and conversions."""
 
 from fastalex.config.schema import (
+    Activation,
     AlexNetConfig,
     BetonConfig,
     Budget,
@@ -17,6 +18,7 @@ from fastalex.config.schema import (
     ExportFormat,
     Fit,
     Flip,
+    FourLayerConfig,
     Graph,
     Init,
     LoaderConfig,
@@ -38,6 +40,7 @@ from fastalex.config.schema import (
 )
 
 __all__ = [
+    "Activation",
     "AlexNetConfig",
     "BetonConfig",
     "Budget",
@@ -54,6 +57,7 @@ __all__ = [
     "ExportFormat",
     "Fit",
     "Flip",
+    "FourLayerConfig",
     "Graph",
     "Init",
     "LoaderConfig",

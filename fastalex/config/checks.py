@@ -75,6 +75,10 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 "train.optimizer=lars: needs each layer whole in one process; use distributed.strategy=ddp"
             )
+    if not 0 < data.train_fraction <= 1:
+        raise ConfigError(
+            f"data.train_fraction={data.train_fraction:g}: must be above 0 and at most 1, which is all images"
+        )
     three = len(data.mean) == len(data.std) == 3 and all(map(math.isfinite, [*data.mean, *data.std]))
     if not three or min(data.std) <= 0:
         raise ConfigError(

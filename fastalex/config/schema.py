@@ -23,6 +23,13 @@ class Init(Enum):
     he = "he"  # Kaiming normal, fan-in; output layer N(0, 0.01)
 
 
+class Activation(Enum):
+    """The non-linear function of the four-layer network."""
+
+    relu = "relu"
+    tanh = "tanh"
+
+
 class Norm(Enum):
     """Normalisation after AlexNet's first two convolutions."""
 
@@ -154,8 +161,16 @@ class AlexNetConfig(ModelConfig):
     init: Init = Init.he
 
 
+@dataclass
+class FourLayerConfig(ModelConfig):
+    """Options of the four-layer network; see :class:`fastalex.models.four_layer.FourLayer`."""
+
+    name: str = "four_layer"
+    activation: Activation = Activation.relu
+
+
 # Networks with options of their own; the others take a ModelConfig.
-MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"alexnet": AlexNetConfig}
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"alexnet": AlexNetConfig, "four_layer": FourLayerConfig}
 
 
 @dataclass
@@ -168,6 +183,7 @@ class DataConfig:
     resize: int = 256  # each image becomes a square of resize x resize pixels ...
     crop: int = 224  # ... and a crop x crop square is cut from it
     fit: Fit = Fit.square
+    random_crop: bool = True  # of the training images; false: their centre crop, as in validation
     flip: Flip = Flip.random
     color: Color = Color.none
     # of the colours, for color=pca; where they are empty, they are computed from the training images
@@ -176,6 +192,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     validation_fraction: float = 0.2  # of the training images, where the data set has no split of its own
+    train_fraction: float = 1.0  # of the training images that are left, drawn from each class alike
     on_error: OnError = OnError.fail
     # synthetic only
     images: int = 2048
@@ -340,7 +357,7 @@ class ExportConfig:
 class ReproduceConfig:
     """What ``python -m fastalex.reproduce`` takes; everything else is in ``configs/row/``."""
 
-    rows: list[str] = field(default_factory=list)  # none: all
+    rows: list[str] = field(default_factory=list)  # or groups of rows: claims; none: those of no group
     budget: Budget = Budget.full
     dry_run: bool = False  # print what would be run and an estimate of its time
     folder: str = "outputs/reproduction"  # of the runs and of what is written about them

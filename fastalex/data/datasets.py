@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 
 from fastalex.config import DataConfig
 from fastalex.data.imageset import DataSplits, ImageSet
+from fastalex.data.splits import split
 from fastalex.errors import ConfigError
 
 __all__ = ["DataSplits", "ImageSet", "load_splits"]
@@ -28,7 +29,8 @@ def load_splits(config: DataConfig, seed: int, *, progress: bool = True) -> Data
 
     Args:
         config: names the data set and the folder of its files.
-        seed: draws the validation images, in proportion from each class; the test images never depend on it.
+        seed: draws the validation images and those of ``train_fraction``, in proportion from each class; the
+            test images never depend on it.
         progress: show a progress bar while files are read for the first time.
 
     Raises:
@@ -39,4 +41,8 @@ def load_splits(config: DataConfig, seed: int, *, progress: bool = True) -> Data
         raise ConfigError(f"data.name={config.name} is unknown; choose one of {', '.join(_DATA_SETS)}")
     load: Callable[..., DataSplits] = resolve_name(_DATA_SETS[config.name])
     splits = load(config, seed, progress=progress)
+    if config.train_fraction < 1:
+        what = f"data.train_fraction={config.train_fraction}"
+        train, _ = split(splits.train, 1 - config.train_fraction, seed, classes=splits.classes, what=what)
+        splits = replace(splits, train=train)
     return splits if splits.source else replace(splits, source=f"{config.name} at {config.root}")

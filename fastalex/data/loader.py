@@ -177,6 +177,7 @@ class PlannedLoader(ABC):
                 len(self.images),
                 flip=self.data.flip,
                 max_offset=self.data.resize - self.data.crop,
+                offset=None if self.data.random_crop else center_offset(self.data.resize, self.data.crop),
                 seed=self.seed,
                 epoch=self.epoch,
                 batch_size=self.batch_size,

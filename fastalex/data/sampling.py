@@ -77,6 +77,7 @@ def training_plan(
     *,
     flip: Flip,
     max_offset: int,
+    offset: int | None = None,
     seed: int,
     epoch: int,
     batch_size: int,
@@ -88,10 +89,10 @@ def training_plan(
     """Draw one rank's training epoch.
 
     Every image occurs once (``Flip.both``: twice, once flipped), in an order that seed and epoch decide, with
-    offsets uniform over 0..max_offset. Every step has batch_size images on every rank, so that losses are
-    comparable and no rank waits for another: the last, incomplete batch is dropped, which leaves out other
-    images each epoch. Step i has the same samples, over all ranks, for any number of ranks with the same
-    batch_size times world_size.
+    offsets uniform over 0..max_offset, or all the same. Every step has batch_size images on every rank, so
+    that losses are comparable and no rank waits for another: the last, incomplete batch is dropped, which
+    leaves out other images each epoch. Step i has the same samples, over all ranks, for any number of ranks
+    with the same batch_size times world_size.
 
     Random numbers come from a torch.Generator on ``device``: the same seed gives the same plan on the same
     kind of device, but a CPU and a GPU draw different numbers.
@@ -100,6 +101,7 @@ def training_plan(
         num_images: number of images of the split.
         flip: which samples are mirrored.
         max_offset: largest top or left of a crop, in pixels: resize - crop.
+        offset: top and left of every crop, in pixels; None for random ones.
         seed: any integer; seed and epoch together decide the plan.
         epoch: number of the epoch, from 0.
         batch_size: images per batch on each rank.
@@ -120,6 +122,8 @@ def training_plan(
     offsets = torch.randint(
         max_offset + 1, (samples, 2), generator=generator, device=device, dtype=torch.int32
     )
+    if offset is not None:  # after the draw: order and flips are the same with random crops and without
+        offsets.fill_(offset)
     if flip is Flip.both:
         indices, flips = order // 2, order % 2 == 1
     elif flip is Flip.alternate:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models.alexnet import AlexNet
+from fastalex.models.four_layer import FourLayer
 from fastalex.models.winograd import allow_winograd
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 # The defaults hold for torchvision's networks, which halve the image five times and normalise to the end.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
+    "four_layer": FourLayer,
     "resnet18": torchvision.models.resnet18,
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
     "efficientnet_b0": torchvision.models.efficientnet_b0,

@@ -13,9 +13,10 @@ from typing import Any
 from fastalex import plots
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
+from fastalex.study import claims
 from fastalex.study.intervals import degrees_of_freedom, seeds_bound
 from fastalex.study.results import NOT_RUN, FinishedRun, load_run
-from fastalex.study.rows import ROWS, Row
+from fastalex.study.rows import CLAIMS, ROWS, Row
 
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 
@@ -67,6 +68,7 @@ def _record(run: FinishedRun, row: Row, results: Path) -> dict[str, Any]:
         "crops": run.crops,
         "epochs": run.summary["epochs"],
         "best_epoch": best["epoch"],
+        "training_top1_errors": [epoch["train_top1_error"] for epoch in run.epochs],
         "validation_top1_error": run.epochs[-1]["validation_top1_error"],
         "best_validation_top1_error": best["validation_top1_error"],
         "epochs_to_published_error": run.epochs_to(row.published[0]) if row.published else None,
@@ -149,6 +151,7 @@ def write(results: Path, quick: bool, readme: Path | None) -> dict[str, Any]:
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / "reproduction.json", json.dumps(content, indent=2) + "\n")
     write_text(results / "reproduction.md", markdown(content))
+    claims.write(results, content["rows"])
     for name, row in ROWS.items():
         run = load_run(results, name, row.seeds[0]) if row.figure else None
         if run:
@@ -165,8 +168,8 @@ def write(results: Path, quick: bool, readme: Path | None) -> dict[str, Any]:
 def summary_table(content: dict[str, Any]) -> str:
     """Return the README's table: the study's errors beside ours."""
     rows = []
-    for entry in content["rows"].values():
-        if entry["published"] or entry["runs"]:
+    for name, entry in content["rows"].items():
+        if ROWS[name].group != CLAIMS and (entry["published"] or entry["runs"]):
             first = entry["runs"][0] if entry["runs"] else {}
             rows.append(
                 [
@@ -201,7 +204,7 @@ def markdown(content: dict[str, Any]) -> str:
         "are fixed before its run, by the training and validation errors of earlier ones; where their test "
         "errors had been seen by then, `docs/recipe.md` says so."
     )
-    rows = content["rows"]
+    rows = {name: row for name, row in content["rows"].items() if row["runs"] or not ROWS[name].group}
     errors, costs = [], []
     for name, entry in rows.items():
         label = f"{entry['title']} (`{name}`)"
@@ -237,7 +240,7 @@ def markdown(content: dict[str, Any]) -> str:
     heads += ["wall time", "images/s", "parameters", "generator seed", "hardware"]
     parts += ["## What they took", table(heads, costs) if costs else "No row has been run."]
     parts += ["## The paper's differences", _comparisons(content["comparisons"])]
-    figures = [row for name, row in ROWS.items() if row.figure and rows[name]["runs"]]
+    figures = [row for name, row in ROWS.items() if row.figure and content["rows"][name]["runs"]]
     if figures:
         parts.append("## Losses")
         parts += [f"![{row.title}]({row.figure})" for row in figures]

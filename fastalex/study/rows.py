@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Row:
         figure: the study's loss figure to draw anew.
         seeds: of the generator, a run each.
         base: the row that this one changes one thing of, in the comparison of ablations.
+        group: the name by which ``rows=`` selects this row together with others; empty for none.
     """
 
     title: str
@@ -23,8 +25,15 @@ class Row:
     figure: str = ""
     seeds: tuple[int, ...] = (0,)
     base: str = ""
+    group: str = ""
 
 
+def _claim(title: str) -> Row:
+    """A row of the claims: :mod:`fastalex.study.claims`."""
+    return Row(title, seeds=(0, 1, 2), group=CLAIMS)
+
+
+CLAIMS = "claims"
 BASE = "ablation_base"
 
 
@@ -43,7 +52,43 @@ ROWS = {
     "ablation_no_lrn": Row("without LRN", seeds=(0, 1), base=BASE),
     "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),
     "ablation_no_dropout": Row("without dropout", seeds=(0, 1), base=BASE),
+    "claim_base": _claim("AlexNet on a fifth of the images"),
+    "claim_no_lrn": _claim("the same without LRN"),
+    "claim_non_overlapping_pool": _claim("the same with 2x2 pooling"),
+    "claim_no_dropout": _claim("the same without dropout"),
+    "claim_no_augmentation": _claim("the same without crops and flips"),
+    "claim_no_random_crop": _claim("the same without random crops"),
+    "claim_no_flip": _claim("the same without flips"),
+    "claim_pca_color": _claim("the same with PCA colour"),
+    "claim_two_towers": _claim("the same in two towers"),
+    "claim_batch_norm": _claim("the same with batch normalisation for LRN"),
+    "claim_no_weight_decay": _claim("the same without weight decay"),
+    "claim_default_init": _claim("the same from PyTorch's initialisation"),
+    "claim_paper_init": _claim("the same from the paper's initialisation"),
+    "claim_resnet18": _claim("ResNet-18 on the same images"),
+    "claim_relu": _claim("a four-layer network with ReLU"),
+    "claim_tanh": _claim("a four-layer network with tanh"),
 }
+
+
+def select(names: Sequence[str]) -> list[str]:
+    """Return the names of rows, each once.
+
+    Args:
+        names: of rows and of groups; none for the rows that are in no group.
+
+    Raises:
+        KeyError: with the name that is neither.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, row in ROWS.items():
+        groups.setdefault(row.group, []).append(name)
+    chosen: list[str] = []
+    for name in names or [""]:
+        if name not in ROWS and name not in groups:
+            raise KeyError(name)
+        chosen += [name] if name in ROWS else groups[name]
+    return list(dict.fromkeys(chosen))
 
 
 def run_folder(results: Path, name: str, seed: int) -> Path:

@@ -167,6 +167,14 @@ def test_pixels_of_arrays(name: str, size: tuple[int, int], views: Views) -> Non
     assert largest_error(loader, images, data, views) < array_tolerance(name)
 
 
+def test_centre_crops_in_training(name: str) -> None:
+    """``largest_error`` cuts where the plan says; the centre is at (40 - 32) / 2."""
+    images, data = numbered(19), config(random_crop=False)
+    loader = build(name, images, data=data)
+    assert (loader.plan().offsets == 4).all()  # type: ignore[attr-defined]
+    assert largest_error(loader, images, data, Views.random) < array_tolerance(name)
+
+
 @pytest.mark.parametrize("views", list(Views), ids=lambda views: views.value)
 @pytest.mark.parametrize("size", [(31, 47), (90, 57), (40, 40), (10, 1000)], ids=str)
 def test_pixels_of_arrays_that_keep_their_shape(name: str, size: tuple[int, int], views: Views) -> None:

@@ -109,6 +109,19 @@ def test_seed_chooses_validation_and_never_test() -> None:
     assert same_images(one.test, other.test)
 
 
+def test_a_fraction_of_the_training_images() -> None:
+    whole, part = load("digits", seed=1), load("digits", seed=1, train_fraction=0.2)
+    assert len(part.train) == int(0.2 * 1149)
+    assert set(identities(part.train)) < set(identities(whole.train))
+    shares = [np.bincount(splits.train.labels) / len(splits.train) for splits in (part, whole)]
+    assert abs(shares[0] - shares[1]).max() <= 1 / len(part.train)
+    assert same_images(part.validation, whole.validation)
+    assert same_images(part.test, whole.test)
+    assert not same_images(part.train, load("digits", seed=2, train_fraction=0.2).train)
+    with pytest.raises(DataError, match=r"data.train_fraction=0.005: 1149 images cannot be split into 5 and"):
+        load("digits", train_fraction=0.005)
+
+
 def test_synthetic() -> None:
     splits = load("synthetic", images=40, classes=7, resize=16, crop=16)
     assert splits.train.pixels is not None

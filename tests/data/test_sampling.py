@@ -71,6 +71,14 @@ def test_types_and_ranges() -> None:
     assert not plan(max_offset=0).offsets.any()
 
 
+def test_crops_at_one_place_leave_order_and_flips_as_they_are() -> None:
+    drawn, fixed = plan(), plan(offset=16)
+    assert (fixed.offsets == 16).all()
+    assert (drawn.offsets != 16).any()
+    assert torch.equal(fixed.indices, drawn.indices)
+    assert torch.equal(fixed.flips, drawn.flips)
+
+
 @pytest.mark.parametrize("flip", list(Flip))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_epoch(flip: Flip, world_size: int) -> None:
