@@ -79,10 +79,10 @@ def rows() -> dict[str, Config]:
 def test_each_row_is_a_file_that_composes(rows: dict[str, Config]) -> None:
     files = (Path(reproduce.__file__).parents[1] / "configs" / "row").glob("*.yaml")
     assert {file.stem for file in files} == set(ROWS)
-    for config in rows.values():
+    for name, config in rows.items():
         validate(config)
         check_crop(config.model.name, "data.crop", config.data.crop)
-        assert config.data.name == "cifar10"
+        assert config.data.name == ("tiny_imagenet" if name == "alexnet_tiny" else "cifar10")
         if config.model.name != "four_layer":  # which has no augmentation
             assert (config.data.resize / config.data.crop) == pytest.approx(256 / 224, rel=0.01)
 

@@ -93,8 +93,9 @@ def environment(phase: Phase, scratch: Path, toy: bool) -> dict[str, str]:
     if phase.cold:
         found["TRITON_CACHE_DIR"] = str(scratch / "triton")
         found["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    if toy or phase.eager:  # on a CPU compilation would take longer than all the rest
+        found["TORCHDYNAMO_DISABLE"] = "1"
     if toy:
-        found["TORCHDYNAMO_DISABLE"] = "1"  # on a CPU compilation would take longer than all the rest
         found["OMP_NUM_THREADS"] = "1"  # threads of parallel phases would wait for each other
     return found
 

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.card.place import Place
+from fastalex.study.rows import CLAIMS, select
 
 Command = list[str]
 PYTHON = [sys.executable, "-m"]
 # Settings of a rehearsal, with which a CPU trains in seconds.
 TOY = ["data.resize=80", "data.crop=72", "train.epochs=2", "train.batch_size=16", "loader=resident"]
+CLAIM_PROCESSES = 6  # which share the card: a network at a crop of 64 does not fill it
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Phase:
         commands: run one after another until one fails, or in parallel.
         together: whether they run in parallel, which makes their timings meaningless.
         cold: whether the compiler caches start empty, as on a machine that is new to fastalex.
+        eager: whether nothing is compiled by torch.compile, for runs that are shorter than that takes.
     """
 
     seconds: float
     commands: Callable[[Place], list[Command]]
     together: bool = False
     cold: bool = False
+    eager: bool = False
 
 
 def module(name: str) -> Callable[[Place], list[Command]]:
@@ -118,6 +122,16 @@ def variants(place: Place) -> list[Command]:
     )
 
 
+def claims(place: Place) -> list[Command]:
+    """The rows of the claims, with all their seeds, in processes that have several rows each."""
+    rows = select([CLAIMS])
+    if place.toy:
+        return not_rehearsed(place, [training(place, name, row=name) for name in rows])
+    where = [f"data.root={place.root}", f"folder={place.folder}/runs/claims"]
+    parts = [rows[first::CLAIM_PROCESSES] for first in range(CLAIM_PROCESSES)]
+    return [[*PYTHON, "fastalex.reproduce", f"rows={','.join(part)}", *where] for part in parts]
+
+
 def recipe(place: Place) -> list[Command]:
     """The study's recipe to its end."""
     return not_rehearsed(
@@ -135,6 +149,7 @@ PHASES = {
     "kernels": Phase(150, kernels),
     "profile": Phase(60, profile),
     "recipe": Phase(300, recipe),
+    "claims": Phase(360, claims, together=True, eager=True),
     "seeds": Phase(240, seeds("alexnet", 1, 2), together=True),
     "batches": Phase(120, module("batches")),
     "resnet18": Phase(240, row("resnet18")),
