@@ -74,6 +74,7 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
                 module.winograd = self.winograd  # type: ignore[assignment]
+                module.fast_bf16_products = _cpu_has("amx_bf16")  # type: ignore[assignment]
             if hasattr(module, "fused_bias"):  # fastalex.models.alexnet's pooling
                 module.fused_bias = self.fused_bias  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
@@ -225,8 +226,13 @@ def available_cores() -> int:
 
 def cpu_computes_bf16() -> bool:
     """Whether the CPU has bf16 instructions; without them, bf16 is slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return _cpu_has("avx512_bf16", "amx_bf16", "bf16")
+
+
+def _cpu_has(*capabilities: str) -> bool:
+    """Whether the CPU has at least one of these capabilities, by PyTorch's names."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in capabilities)
 
 
 def cpu_name() -> str:

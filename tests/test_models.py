@@ -311,9 +311,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The output channels of each convolution computed by Winograd's algorithm, in order."""
     channels = []
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_output: bool) -> Tensor:
         channels.append(weight.shape[0])
-        return winograd_conv2d(x, weight, bias)
+        return winograd_conv2d(x, weight, bias, plain_output=plain_output)
 
     monkeypatch.setattr(winograd, "winograd_conv2d", spy)
     return channels
@@ -451,6 +451,25 @@ def test_winograd_in_bf16_is_used_only_where_it_was_measured_faster(
     with torch.no_grad(), runtime.autocast():
         layer(torch.zeros(images, channels, pixels, pixels, dtype=torch.bfloat16))
     assert used == ([channels] if serves else [])
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
+@pytest.mark.parametrize("matrix_units", [True, False])
+def test_winograd_leaves_bf16_outputs_to_matrix_units(
+    matrix_units: bool, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imitated: on a processor with AMX the output is the plain convolution's, to the bit."""
+    capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": matrix_units}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(winograd, "BF16_PRODUCTS", 0)  # the batch is small
+    layer = WinogradConv2d(128, 128, 3, padding=1)
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
+    runtime.place(layer)
+    x = torch.randn(2, 128, 13, 13).to(runtime.dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), runtime.autocast():
+        out = layer(x)
+        plain = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    assert torch.equal(out, plain) == (matrix_units and precision is Precision.bf16)
 
 
 @pytest.mark.parametrize("crop", [63, 112, 224])

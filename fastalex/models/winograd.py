@@ -29,14 +29,18 @@ class WinogradConv2d(Conv2d):
     Attributes:
         winograd: whether Winograd's algorithm is used where it applies and is faster, on the CPU. The runtime
             sets it.
+        fast_bf16_products: whether the processor has bf16 matrix units (AMX), with which a plain convolution
+            in bf16 is faster than Winograd's, and its gradients are not. The runtime sets it.
     """
 
     winograd = False
+    fast_bf16_products = False
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         is_supported = x.dim() == 4 and self.weight.dtype == torch.float32 and self.groups == 1
         if self.winograd and add_bias and x.is_cpu and is_supported and self._is_faster(x):
-            return winograd_conv2d(x, self.weight, self.bias)
+            plain_output = self.fast_bf16_products and x.dtype == torch.bfloat16
+            return winograd_conv2d(x, self.weight, self.bias, plain_output=plain_output)
         return super().forward(x, add_bias)
 
     def _is_faster(self, x: Tensor) -> bool:
