@@ -177,7 +177,7 @@ def differences(
     """
     colors = {True: "tab:green", False: "tab:red", None: "tab:gray"}
     names = {True: "interval above 0", False: "interval below 0", None: "interval contains 0, or unknown"}
-    figure = Figure(figsize=(8.4, 0.34 * len(points) + 1.5), layout="constrained")
+    figure = Figure(figsize=(8.4, 0.34 * len(points) + 1.7), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="black", lw=0.8)
     for verdict in dict.fromkeys(point[3] for point in points):
@@ -197,7 +197,7 @@ def differences(
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     save(figure, path)
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import t as student
 
 from fastalex.study import claims
-from fastalex.study.rows import CLAIMS, ROWS
+from fastalex.study.rows import ROWS
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
 
 
 def rows(**runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: {"runs": runs.get(name, [])} for name, row in ROWS.items() if row.group == CLAIMS}
+    return {name: {"runs": runs.get(name, [])} for name in ROWS}
 
 
 def finding(text: str, made: dict[str, Any]) -> claims.Finding:
@@ -70,6 +70,20 @@ def test_the_spread_is_that_of_all_rows_but_of_those_at_chance() -> None:
     squares = 2 * statistics.variance(BASE) + statistics.variance([0.30, 0.34])
     bound = student.ppf(0.975, 3) * math.sqrt(squares / 3 * (1 / 3 + 1))
     assert finding("LRN lowers the error", made).bound == pytest.approx(bound)
+
+
+def test_short_runs_have_a_spread_of_their_own() -> None:
+    made = rows(
+        claim_base=[run(0.1), run(0.5)],
+        claim_no_lrn=[run(0.2)],
+        ablation_base=[run(0.300), run(0.304)],
+        ablation_no_lrn=[run(0.330), run(0.336)],
+    )
+    found = finding("LRN lowers the error, in a short run", made)
+    assert found.value == pytest.approx(0.031)
+    bound = student.ppf(0.975, 2) * math.sqrt((0.004**2 / 2 + 0.006**2 / 2) / 2)
+    assert found.bound == pytest.approx(bound)
+    assert finding("LRN lowers the error", made).value == pytest.approx(-0.1)
 
 
 def test_ten_crops_are_compared_run_by_run() -> None:
@@ -122,14 +136,14 @@ def test_what_is_written(tmp_path: Path) -> None:
         claim_no_dropout=[run(error) for error in BASE],
         claim_no_flip=[run(error + 0.05) for error in BASE],
     )
-    findings = claims.write(tmp_path, made)
+    limits = {found.claim.row: found.limits for found in claims.write(tmp_path, made)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.csv", "claims.md", "claims.png"]
     with (tmp_path / "claims.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["claim"] for line in lines] == [found.claim.text for found in findings]
+    assert [line["claim"] for line in lines] == [claim.text for claim in claims.CLAIMED]
     by_row = {line["row"]: line for line in lines}
     assert by_row["claim_no_lrn"]["verdict"] == "contradicted"
-    assert float(by_row["claim_no_flip"]["low"]) == pytest.approx(findings[8].limits[0], abs=1e-6)  # type: ignore[index]
+    assert float(by_row["claim_no_flip"]["low"]) == pytest.approx(limits["claim_no_flip"][0], abs=1e-6)  # type: ignore[index]
     assert by_row["claim_tanh"]["difference"] == ""
     text = (tmp_path / "claims.md").read_text()
     assert all(claim.text in text for claim in claims.CLAIMED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastalex.files import write_csv, write_text
 from fastalex.markdown import table
 from fastalex.study.intervals import seeds_bound
 from fastalex.study.results import NOT_RUN
-from fastalex.study.rows import CLAIMS, ROWS
+from fastalex.study.rows import BASE, CLAIMS, ROWS
 
 TEST, ONE_CROP = "ten_crop_top1_error", "single_crop_top1_error"  # of a run's record
 TRAINING, GAP, LOG_EPOCHS = "training_top1_error", "gap", "log2_epochs"  # computed from it
@@ -55,7 +55,7 @@ class Claim:
     base_figure: str = ""
 
 
-CLAIMED = (
+_CLAIMED = (
     Claim(
         "ReLU trains faster than tanh",
         "paper, 3.1, Figure 1",
@@ -121,6 +121,17 @@ CLAIMED = (
 FIGURE_1 = {"ReLU": "claim_relu", "tanh": "claim_tanh"}
 
 
+def _lengths(claim: Claim) -> list[Claim]:
+    """A claim and, where there are short runs that it can be examined with, the same claim of these."""
+    short = claim.row.replace("claim_", "ablation_")
+    if claim.base != "claim_base" or claim.figure == GAP or short not in ROWS:
+        return [claim]
+    return [claim, replace(claim, text=f"{claim.text}, in a short run", row=short, base=BASE)]
+
+
+CLAIMED = tuple(each for claim in _CLAIMED for each in _lengths(claim))
+
+
 @dataclass(frozen=True)
 class Finding:
     """What the runs so far say of a claim.
@@ -165,8 +176,8 @@ def examine(rows: Mapping[str, Any]) -> list[Finding]:
     """Compare the runs of each claim's two rows.
 
     The interval is the two-sided 95% bound of Student's t for the standard deviation from seed to seed,
-    pooled over all rows of the claims that have learned: those of the four-layer network for
-    :data:`LOG_EPOCHS`, all others for another figure.
+    pooled over all rows of the same length that have learned: for :data:`LOG_EPOCHS` those of the four-layer
+    network, for another figure those of the other networks.
 
     Args:
         rows: those of :func:`fastalex.study.report.collect`.
@@ -231,22 +242,28 @@ def _pool(claim: Claim, rows: Mapping[str, Any]) -> list[str]:
     names = [
         name
         for name, row in ROWS.items()
-        if row.group == CLAIMS and (name in FIGURE_1.values()) == (claim.figure == LOG_EPOCHS)
+        if (BASE in (name, row.base) if claim.base == BASE else row.group == CLAIMS)
+        and (name in FIGURE_1.values()) == (claim.figure == LOG_EPOCHS)
     ]
     return [name for name in names if all(record[ONE_CROP] < CHANCE for record in rows[name]["runs"])]
 
 
+def examined(rows: Mapping[str, Any]) -> bool:
+    """Whether there are runs that say something of a claim; the argument is that of :func:`examine`."""
+    return any(finding.value is not None for finding in examine(rows))
+
+
 def write(folder: Path, rows: Mapping[str, Any]) -> list[Finding]:
-    """Write ``claims.md``, ``claims.csv`` and the pictures; nothing where no row of the claims has a run.
+    """Write ``claims.md``, ``claims.csv`` and the pictures, if there are runs that say something of a claim.
 
     Args:
         folder: of the rows' runs.
         rows: as in :func:`examine`.
     """
     findings = examine(rows)
-    shown = [finding for finding in findings if finding.value is not None]
-    if not shown:
+    if not examined(rows):
         return findings
+    shown = [finding for finding in findings if finding.value is not None]
     write_csv(folder / "claims.csv", _csv_rows(findings))
     points = [
         (finding.claim.text, finding.value or 0.0, finding.bound, SIGNS.get(finding.verdict))
@@ -255,7 +272,11 @@ def write(folder: Path, rows: Mapping[str, Any]) -> list[Finding]:
     ]
     pictures = []
     if points:
-        plots.differences(points, "What the claim says is better errs less by", folder / "claims.png")
+        plots.differences(
+            points,
+            "difference of the errors: above 0 for the claim, below 0 against it",
+            folder / "claims.png",
+        )
         pictures.append("![Differences with 95% intervals](claims.png)")
     curves = {
         label: [record["training_top1_errors"] for record in rows[name]["runs"]]
@@ -280,10 +301,13 @@ TEXT = (
 NOTES = (
     "Errors are shares of the images: 0.01 is one of a hundred. ReLU and tanh are compared by the ratio of "
     "the epochs, counted with a fraction, after which the training error is 25%. An interval is Student's, "
-    "from the spread over the generator's seeds, which draw the weights, the fifth of the images and their "
-    "order; the spread is pooled over all rows but those that have not learned. It does not cover other test "
-    "images, which are the same in all rows. Of twenty such intervals one leaves out the true difference by "
-    "chance."
+    "from the spread over the generator's seeds, which draw the weights, the tenth of the images and their "
+    "order; the spread is pooled over all rows of a length but those that have not learned. It does not "
+    "cover other test images, which are the same in all rows. Of twenty such intervals one leaves out the "
+    "true difference by chance.\n\n"
+    "The rows train for 40 epochs on a tenth of the images, 4,800, so that the network overfits, and what "
+    "the paper adds against overfitting can show its effect. A *short run* is of 6 epochs on 40,000 images, "
+    "where the network still underfits (`ablation_base` and its rows)."
 )
 
 
@@ -295,7 +319,7 @@ def claims_table(findings: Sequence[Finding]) -> str:
             finding.claim.text,
             finding.claim.source,
             finding.claim.measured,
-            FIGURES[finding.claim.figure],
+            _figure(finding.claim),
             "" if finding.value is None else _number(finding, finding.value),
             "" if finding.limits is None else " to ".join(_number(finding, end) for end in finding.limits),
             " and ".join(map(str, finding.seeds)),
@@ -304,6 +328,11 @@ def claims_table(findings: Sequence[Finding]) -> str:
         for finding in findings
     ]
     return table(heads, lines)
+
+
+def _figure(claim: Claim) -> str:
+    name = FIGURES[claim.figure]
+    return f"{name}, less ten-crop" if claim.base_figure else name
 
 
 def _number(finding: Finding, value: float) -> str:

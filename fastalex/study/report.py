@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,6 @@ from fastalex import plots
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
 from fastalex.study import claims
-from fastalex.study.intervals import degrees_of_freedom, seeds_bound
 from fastalex.study.results import NOT_RUN, FinishedRun, load_run
 from fastalex.study.rows import CLAIMS, ROWS, Row
 
@@ -37,7 +35,7 @@ def collect(results: Path, quick: bool) -> dict[str, Any]:
         }
         if runs:
             rows[name]["statistics"] = {key: _statistics(rows[name]["runs"], key) for key in FIGURES}
-    return {"budget": "quick" if quick else "full", "rows": rows, "comparisons": compare(rows)}
+    return {"budget": "quick" if quick else "full", "rows": rows}
 
 
 # The figures of a run that a table shows.
@@ -87,52 +85,6 @@ def _statistics(records: Sequence[dict[str, Any]], key: str) -> dict[str, float 
     return {
         "mean": statistics.fmean(values),
         "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
-    }
-
-
-def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare each ablation's top-1 error with its base's, and a single crop's with ten-crop's.
-
-    The noise is the standard deviation from seed to seed, pooled over the base and its ablations; a
-    difference is visible where it exceeds the two-sided 95% bound of Student's t with the pooled degrees of
-    freedom. Single crop and ten-crop are two readings of one run, so there the noise is that of their
-    difference.
-    """
-    comparisons = []
-    for base in dict.fromkeys(row.base for row in ROWS.values() if row.base):
-        group = [base, *(name for name, row in ROWS.items() if row.base == base)]
-        errors = {n: [r["ten_crop_top1_error"] for r in rows[n]["runs"]] for n in group}
-        gains = {
-            n: [r["single_crop_top1_error"] - r["ten_crop_top1_error"] for r in rows[n]["runs"]]
-            for n in group
-        }
-        if not errors[base]:
-            continue
-        for name in group[1:]:
-            if errors[name]:
-                difference = statistics.fmean(errors[name]) - statistics.fmean(errors[base])
-                spread = math.sqrt(1 / len(errors[name]) + 1 / len(errors[base]))
-                comparisons.append(_verdict(ROWS[name].title, difference, spread, list(errors.values())))
-        difference = statistics.fmean(gains[base])
-        spread = math.sqrt(1 / len(gains[base]))
-        comparisons.append(_verdict("single crop instead of ten", difference, spread, list(gains.values())))
-    return comparisons
-
-
-def _verdict(
-    change: str, difference: float, spread: float, samples: Sequence[Sequence[float]]
-) -> dict[str, Any]:
-    bound = seeds_bound(samples, spread)
-    if bound is None:
-        verdict = "no second seed, so the noise is not known"
-    else:
-        verdict = "visible" if abs(difference) > bound else "inside the noise"
-    return {
-        "change": change,
-        "difference": difference,
-        "bound": bound,
-        "degrees_of_freedom": degrees_of_freedom(samples),
-        "verdict": verdict,
     }
 
 
@@ -239,7 +191,8 @@ def markdown(content: dict[str, Any]) -> str:
     heads = ["run", "crop", "epochs", "images seen", "epochs to the study's error, on validation"]
     heads += ["wall time", "images/s", "parameters", "generator seed", "hardware"]
     parts += ["## What they took", table(heads, costs) if costs else "No row has been run."]
-    parts += ["## The paper's differences", _comparisons(content["comparisons"])]
+    if claims.examined(content["rows"]):
+        parts += ["## The claims", "What differences between rows say of the paper: [claims.md](claims.md)."]
     figures = [row for name, row in ROWS.items() if row.figure and content["rows"][name]["runs"]]
     if figures:
         parts.append("## Losses")
@@ -247,26 +200,6 @@ def markdown(content: dict[str, Any]) -> str:
     parts.append("## To run a row again")
     parts.append("\n".join(f"- {entry['title']}: `{entry['command']}`" for entry in rows.values()))
     return "\n\n".join(parts) + "\n"
-
-
-def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
-    if not comparisons:
-        return "The ablations have not been run."
-    lines = [
-        [
-            comparison["change"],
-            f"{comparison['difference']:+.4f}",
-            "" if comparison["bound"] is None else f"{comparison['bound']:.4f}",
-            comparison["verdict"],
-        ]
-        for comparison in comparisons
-    ]
-    text = (
-        "What each change adds to the top-1 error of `ablation_base`, ten-crop. The noise is what a "
-        "difference has to exceed: the 95% bound of Student's t, from the spread over the generator's seeds "
-        "pooled over these rows."
-    )
-    return f"{text}\n\n{table(['change', 'difference', 'noise', 'verdict'], lines)}"
 
 
 def _published(entry: dict[str, Any]) -> str:

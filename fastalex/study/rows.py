@@ -53,7 +53,7 @@ ROWS = {
     "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),
     "ablation_no_dropout": Row("without dropout", seeds=(0, 1), base=BASE),
     "alexnet_tiny": Row("AlexNet on Tiny ImageNet", group="tiny_imagenet"),
-    "claim_base": _claim("AlexNet on a fifth of the images"),
+    "claim_base": _claim("AlexNet on a tenth of the images"),
     "claim_no_lrn": _claim("the same without LRN"),
     "claim_non_overlapping_pool": _claim("the same with 2x2 pooling"),
     "claim_no_dropout": _claim("the same without dropout"),
