@@ -203,7 +203,7 @@ def _write(
 def _publish(jobs: list[Job], results: Path) -> None:
     """Put the complete runs among the committed ones, and write ``results/`` and the README's table anew."""
     complete = [job for job in jobs if read_run(job.folder)]
-    committed.replace_runs((job.folder, run_folder(results, job.row, job.config.seed)) for job in complete)
+    committed.replace_runs(results, [(job.row, job.config.seed, job.folder) for job in complete])
     report.write(results, False, results.parent / "README.md")
     print(f"published in {results}: {'; '.join(map(str, complete)) or 'nothing'}")
 

@@ -392,7 +392,9 @@ def complete(
     summary = made_up_run(folder, name, seed, error) | {"data": source}
     run = run_folder(folder, name, seed)
     write_text(run / "summary.json", json.dumps(summary))
-    OmegaConf.save(plain(rows[name]) | {"seed": seed}, run / "config.yaml")
+    config = plain(rows[name]) | {"seed": seed}
+    config["data"]["root"] = "/home/maintainer/cifar10"
+    OmegaConf.save(config, run / "config.yaml")
     write_text(run / "losses.png", "a plot")
     write_text(run / "checkpoint.pt", "weights")
 
@@ -451,8 +453,12 @@ def test_publishing_replaces_a_row_and_the_table(
     assert status == 0, err
     assert "published in results: alexnet, seed 0" in out
     mine, published = Path("outputs/reproduction/alexnet"), Path("results/alexnet")
-    for name in ("config.yaml", "losses.png", "metrics.jsonl", "summary.json"):
+    for name in ("losses.png", "metrics.jsonl", "summary.json"):
         assert (published / name).read_bytes() == (mine / name).read_bytes()
+    config, trained = (OmegaConf.load(folder / "config.yaml") for folder in (published, mine))
+    assert config.data.root == "data"
+    trained.data.root = "data"
+    assert config == trained
     assert len(list(published.iterdir())) == 4
     assert contents(checkout / "results" / "resnet18") == kept
     content = json.loads(Path("results/reproduction.json").read_text())

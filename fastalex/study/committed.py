@@ -6,10 +6,16 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastalex.errors import ConfigError, OutputError
-from fastalex.files import replacing
+from omegaconf import OmegaConf
 
-FILES = ("config.yaml", "losses.png", "metrics.jsonl", "summary.json")  # of a run; its weights are too large
+from fastalex.config import DataConfig
+from fastalex.errors import ConfigError, OutputError
+from fastalex.files import replacing, write_text
+from fastalex.study.rows import ROWS, run_folder
+
+CONFIG = "config.yaml"
+FILES = (CONFIG, "metrics.jsonl", "summary.json")  # of a run; its weights are too large
+PLOT = "losses.png"  # not of the rows of a group, whose runs are too many
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -48,26 +54,35 @@ def check_publishable(results: Path | None) -> Path:
     return results
 
 
-def replace_runs(runs: Iterable[tuple[Path, Path]]) -> None:
-    """Copy the small files of finished runs over those of the committed ones.
+def replace_runs(results: Path, runs: Iterable[tuple[str, int, Path]]) -> None:
+    """Copy the small files of finished runs over those of the committed ones, without the images' folder.
 
     Args:
-        runs: the folder of each run, and the folder it is copied to.
+        results: the folder of the committed runs.
+        runs: row, seed and folder of each run.
 
     Raises:
         OutputError: a file is missing or cannot be written; without one of them, nothing is copied.
     """
-    runs = list(runs)
-    missing = [run / name for run, _ in runs for name in FILES if not (run / name).is_file()]
+    copies = [
+        (folder / file, run_folder(results, name, seed) / file)
+        for name, seed, folder in runs
+        for file in (FILES if ROWS[name].group else (*FILES, PLOT))
+    ]
+    missing = [file for file, _ in copies if not file.is_file()]
     if missing:
         raise OutputError(
             f"{missing[0]}: is missing, so nothing is published; restore it, or train the row again"
         )
-    for run, target in runs:
+    for file, target in copies:
         try:
-            target.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
-        for name in FILES:
-            with replacing(target / name) as temporary:
-                shutil.copyfile(run / name, temporary)
+            raise OutputError(f"{target.parent}: cannot be made ({error.strerror})") from error
+        if file.name == CONFIG:
+            content = OmegaConf.load(file)
+            OmegaConf.update(content, "data.root", DataConfig.root)  # a folder of the maintainer's machine
+            write_text(target, OmegaConf.to_yaml(content))
+            continue
+        with replacing(target) as temporary:
+            shutil.copyfile(file, temporary)
