@@ -23,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fastalex.config import schema
 from fastalex.config.plain import flat, one_line, to_dataclass
 from fastalex.distributed.processes import is_main
-from fastalex.errors import FastalexError, ReportedError, StoppedError
+from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
+from fastalex.shortage import described, shortage
 
 T = TypeVar("T")
+SPARE = "free some, or raise the limit (ulimit -a shows the limits)"
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -99,6 +101,13 @@ def command(
                 except PermissionError as error:
                     statuses.append(FastalexError.exit_status)
                     outcome = f"{error.filename}: cannot be used ({error.strerror})"
+                    _report(f"{_job()}{outcome}", anywhere=True)
+                except Exception as error:
+                    kind = shortage(error)
+                    if kind is None:
+                        raise
+                    statuses.append(ShortageError.exit_status)
+                    outcome = f"{described(kind, error)} -- {SPARE}"
                     _report(f"{_job()}{outcome}", anywhere=True)
                 finally:
                     remove_empty(run_dir, before)
