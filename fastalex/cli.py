@@ -97,6 +97,8 @@ def command(
                     # Not handed to Hydra, which would print a line of its own about it.
                     statuses.append(error.exit_status)
                     outcome = str(error)
+                    if isinstance(error, ShortageError):
+                        sys.unraisablehook = _ignored
                     _report(f"{_job()}{error}", anywhere=not joint)
                 except PermissionError as error:
                     statuses.append(FastalexError.exit_status)
@@ -107,6 +109,7 @@ def command(
                     if kind is None:
                         raise
                     statuses.append(ShortageError.exit_status)
+                    sys.unraisablehook = _ignored
                     outcome = f"{described(kind, error)} -- {SPARE}"
                     _report(f"{_job()}{outcome}", anywhere=True)
                 finally:
@@ -213,6 +216,10 @@ def _described(run_dir: Path, error: str) -> Job:
     job = HydraConfig.get()
     pairs = (override.lstrip("+~").partition("=") for override in job.overrides.task)
     return Job(int(job.job.num), {key: value for key, _, value in pairs}, run_dir, error)
+
+
+def _ignored(raised: sys.UnraisableHookArgs) -> None:
+    """Print nothing about an error in freeing an object: a library that lacks memory fails in that too."""
 
 
 def _call_after_job(after_job: Callable[[Path, Sequence[Job]], None], jobs: Sequence[Job]) -> None:

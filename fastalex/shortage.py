@@ -24,7 +24,7 @@ class Shortage(Enum):
     processes = "too many processes and threads"
 
 
-# Messages, which are searched in this order: PyTorch's of a full /dev/shm says "memory" as well.
+# Messages, which are searched in this order: what says "memory" may mean shared memory.
 _MESSAGES = {
     # of CUDA and its libraries, which allocate without PyTorch's allocator
     Shortage.device: r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
@@ -33,7 +33,6 @@ _MESSAGES = {
     # of PyTorch's allocator, C++, the C library and the dynamic linker
     Shortage.memory: r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|"
     r"Cannot allocate memory|failed to map segment from shared object",
-    Shortage.processes: r"can't start new thread",
 }
 _CODES = {
     errno.ENOMEM: Shortage.memory,
@@ -41,6 +40,9 @@ _CODES = {
     errno.ENFILE: Shortage.descriptors,
     errno.EAGAIN: Shortage.processes,
 }
+# Python's, where there is no memory for a stack either
+_NO_THREAD = re.compile(r"can't start new thread")
+_STACK = 64 << 20  # bytes, and more than enough
 # oneDNN says no more than this, of a full memory as of a defect.
 _ONEDNN = re.compile(r"could not (create|execute) a (primitive|memory object|memory)\b")
 _SCARCE = 4 << 30  # bytes; where as many can be had, oneDNN's error is taken for a defect
@@ -61,6 +63,8 @@ def shortage(error: BaseException) -> Shortage | None:
             return Shortage.shared_memory  # a semaphore, which has no file name; files are on a disk
         return _CODES.get(error.errno)
     text = str(error)
+    if _NO_THREAD.search(text):
+        return Shortage.processes if has_room(_STACK) else Shortage.memory
     for kind, pattern in _MESSAGES.items():
         if re.search(pattern, text):
             return kind
@@ -70,7 +74,7 @@ def shortage(error: BaseException) -> Shortage | None:
 def reason(error: BaseException) -> str:
     """Return the line of an error's message that says what is used up, without a worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    known = re.compile("|".join([*_MESSAGES.values(), _ONEDNN.pattern]))
+    known = re.compile("|".join([*_MESSAGES.values(), _NO_THREAD.pattern, _ONEDNN.pattern]))
     line = next((line for line in lines if known.search(line)), lines[0])
     # PyTorch begins with a place in its own source.
     return re.sub(r"^.*?(?=DefaultCPUAllocator)", "", line).removesuffix(".")

@@ -182,16 +182,20 @@ class _ViewDataset(Dataset[_Item]):
 
 
 def _check_descriptors(workers: int) -> None:
-    """Open as many files as workers and their batches take, and close them again.
+    """Open as many files as there are in a process with workers, and close them again.
 
-    Torch's DataLoader would fail half-way, and print a traceback when it is freed.
+    A worker without descriptors cannot send a batch, and prints tracebacks while the parent waits for it.
 
     Raises:
         OSError: there are too few.
     """
-    queues, batches = 4 * workers + 2, 2 * (PREFETCHED * workers + 1)
+    if not workers:
+        return
+    queues = 4 * workers + 2  # with what is known of each process
+    received = 2 * (PREFETCHED * workers + 1)  # images and labels
+    sent = 4 * (PREFETCHED + 1) + 3  # by a worker: also a copy of each until it is received, and a connection
     with ExitStack() as files:
-        for _ in range(queues + batches if workers else 0):
+        for _ in range(queues + max(sent, received)):
             files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
