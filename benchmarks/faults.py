@@ -135,7 +135,7 @@ FAULTS = {
     "beton-full": Fault(
         "a disk on which the .beton file does not fit",
         "one line and status 2; no part of the file is left",
-        "tests/data/test_ffcv.py::test_a_full_disk_leaves_no_file",
+        "tests/test_faults.py::test_no_room_for_a_beton_file",
     ),
     "code": Fault(
         "code in a checkpoint: five functions, called in five ways of a pickle",

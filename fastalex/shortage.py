@@ -9,9 +9,13 @@ import errno
 import mmap
 import re
 import resource
+import shutil
 from enum import Enum
+from pathlib import Path
 
 import torch
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Shortage(Enum):
@@ -110,6 +114,14 @@ def has_room(size: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def shared_memory_free() -> int | None:
+    """Return how many bytes are free in ``/dev/shm``; None on a system without it.
+
+    More can be reserved there, but a process that then writes to it is killed (SIGBUS).
+    """
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
 def address_space() -> int | None:

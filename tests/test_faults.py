@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -660,6 +661,23 @@ def test_no_room_for_the_cache(server: Server, repeat: int) -> None:
         assert "the decoded images are not cached for the next run" in out
         assert "Traceback" not in out
         assert [path.suffix for path in (cache / "fastalex").iterdir()] == [".lock"]
+
+
+@repeated
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: .ci/install-loaders PYTHON")
+def test_no_room_for_a_beton_file(server: Server, repeat: int) -> None:
+    images = server.folder / f"unwritten-{repeat}"
+    image_tree(images)
+    disk = server.folder / f"beton-disk-{repeat}"
+    with small_disk(disk) as resize:
+        resize(f"{repeat + 1}m")  # FFCV writes pages of 8 MB
+        argv = [*FOLDERS, f"data.root={images.name}", "loader=ffcv", f"loader.beton={disk}"]
+        status, out = server.run(*argv, f"hydra.run.dir=of-{images.name}")
+        assert status == 2, out
+        assert re.match(r"fastalex: error: .*cannot be written \(No space left", out.splitlines()[-1]), out
+        assert "Traceback" not in out
+        assert [path.suffix for path in disk.iterdir()] == [".lock"]
+    assert not (server.folder / f"of-{images.name}").exists()
 
 
 # --- Files that nobody wrote on purpose -------------------------------------------------------------------

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import multiprocessing.queues
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +29,9 @@ from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
 from fastalex.data.workers import num_workers
 from fastalex.errors import DataError, ShortageError
-from fastalex.shortage import shortage
+from fastalex.shortage import SHARED_MEMORY, shared_memory_free, shortage
 
 PREFETCHED = 2  # batches that each worker prepares ahead
-SHARED_MEMORY = Path("/dev/shm")  # where workers leave them
 _Row = tuple[int, int, int, bool]  # one sample of the epoch's plan: image, top, left, flip
 _Item = tuple[Tensor, int]  # uint8 (V, crop, crop, 3) and label
 
@@ -109,11 +106,12 @@ class TorchvisionLoader(PlannedLoader):
 
     def _check_shared_memory(self, workers: int) -> None:
         """Refuse workers whose batches do not fit: the run would fail as soon as it is slower than they."""
-        if not workers or not SHARED_MEMORY.is_dir():
+        free = shared_memory_free()
+        if not workers or free is None:
             return
         batch = min(self.batch_size, self.num_samples) * self.num_views * 3 * self.data.crop**2
         batches = self.world.local_size * min(PREFETCHED * workers + 1, len(self))  # and the one in use
-        needed, free = batches * batch, shutil.disk_usage(SHARED_MEMORY).free
+        needed = batches * batch
         if needed > free:
             raise ShortageError(
                 f"loader.workers={self.loader.workers}: up to {batches} batches wait in shared memory, "
