@@ -30,8 +30,8 @@ class Shortage(Enum):
 
 # Messages, which are searched in this order: what says "memory" may mean shared memory.
 _MESSAGES = {
-    # of CUDA and its libraries, which allocate without PyTorch's allocator
-    Shortage.device: r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    # of PyTorch's allocator, and of CUDA and its libraries, which allocate without it
+    Shortage.device: r"CUDA out of memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
     Shortage.descriptors: r"[Tt]oo many open files|received 0 items of ancdata",
     Shortage.shared_memory: r"shared memory.*No space left on device|unable to resize file .*No space left",
     # of PyTorch's allocator, C++, the C library and the dynamic linker

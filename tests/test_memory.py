@@ -300,6 +300,15 @@ def test_a_checkpoint_is_not_taken_for_damaged_where_memory_is_full(
             "too many open files -- allow more (ulimit -n), or lower loader.workers=2",
         ),
         (
+            torch.OutOfMemoryError(
+                "Caught OutOfMemoryError in pin memory thread for device 0.\nOriginal Traceback:\n"
+                "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+            ),
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB -- lower "
+            "train.batch_size=12, raise train.accumulate=1, which divides a batch, or lower data.resize=256 "
+            "and with it data.crop=16",
+        ),
+        (
             RuntimeError("can't start new thread"),
             "too many processes and threads (can't start new thread) -- allow more (ulimit -u), or lower "
             "loader.workers=2, or set runtime.threads=1",
