@@ -116,7 +116,7 @@ class TorchvisionLoader(PlannedLoader):
             raise ShortageError(
                 f"loader.workers={self.loader.workers}: up to {batches} batches wait in shared memory, "
                 f"{_megabytes(needed)}, and {SHARED_MEMORY} has {_megabytes(free)} free; lower "
-                "loader.workers (0 needs none) or the size of a batch (train.batch_size), or give it more "
+                "loader.workers (0 needs none) or train.batch_size (evaluating: batch_size), or give it more "
                 "room (docker run --shm-size=1g)"
             )
 
