@@ -101,6 +101,42 @@ FAULTS = {
         "the run finishes; nothing in the folder has changed",
         "tests/test_faults.py::test_a_read_only_data_folder",
     ),
+    "shared-memory": Fault(
+        "a `/dev/shm` that the batches of two loading processes do not fit",
+        "one line before anything is written, which names `loader.workers`",
+        "tests/test_faults.py::test_too_little_shared_memory",
+    ),
+    "shared-memory-fills": Fault(
+        "`/dev/shm` filled by somebody else during a training with loading processes",
+        "one line, no process is left; `resume` takes the remaining steps",
+        "tests/test_faults.py::test_shared_memory_fills_up",
+    ),
+    "address-space": Fault(
+        "no more address space (`ulimit -v`) at a random moment",
+        "one line, which names `train.batch_size` and `train.accumulate`; the newest checkpoint is whole",
+        "tests/test_faults.py::test_no_more_address_space",
+    ),
+    "out-of-memory-killer": Fault(
+        "SIGKILL to a loading process, or to the run, as the kernel sends it when memory is full",
+        "the run says which setting to lower, or is gone; no process is left, `resume` takes the remaining "
+        "steps",
+        "tests/test_faults.py::test_the_kernel_kills_for_memory",
+    ),
+    "descriptors": Fault(
+        "64 file descriptors and two loading processes; then fewer than they need",
+        "the run finishes; with fewer, one line",
+        "tests/test_faults.py::test_few_file_descriptors",
+    ),
+    "cache-full": Fault(
+        "a disk on which the cache of decoded images does not fit",
+        "a warning, the run finishes; no part of the cache is left",
+        "tests/test_faults.py::test_no_room_for_the_cache",
+    ),
+    "beton-full": Fault(
+        "a disk on which the .beton file does not fit",
+        "one line and status 2; no part of the file is left",
+        "tests/test_faults.py::test_no_room_for_a_beton_file",
+    ),
     "code": Fault(
         "code in a checkpoint: five functions, called in five ways of a pickle",
         "refused in one line, not executed",

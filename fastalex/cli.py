@@ -23,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fastalex.config import schema
 from fastalex.config.plain import flat, one_line, to_dataclass
 from fastalex.distributed.processes import is_main
-from fastalex.errors import FastalexError, ReportedError, StoppedError
+from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
+from fastalex.shortage import described, shortage
 
 T = TypeVar("T")
+SPARE = "free some, or raise the limit (ulimit -a shows the limits)"
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -95,10 +97,20 @@ def command(
                     # Not handed to Hydra, which would print a line of its own about it.
                     statuses.append(error.exit_status)
                     outcome = str(error)
+                    if isinstance(error, ShortageError):
+                        sys.unraisablehook = _ignored
                     _report(f"{_job()}{error}", anywhere=not joint)
                 except PermissionError as error:
                     statuses.append(FastalexError.exit_status)
                     outcome = f"{error.filename}: cannot be used ({error.strerror})"
+                    _report(f"{_job()}{outcome}", anywhere=True)
+                except Exception as error:
+                    kind = shortage(error)
+                    if kind is None:
+                        raise
+                    statuses.append(ShortageError.exit_status)
+                    sys.unraisablehook = _ignored
+                    outcome = f"{described(kind, error)} -- {SPARE}"
                     _report(f"{_job()}{outcome}", anywhere=True)
                 finally:
                     remove_empty(run_dir, before)
@@ -204,6 +216,10 @@ def _described(run_dir: Path, error: str) -> Job:
     job = HydraConfig.get()
     pairs = (override.lstrip("+~").partition("=") for override in job.overrides.task)
     return Job(int(job.job.num), {key: value for key, _, value in pairs}, run_dir, error)
+
+
+def _ignored(raised: sys.UnraisableHookArgs) -> None:
+    """Print nothing about an error in freeing an object: a library that lacks memory fails in that too."""
 
 
 def _call_after_job(after_job: Callable[[Path, Sequence[Job]], None], jobs: Sequence[Job]) -> None:

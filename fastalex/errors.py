@@ -36,10 +36,14 @@ class DivergedError(FastalexError):
     exit_status = 1
 
 
-class DeviceMemoryError(FastalexError):
-    """The memory of a card is full."""
+class ShortageError(FastalexError):
+    """Memory, shared memory, file descriptors or processes are used up."""
 
     exit_status = 1
+
+
+class DeviceMemoryError(ShortageError):
+    """The memory of a card is full."""
 
 
 class CompileLimitError(FastalexError):

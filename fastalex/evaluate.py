@@ -44,7 +44,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         FastalexError: if the weights or the data cannot be used.
     """
     trained = open_weights(*_given(config))
-    run_config = trained.config
+    run_config = trained.loading(config.batch_size, config.loader.workers)
     if config.data.root is not None:
         run_config.data.root = config.data.root
     model = trained.model()
@@ -60,7 +60,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
-    with explained(run_config):
+    with explained(run_config, training=False):
         room = room_for_images(model, run_config, runtime)
         run_config.loader = resolve_loader(run_config.loader, splits, room)
         network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)

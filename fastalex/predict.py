@@ -64,6 +64,7 @@ def run(config: PredictConfig) -> int:
         runtime=runtime,
         views=config.views,
         batch_size=config.batch_size,
+        workers=config.loader.workers,
         on_error=config.on_error,
         on_skip=skip,
     )

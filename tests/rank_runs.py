@@ -7,6 +7,7 @@ FOLDER/NAME and the runs' return values on each rank to FOLDER/RANK.json.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,9 +35,11 @@ from fastalex.config import (
 from fastalex.distributed.processes import World, joined
 from fastalex.errors import FastalexError, StoppedError
 from fastalex.models import MODELS
+from fastalex.runs import run as runs
 from fastalex.runs.launch import Request, train_on
 from fastalex.runs.signals import StopSignals
 from fastalex.training import flops
+from fastalex.training.evaluation import evaluate_model
 from tests import ranks, tiny
 
 
@@ -58,6 +61,10 @@ def hybrid(config: Config) -> None:
     config.runtime.winograd = False  # slow at this size
     config.distributed = DistributedConfig(Strategy.hybrid)
     config.checkpoint.every_steps = 2
+
+
+def profiled(config: Config) -> None:
+    config.profile, config.train.epochs = True, 4
 
 
 def stages(config: Config) -> None:
@@ -94,8 +101,15 @@ OPTIONS: dict[str, Callable[[Config], None]] = {
     "compressed gradients": set_in("distributed", compression=Compression.bf16),
     "hybrid": hybrid,
     "divergence": set_in("train", lr=1e30, clip_norm=0.0),
+    "profile": profiled,
 }
-DIVERGES = "divergence"
+DIVERGES, PROFILED = "divergence", "profile"
+
+
+def register() -> None:
+    """Have ``model.name`` name the networks of these runs, in this process."""
+    tiny.register(dropout=0.0)
+    MODELS["narrow_alexnet"] = ranks.narrow_alexnet
 
 
 def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
@@ -110,8 +124,7 @@ def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
     Returns:
         What the run returned; after an error, its class and exit status.
     """
-    tiny.register(dropout=0.0)
-    MODELS["narrow_alexnet"] = ranks.narrow_alexnet
+    register()
     config = a_config(images)
     OPTIONS[name](config)
     if world.size == 1:  # the hybrid needs several processes, and computes the same as one
@@ -125,12 +138,24 @@ def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
         return {"error": type(error).__name__, "status": error.exit_status}
 
 
+def resumed(folder: Path, world: World) -> dict[str, Any]:
+    """Resume a copy of the hybrid's run from the older of its checkpoints, by the command line."""
+    copy = folder / "hybrid again"
+    world.on_main(lambda: shutil.copytree(folder / "hybrid", copy) and None)
+    (older,) = copy.glob("checkpoint-*.pt")
+    world.sum(0)  # both have found it
+    return ranks.command([f"resume={older}"], world)
+
+
 def main(folder: Path) -> None:
+    results: dict[str, Any] = {"evaluations": {}}
     with joined(60) as world:
-        results = {
-            name: run(name, folder / "images", folder if world.main else folder / "other", world)
-            for name in OPTIONS
-        }
+        for name in OPTIONS:
+            with mock.patch.object(runs, "evaluate_model", side_effect=evaluate_model) as evaluations:
+                where = folder if world.main else folder / "other"
+                results[name] = run(name, folder / "images", where, world)
+            results["evaluations"][name] = evaluations.call_count
+        results["resumed"] = resumed(folder, world)
     (folder / f"{world.rank}.json").write_text(json.dumps(results))
 
 

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastalex.config import (
     Compression,
@@ -173,8 +174,13 @@ def run(case: Case, world: World) -> dict[str, Any]:
     losses: list[float] = []
     trainer = a_trainer(case, world, losses)
     epoch = trainer.run_epoch()
-    weights = {name: value.clone() for name, value in trainer.weights().items()}
+    with mock.patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gather:
+        weights = {name: value.clone() for name, value in trainer.weights().items()}
+        with trainer.evaluated() as network:
+            evaluated = {name: value.clone() for name, value in network.state_dict().items()}
     return {
+        "gathers after validation": gather.call_count,
+        "evaluated": evaluated,
         "losses": losses,
         "epoch": {
             name: getattr(epoch, name)

@@ -94,6 +94,16 @@ def test_hybrid_shards_the_hidden_layers(together: list[dict[str, Any]]) -> None
         assert theirs["hybrid"]["parameters here"] == whole - hidden // 2
 
 
+@pytest.mark.parametrize("name", [name for name in ranks.CASES if "hybrid" in name])
+def test_weights_are_gathered_once_after_a_step(name: str, together: list[dict[str, Any]]) -> None:
+    """By the validation, for the checkpoint, the final weights and the evaluation that follow."""
+    for theirs in together:
+        assert theirs[name]["gathers after validation"] == 0
+        found, weights = theirs[name]["evaluated"], theirs[name]["weights"]
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
 @pytest.mark.parametrize("name", ["ddp", "hybrid", "batch normalisation, hybrid", "frozen, hybrid"])
 def test_resumed_ranks_are_bit_identical(name: str, together: list[dict[str, Any]]) -> None:
     assert all(theirs[f"{name}, resumed"] for theirs in together)

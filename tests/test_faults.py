@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,7 +104,7 @@ flops.MATMUL_SIZE["cpu"] = 64
 numba.njit(lambda: 0)()  # imports what loading a compiled kernel needs
 assert len(os.listdir("/proc/self/task")) == 1
 
-def child(argv, log, limit, now, powerless, session, environment):
+def child(argv, log, limit, files, shared, now, powerless, session, environment):
     log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -111,6 +113,15 @@ def child(argv, log, limit, now, powerless, session, environment):
         os.setsid()
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if files:
+        files += len(os.listdir("/proc/self/fd")) - 4  # of which a shell would have opened three
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    if shared:  # a name space of its own, whose /dev/shm is a small one
+        libc = ctypes.CDLL(None, use_errno=True)
+        new, private = 0x20000, 0x44000  # CLONE_NEWNS, MS_REC | MS_PRIVATE
+        assert libc.unshare(new) == 0
+        assert libc.mount(b"none", b"/", None, private, None) == 0
+        assert libc.mount(b"none", b"/dev/shm", b"tmpfs", 0, f"size={shared}".encode()) == 0
     if now:
         moment = hydra.core.utils.datetime.fromtimestamp(now)
         hydra.core.utils.datetime = type("Clock", (), {"now": staticmethod(lambda: moment)})
@@ -168,6 +179,8 @@ class Server:
         *argv: str,
         log: str = "log",
         limit: int = 0,
+        files: int = 0,
+        shared: str = "",
         now: float = 0,
         powerless: bool = False,
         session: bool = False,
@@ -177,6 +190,8 @@ class Server:
             argv=argv,
             log=log,
             limit=limit,
+            files=files,
+            shared=shared,
             now=now,
             powerless=powerless,
             session=session,
@@ -510,6 +525,159 @@ def test_a_read_only_data_folder(server: Server, repeat: int) -> None:
     assert {path: path.stat().st_mtime_ns for path in (*root.rglob("*"), root)} == before
     for path in (*root.rglob("*"), root):
         path.chmod(0o755)
+
+
+# --- Small limits ------------------------------------------------------------------------------------------
+
+LOADED = [*RUN, "loader=torchvision", "loader.workers=2", "checkpoint.every_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def may_mount() -> None:
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a small /dev/shm needs root, or the right to make a name space (unshare -m)")
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of what a run's main thread has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def assert_refused(status: int, out: str, expected: int, message: str) -> None:
+    """A run ended with this status and, but for its progress, one line, which says what to change."""
+    assert status == expected, out
+    *before, last = out.splitlines()
+    assert re.match(r"fastalex: error: ", last), out
+    assert re.search(message, last), out
+    assert re.search(r"loader\.workers|train\.batch_size", last), out
+    assert "Traceback" not in out
+    assert not any("rror" in line for line in before if "top-1 error" not in line), out
+
+
+def assert_all_ended(pids: list[int]) -> None:
+    """Wait for processes to end; torch's workers look every five seconds whether their parent lives."""
+    assert pids
+    while not all(has_ended(pid) for pid in pids):
+        time.sleep(0.05)
+
+
+def assert_resumes(server: Server, run: Path, before: int, *changes: str) -> None:
+    assert load_newest(run)[0].step >= before
+    status, out = server.run(f"resume={run.name}", *changes)
+    assert status == 0, out
+    assert "warning" not in out
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
+
+
+@repeated
+@pytest.mark.usefixtures("may_mount")
+def test_too_little_shared_memory(server: Server, repeat: int) -> None:
+    """128 images of 32 x 32 are 0.4 MB, and five such batches may wait."""
+    run = server.folder / f"shared-{repeat}"
+    status, out = server.run(*LOADED, f"hydra.run.dir={run.name}", shared=f"{(repeat + 1) * 400}k")
+    assert_refused(status, out, 1, r"5 batches wait in shared memory, 2\.0 MB, and /dev/shm has .* free")
+    assert not run.exists()
+
+
+@repeated
+@pytest.mark.usefixtures("may_mount")
+def test_shared_memory_fills_up(server: Server, repeat: int) -> None:
+    """Somebody else fills it during the training."""
+    run = server.folder / f"filled-{repeat}"
+    log = f"{run.name}.log"
+    pid = server.start(*LOADED, f"hydra.run.dir={run.name}", shared="8m", log=log)
+    wait_for_step(repeat + 1, run, pid)
+    before, workers = load_newest(run)[0].step, children(pid)
+    with suppress(OSError), Path(f"/proc/{pid}/root/dev/shm/ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    status, out = server.wait(pid), (server.folder / log).read_text()
+    assert_refused(status, out, 1, r"out of shared memory \(/dev/shm\)")
+    assert_all_ended(workers)
+    assert_resumes(server, run, before, "loader.workers=0")
+
+
+@repeated
+@pytest.mark.parametrize("victim", ["worker", "run"] if REPEATS > 1 else ["worker"])
+def test_the_kernel_kills_for_memory(server: Server, victim: str, repeat: int) -> None:
+    """It sends SIGKILL to a loading process, or to the run, which then cannot say anything."""
+    run = server.folder / f"oom-{victim}-{repeat}"
+    log = f"{run.name}.log"
+    pid = server.start(*LOADED, f"hydra.run.dir={run.name}", log=log)
+    wait_for_step(repeat + 1, run, pid)
+    before, workers = load_newest(run)[0].step, children(pid)
+    os.kill(workers[repeat % len(workers)] if victim == "worker" else pid, signal.SIGKILL)
+    status, out = server.wait(pid), (server.folder / log).read_text()
+    if victim == "worker":
+        assert_refused(status, out, 2, "a worker process died .* perhaps for lack of memory")
+    else:
+        assert status == -signal.SIGKILL
+    assert_all_ended(workers)
+    assert_resumes(server, run, before)
+
+
+@repeated
+def test_no_more_address_space(server: Server, repeat: int) -> None:
+    """ulimit -v, as some batch systems set it, is reached in the middle of the training."""
+    run = server.folder / f"address-space-{repeat}"
+    log = f"{run.name}.log"
+    # A batch is 77 MB. What is smaller than 32 MB, malloc may have kept from the step before.
+    command = [*RUN, "data.resize=228", "data.crop=224", "checkpoint.every_steps=1"]
+    pid = server.start(*command, f"hydra.run.dir={run.name}", log=log)
+    wait_for(run / "checkpoint.pt", pid)
+    time.sleep(random.Random(repeat).uniform(0, 0.3))
+    before = load_newest(run)[0].step
+    (size,) = re.findall(r"VmSize:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (int(size) << 9, hard))  # half of what it has
+    status, out = server.wait(pid), (server.folder / log).read_text()
+    assert_refused(status, out, 1, "out of memory.* raise ulimit -v .* train.batch_size=128")
+    assert load_newest(run)[0].step >= before
+
+
+@repeated
+def test_few_file_descriptors(server: Server, repeat: int) -> None:
+    """64 are enough; with too few the run says so."""
+    run = server.folder / f"descriptors-{repeat}"
+    status, out = server.run(*LOADED, f"hydra.run.dir={run.name}", files=64)
+    assert status == 0, out
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
+    few = random.Random(repeat).randrange(24, 40)
+    status, out = server.run(*LOADED, f"hydra.run.dir={run.name}-{few}", files=few)
+    assert_refused(status, out, 1, r"too many open files.* allow more \(ulimit -n\)")
+
+
+@repeated
+def test_no_room_for_the_cache(server: Server, repeat: int) -> None:
+    """Decoded images that do not fit the disk are decoded again by the next run."""
+    images = server.folder / f"uncached-{repeat}"
+    image_tree(images)
+    cache = server.folder / f"small-cache-{repeat}"
+    with small_disk(cache) as resize:
+        resize(f"{(repeat + 1) * 40}k")  # they are 192 kB
+        argv = [*FOLDERS, f"data.root={images.name}", "train.epochs=1", f"hydra.run.dir=of-{images.name}"]
+        status, out = server.run(*argv, environment={"XDG_CACHE_HOME": str(cache)})
+        assert status == 0, out
+        assert "the decoded images are not cached for the next run" in out
+        assert "Traceback" not in out
+        assert [path.suffix for path in (cache / "fastalex").iterdir()] == [".lock"]
+
+
+@repeated
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: .ci/install-loaders PYTHON")
+def test_no_room_for_a_beton_file(server: Server, repeat: int) -> None:
+    images = server.folder / f"unwritten-{repeat}"
+    image_tree(images)
+    disk = server.folder / f"beton-disk-{repeat}"
+    with small_disk(disk) as resize:
+        resize(f"{repeat + 1}m")  # FFCV writes pages of 8 MB
+        argv = [*FOLDERS, f"data.root={images.name}", "loader=ffcv", f"loader.beton={disk}"]
+        status, out = server.run(*argv, f"hydra.run.dir=of-{images.name}")
+        assert status == 2, out
+        assert re.match(r"fastalex: error: .*cannot be written \(No space left", out.splitlines()[-1]), out
+        assert "Traceback" not in out
+        assert [path.suffix for path in disk.iterdir()] == [".lock"]
+    assert not (server.folder / f"of-{images.name}").exists()
 
 
 # --- Files that nobody wrote on purpose -------------------------------------------------------------------

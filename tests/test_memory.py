@@ -1,23 +1,45 @@
-"""The estimate of a training's GPU memory, and the error of a run that does not fit."""
+"""The estimate of a training's GPU memory, and the error of a run that does not fit a limit."""
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV3
 
 from fastalex import diagnose, evaluate, train
-from fastalex.config import Config, DataConfig, ModelConfig, RuntimeConfig, Stage, TrainConfig
+from fastalex.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    EvaluateLoader,
+    LoaderConfig,
+    ModelConfig,
+    RuntimeConfig,
+    Stage,
+    TrainConfig,
+)
+from fastalex.errors import CheckpointError, ShortageError
 from fastalex.models import create_model
+from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runtime import Runtime, choose_runtime
+from fastalex.shortage import Shortage, described, shortage
+from fastalex.training.limits import explained
 from fastalex.training.memory import PEAK, room_for_images, training_bytes
 
 # The first line of PyTorch's message; more may follow.
@@ -156,9 +178,14 @@ def test_out_of_memory_in_other_commands_is_a_one_line_error(
     monkeypatch.setattr(sys, "argv", ["fastalex", *QUICK])
     train.main()
     capsys.readouterr()
+    whole = evaluate.run(EvaluateConfig(weights="run"))
+    fewer = evaluate.run(EvaluateConfig(weights="run", batch_size=100, loader=EvaluateLoader(workers=0)))
+    assert fewer.ten_crop.images == whole.ten_crop.images
+    assert torch.allclose(fewer.probabilities, whole.probabilities)
+    capsys.readouterr()
     full(monkeypatch, lambda network: True)
-    assert end_of(evaluate.main, ["checkpoint=run/checkpoint.pt"], monkeypatch) == 1
-    assert capsys.readouterr().err == LINE
+    assert end_of(evaluate.main, ["checkpoint=run/checkpoint.pt", "batch_size=100"], monkeypatch) == 1
+    assert capsys.readouterr().err == f"fastalex: error: {FIGURES} -- lower batch_size=100\n"
     assert end_of(diagnose.main, QUICK, monkeypatch) == 1
     assert capsys.readouterr().err == LINE
 
@@ -174,6 +201,139 @@ def test_out_of_memory_in_a_cuda_library_is_recognised(
     full(monkeypatch, lambda network: True, RuntimeError(message))
     assert end_of(diagnose.main, QUICK, monkeypatch) == 1
     assert capsys.readouterr().err == LINE.replace(FIGURES, message)
+
+
+def used_up(exhaust: Callable[[], object]) -> tuple[Shortage | None, str]:
+    with pytest.raises(Exception) as caught:
+        exhaust()
+    kind = shortage(caught.value)
+    return kind, "" if kind is None else described(kind, caught.value)
+
+
+def open_files() -> None:
+    with ExitStack() as files:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, limit[1]))
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        for _ in range(41):
+            files.enter_context(Path(os.devnull).open())
+
+
+@numba.njit
+def in_numba() -> np.ndarray:
+    return np.empty(1 << 58)
+
+
+HUGE = 1 << 58
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "kind", "text"),
+    [
+        (lambda: torch.empty(HUGE), Shortage.memory, r"out of memory \(DefaultCPUAllocator: can't allocate"),
+        (lambda: np.empty(HUGE), Shortage.memory, r"out of memory \(Unable to allocate 2\.00 EiB"),
+        (lambda: [None] * HUGE, Shortage.memory, "out of memory"),
+        (in_numba, Shortage.memory, r"out of memory \(Allocation failed"),
+        (lambda: mmap.mmap(-1, HUGE), Shortage.memory, "out of memory"),
+        (
+            lambda: torch.UntypedStorage._new_shared(HUGE),
+            Shortage.shared_memory,
+            r"out of shared memory \(/dev/shm\) \(unable to allocate",
+        ),
+        (open_files, Shortage.descriptors, "too many open files"),
+        (lambda: torch.zeros(2) @ torch.zeros(3), None, ""),
+        (lambda: Path("nowhere").read_text(), None, ""),
+    ],
+)
+def test_errors_of_libraries_are_recognised(
+    exhaust: Callable[[], object], kind: Shortage | None, text: str
+) -> None:
+    found, line = used_up(exhaust)
+    assert found is kind
+    assert re.match(text, line)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_error_of_onednn_is_a_shortage_where_memory_is_scarce(
+    room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says the same of a defect."""
+    monkeypatch.setattr("fastalex.shortage.has_room", lambda size: room)
+    found = shortage(RuntimeError("could not create a primitive"))
+    assert found is (None if room else Shortage.memory)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_checkpoint_is_not_taken_for_damaged_where_memory_is_full(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one would be resumed from. A damaged one may itself ask for more than there is."""
+    path = tmp_path / "checkpoint.pt"
+    Checkpoint({"model": {}}, ["a"], {}, {"step": 1}).save(path)
+
+    def load(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr("fastalex.shortage.has_room", lambda size: room)
+    with pytest.raises(CheckpointError if room else MemoryError):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            MemoryError(),
+            "out of memory -- free some memory, or lower loader.workers=2, or lower train.batch_size=12, "
+            "raise train.accumulate=1, which divides a batch, or lower data.resize=256 and with it "
+            "data.crop=16",
+        ),
+        (
+            RuntimeError("Caught RuntimeError in worker 0.\nshared memory: No space left on device (28)"),
+            "out of shared memory (/dev/shm) (shared memory: No space left on device (28)) -- give it more "
+            "room (docker run --shm-size=1g), or lower loader.workers=2, or lower train.batch_size=12",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "too many open files -- allow more (ulimit -n), or lower loader.workers=2",
+        ),
+        (
+            torch.OutOfMemoryError(
+                "Caught OutOfMemoryError in pin memory thread for device 0.\nOriginal Traceback:\n"
+                "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+            ),
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB -- lower "
+            "train.batch_size=12, raise train.accumulate=1, which divides a batch, or lower data.resize=256 "
+            "and with it data.crop=16",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            "too many processes and threads (can't start new thread) -- allow more (ulimit -u), or lower "
+            "loader.workers=2, or set runtime.threads=1",
+        ),
+    ],
+)
+def test_a_shortage_is_one_line_that_says_what_to_change(error: Exception, line: str) -> None:
+    settings = config(TrainConfig(batch_size=12))
+    settings.loader = LoaderConfig("torchvision", workers=2)
+    with pytest.raises(ShortageError) as caught, explained(settings):
+        raise error
+    assert str(caught.value) == line
+
+
+def test_a_shortage_in_another_place_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def load(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate, "open_weights", load)
+    assert end_of(evaluate.main, ["weights=run"], monkeypatch) == 1
+    assert capsys.readouterr().err.startswith("fastalex: error: out of memory -- free some")
 
 
 def test_other_errors_of_a_network_stay_tracebacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,7 @@ def test_a_stop_leaves_no_half_file(
         (["weights=RUN", "images=WEIGHTS"], r"images=\S+: is neither an image nor a text file of paths"),
         (["weights=RUN", "images=IMAGES", "views=5"], r"views=5: choose 1, the centre crop, or 10"),
         (["weights=RUN", "images=IMAGES", "batch_size=0"], r"batch_size=0: must be at least 1"),
+        (["weights=RUN", "images=IMAGES", "loader.workers=-2"], r"loader.workers=-2: must be at least -1"),
         (["weights=RUN", "images=IMAGES", "output=a.xlsx"], r"output=a.xlsx: ends with none of .csv, .jsonl"),
         (["weights=RUN", "images=IMAGES", "output=no/a.csv"], r"no/a.csv: cannot be written \(No such file"),
         (["weights=RUN", "images=IMAGES", "data.crop=8"], r"data: key 'data' not in"),

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fastalex.data import load_splits
 from fastalex.distributed.processes import ALONE
+from fastalex.runs.checkpoint import read_weights
+from fastalex.runs.weights import open_weights
+from fastalex.training.evaluation import evaluate_model
 from tests import rank_runs
 from tests.processes import torchrun
 
-COMPLETING = [name for name in rank_runs.OPTIONS if name != rank_runs.DIVERGES]
+COMPLETING = [name for name in rank_runs.OPTIONS if name not in (rank_runs.DIVERGES, rank_runs.PROFILED)]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,45 @@ def test_losses_match_one_process(name: str, folder: Path, tmp_path: Path) -> No
     for key in ("train_loss", "validation_loss", "learning_rate"):
         expected = [epoch[key] for epoch in one]
         assert [epoch[key] for epoch in two_ranks] == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "initial weights and frozen layers"])
+def test_all_ranks_evaluate_the_best_network(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
+    """It is that of the first epoch, so that it is evaluated beside the final one; here by one process."""
+    best = ranks[0][name]["best_on_validation"]
+    assert best["epoch"] == 1
+    assert [rank["evaluations"][name] for rank in ranks] == [2, 2]
+    rank_runs.register()
+    trained = open_weights(str(folder / name / "best.safetensors"))
+    splits = load_splits(trained.config.data, trained.config.seed, progress=False)
+    runtime = trained.runtime("cpu")
+    alone = evaluate_model(runtime.place(trained.model()), splits.test, trained.config, runtime).as_dict()
+    for crops in ("single_crop", "ten_crop"):
+        assert best[crops] == pytest.approx(alone[crops], abs=1e-4)  # sums differ in order
+
+
+def test_a_hybrid_run_resumes_by_the_command_line(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    """From the middle of its second epoch, to the same bits."""
+    assert [rank["resumed"]["status"] for rank in ranks] == [0, 0]
+    found, expected = (read_weights(folder / n / "model.safetensors")[0] for n in ("hybrid again", "hybrid"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert (folder / "hybrid again" / "summary.json").stat().st_mtime_ns > (
+        folder / "hybrid" / "summary.json"
+    ).stat().st_mtime_ns
+
+
+def test_rank_0_writes_its_trace(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    """The collectives are in it. The other ranks take the same steps, or rank 0 would wait for them."""
+    zero, one = (rank[rank_runs.PROFILED] for rank in ranks)
+    assert set(zero["profile"]["ranges"]) == {"input", "forward", "backward", "optimizer"}
+    assert one == {}
+    names = {
+        event["name"] for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+    }
+    assert {"forward", "backward", "optimizer"} <= names
+    assert any("allreduce" in name or "all_reduce" in name for name in names)
+    assert "rank 0 of 2" in (folder / "profile" / "profile.txt").read_text()
 
 
 def test_divergence_ends_both_ranks(ranks: list[dict[str, Any]]) -> None:

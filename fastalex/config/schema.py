@@ -307,6 +307,13 @@ class EvaluateData:
 
 
 @dataclass
+class EvaluateLoader:
+    """How images reach the device."""
+
+    workers: int | None = None  # processes or threads that prepare images; null: as many as in the run
+
+
+@dataclass
 class EvaluateRuntime:
     """The device and the arithmetic of the evaluation."""
 
@@ -327,7 +334,9 @@ class EvaluateConfig:
 
     weights: str = ""  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
     checkpoint: str = ""  # another name of weights
+    batch_size: int | None = None  # null: that of the run
     data: EvaluateData = field(default_factory=EvaluateData)
+    loader: EvaluateLoader = field(default_factory=EvaluateLoader)
     runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
 
 
@@ -341,6 +350,7 @@ class PredictConfig:
     views: int = 1  # or 10
     batch_size: int | None = None  # null: that of the run
     on_error: OnError = OnError.fail
+    loader: EvaluateLoader = field(default_factory=EvaluateLoader)
     runtime: EvaluateRuntime = field(default_factory=EvaluateRuntime)
 
 

@@ -30,9 +30,10 @@ from fastalex.data.decode import decode_image
 from fastalex.data.fit import fitted
 from fastalex.data.imageset import ImageSet
 from fastalex.data.workers import map_unordered
-from fastalex.errors import DataError, MissingDependencyError, OutputError
+from fastalex.errors import DataError, MissingDependencyError, OutputError, ShortageError
 from fastalex.files import replacing
 from fastalex.runtime import available_cores
+from fastalex.shortage import SHARED_MEMORY, shared_memory_free
 
 
 @contextmanager
@@ -74,6 +75,7 @@ def ensure_beton(images: ImageSet, data: DataConfig, loader: LoaderConfig) -> Pa
     Raises:
         DataError: an image cannot be decoded, or the file is damaged.
         OutputError: the file cannot be written.
+        ShortageError: there is too little shared memory to write it.
     """
     folder = Path(loader.beton).expanduser() if loader.beton else cache_folder() / "beton"
     try:
@@ -155,6 +157,12 @@ def _write(images: ImageSet, data: DataConfig, path: Path, final: Path) -> None:
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     writer = DatasetWriter(os.fspath(path), fields, page_size=page_size, num_workers=1)
     writer.num_samples = len(images)
+    free, needed = shared_memory_free(), len(images) * writer.metadata_type.itemsize
+    if free is not None and needed > free:
+        raise ShortageError(
+            f"{final}: is written with {needed:,} bytes of shared memory, and {SHARED_MEMORY} has {free:,} "
+            "free; give it more room (docker run --shm-size=1g)"
+        )
     writer.prepare()
     try:
         metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type, count=len(images))

@@ -179,7 +179,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def file_state(path: Path, name: Path) -> bytes:
+def file_state(path: Path, name: Path | str) -> bytes:
     """Return bytes that change when a file is renamed, replaced or written to, for a digest.
 
     Args:
@@ -199,8 +199,10 @@ def file_state(path: Path, name: Path) -> bytes:
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     """Return a digest that changes when a file is added, removed, renamed, replaced or written to."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
+    prefix = os.path.join(root, "")  # noqa: PTH118
     for path in paths:
-        digest.update(file_state(path, path.relative_to(root)))
+        # Path.relative_to would take as long as all else that is done with a file of the cache.
+        digest.update(file_state(path, os.fspath(path).removeprefix(prefix)))
     return digest.hexdigest()
 
 

@@ -283,9 +283,10 @@ def image_files(folder: Path) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(parent)
         for name in sorted(names):
             if not name.startswith(".") and name.lower() not in _IGNORED:
-                yield Path(parent, name)
+                yield here / name
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,6 +142,16 @@ class World:
         dist.all_gather(parts, padded)
         count = int(self.sum(len(rows))[0])
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0.
+
+        Args:
+            tensors: on this rank's device; of the same shapes and dtypes, in the same order, on every rank.
+        """
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

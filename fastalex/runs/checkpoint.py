@@ -18,6 +18,7 @@ from fastalex.config import Config
 from fastalex.config.plain import from_plain
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import replacing
+from fastalex.shortage import prevented
 
 FORMAT = 1
 FINAL_WEIGHTS = "model.safetensors"  # in a run's folder
@@ -89,6 +90,8 @@ class Checkpoint:
                 raise zipfile.BadZipFile(f"{damaged} has another checksum")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
         except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
+            if prevented(error, path.stat().st_size):
+                raise
             raise CheckpointError(
                 f"{key}={path}: is damaged or cut short; use an older checkpoint or train again"
             ) from error
@@ -164,6 +167,8 @@ def read_weights(path: Path, key: str = "weights") -> tuple[dict[str, torch.Tens
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        if path.is_file() and prevented(error, path.stat().st_size):
+            raise
         raise CheckpointError(
             f"{key}={path}: is missing, damaged or cut short; use the run's checkpoint.pt or train again"
         ) from error

@@ -17,6 +17,7 @@ from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models.layers import last_layer, layers
 from fastalex.models.timm_names import renamed_from_timm
 from fastalex.runs.weights import open_weights
+from fastalex.shortage import prevented
 from fastalex.training.freezing import is_frozen
 
 KEY = "init_from"
@@ -195,8 +196,12 @@ def _read_state_dict(file: Path, where: str) -> dict[str, Tensor]:
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
+        if prevented(error, file.stat().st_size):
+            raise
         raise CheckpointError(f"{where}: cannot be read; it is damaged or cut short") from error
     except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
+        if prevented(error, file.stat().st_size):
+            raise
         raise CheckpointError(
             f"{where}: is damaged, or holds more than tensors and plain values, which is not loaded"
         ) from error

@@ -22,7 +22,7 @@ from fastalex.runs.resume import UnfinishedRun, find, resume_again
 from fastalex.runs.run import Run
 from fastalex.runs.signals import StopSignals
 from fastalex.training.limits import explained
-from fastalex.training.profiling import STEPS, profile_steps
+from fastalex.training.profiling import STEPS, profile_steps, take_steps
 from fastalex.training.trainer import Trainer
 
 
@@ -102,7 +102,7 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
             trainer, splits = setup.build(config, signals, world, initial)
             if checkpoint is not None:
                 setup.restore(trainer, checkpoint, splits)
-            recorder = Recorder(request.run_dir)
+            recorder, folder = Recorder(request.run_dir), None
             if world.main:
                 folder = _open_folder(request, config, resumed, trainer)
                 steps = STEPS if config.profile else trainer.steps
@@ -110,7 +110,7 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
                 recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, steps)
             try:
                 if config.profile:
-                    return _profile(trainer, recorder, folder.path)
+                    return _profile(trainer, recorder, folder)
                 before = checkpoint.training if checkpoint is not None else {}
                 return Run(config, splits, trainer, recorder, signals, started, before).execute()
             finally:
@@ -134,12 +134,18 @@ def _open_folder(
     return folder
 
 
-def _profile(trainer: Trainer, recorder: Recorder, folder: Path) -> dict[str, Any]:
-    """Take a few steps under the profiler, in place of a training."""
+def _profile(trainer: Trainer, recorder: Recorder, folder: RunFolder | None) -> dict[str, Any]:
+    """Take a few steps, on rank 0 under the profiler, in place of a training."""
+    if folder is None:
+        take_steps(trainer)
+        return {}
     trainer.on_step = recorder.step
     try:
-        profiled = profile_steps(trainer, folder)
+        profiled = profile_steps(trainer, folder.path)
     finally:
         recorder.end_training()
-    print(f"\n{profiled.table()}\n\ntrace.json (for ui.perfetto.dev) and profile.txt are in {folder}")
+    rank = "of rank 0, " if trainer.world.size > 1 else ""
+    print(
+        f"\n{profiled.table()}\n\ntrace.json ({rank}for ui.perfetto.dev) and profile.txt are in {folder.path}"
+    )
     return {"profile": vars(profiled)}

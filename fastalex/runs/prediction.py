@@ -28,6 +28,7 @@ def predict_images(
     runtime: Runtime | None = None,
     views: int = 1,
     batch_size: int | None = None,
+    workers: int | None = None,
     on_error: OnError = OnError.fail,
     on_skip: Callable[[Path, str], None] = lambda path, reason: None,
 ) -> Iterator[tuple[list[Path], Tensor]]:
@@ -44,6 +45,7 @@ def predict_images(
         views: 1 for the centre crop; 10 for the mean over corners, centre and their mirror images (5 views
             without the mirror images if the run has ``data.flip=none``).
         batch_size: images in a batch, with ten views a tenth as many; None for that of the run.
+        workers: as ``loader.workers``; None for that of the run.
         on_error: whether a damaged or missing file ends the predictions or is left out.
         on_skip: called with each file that is left out, and the reason.
 
@@ -51,18 +53,14 @@ def predict_images(
         An iterator over the paths of B images, and their probabilities, fp32 ``(B, classes)`` on the CPU.
 
     Raises:
-        ConfigError: ``views`` is neither 1 nor 10, or ``batch_size`` is below 1.
+        ConfigError: ``views`` is neither 1 nor 10, or ``batch_size`` is below 1, or ``workers`` below -1.
         CheckpointError: the weights belong to another network.
         DataError: in an iteration, a file is damaged or cannot be read, and is not to be left out.
-        DeviceMemoryError: in an iteration, the memory of the device is full.
+        ShortageError: in an iteration, memory, shared memory or file descriptors are used up.
     """
     if views not in (1, TEN_CROP):
         raise ConfigError(f"views={views}: choose 1, the centre crop, or {TEN_CROP}")
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
-    config = trained.config
-    if batch_size is not None:
-        config = replace(config, train=replace(config.train, batch_size=batch_size))
+    config = trained.loading(batch_size, workers)
     kind = Views.center if views == 1 else Views.ten_crop
     model = trained.model().eval()
     return _batches(model, paths, config, runtime or trained.runtime(), kind, on_error, on_skip)
@@ -79,7 +77,7 @@ def _batches(
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Yield what :func:`predict_images` yields."""
     try:
-        with explained(config, f"lower batch_size={config.train.batch_size}"):
+        with explained(config, training=False):
             network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)
             for window in windows(paths, config.loader, evaluation_batch(config, views), on_error):
                 of_window = replace(config, loader=window.loader)

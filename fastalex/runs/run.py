@@ -162,18 +162,20 @@ class Run:
         return summary
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate the final weights on the test set on all ranks, and on rank 0 those best on validation."""
+        """Evaluate the final weights on the test set, and those best on validation; collective."""
         trainer, runtime = self.trainer, self.trainer.runtime
         with trainer.evaluated() as network:
             final = evaluate_model(network, self.splits.test, self.config, runtime, trainer.world)
         self.recorder.say(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
-        best = self.recorder.best()
-        if best is not None:
-            weights, facts = best
+        best = self.recorder.best()  # which rank 0 alone can read
+        facts = trainer.world.on_main(lambda: best and best[1])
+        if facts is not None:
             chosen = final
             if facts["epoch"] != trainer.epoch:
-                chosen = evaluate_model(trainer.undivided(weights), self.splits.test, self.config, runtime)
+                network = trainer.undivided(best and best[0])
+                trainer.world.copy_from_main(network.state_dict().values())
+                chosen = evaluate_model(network, self.splits.test, self.config, runtime, trainer.world)
                 self.recorder.say(chosen.table(f"test set, best on validation (epoch {facts['epoch']})"))
             summary["best_on_validation"] = {
                 "epoch": facts["epoch"],

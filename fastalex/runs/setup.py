@@ -63,8 +63,6 @@ def check(config: Config, world: World) -> None:
             "distributed.strategy=hybrid: takes several processes; start them with "
             "torchrun --nproc-per-node=2 -m fastalex.train ..."
         )
-    if config.profile and world.size > 1:
-        raise ConfigError("profile=true: profiles one process; run it without torchrun")
     if train.freeze or train.head_lr is not None:
         outline = _outline(config)
         freeze(outline, train)
@@ -138,11 +136,7 @@ def build(
         world=world,
         distributed=config.distributed,
     )
-    if config.profile and trainer.steps < STEPS:
-        raise ConfigError(
-            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has "
-            f"{trainer.steps}; raise train.epochs"
-        )
+    world.on_main(lambda: _check_steps(trainer, config))
     if world.size > 1:
         torch.manual_seed(mix(config.seed, world.rank))  # dropout differs from rank to rank
     return trainer, splits
@@ -176,6 +170,14 @@ def _check_loss_scaling(runtime: Runtime, config: Config) -> None:
         raise ConfigError(
             "distributed.strategy=hybrid: cannot scale the loss, which fp16 needs; "
             "choose runtime.precision=bf16 or fp32, or distributed.strategy=ddp"
+        )
+
+
+def _check_steps(trainer: Trainer, config: Config) -> None:
+    if config.profile and trainer.steps < STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: profile=true takes {STEPS} steps, and the run has "
+            f"{trainer.steps}; raise train.epochs"
         )
 
 

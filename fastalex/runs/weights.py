@@ -50,6 +50,27 @@ class TrainedNetwork:
         precision = precision or config.precision
         return choose_runtime(replace(config, device=device, precision=precision, graph=graph))
 
+    def loading(self, batch_size: int | None = None, workers: int | None = None) -> Config:
+        """Return the run's configuration with images that are loaded otherwise, which changes no figure.
+
+        Args:
+            batch_size: images that are computed together; None for that of the run.
+            workers: as ``loader.workers``; None for that of the run.
+
+        Raises:
+            ConfigError: a number is too small.
+        """
+        config = self.config
+        if batch_size is not None:
+            if batch_size < 1:
+                raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+            config = replace(config, train=replace(config.train, batch_size=batch_size))
+        if workers is not None:
+            if workers < -1:
+                raise ConfigError(f"loader.workers={workers}: must be at least -1")
+            config = replace(config, loader=replace(config.loader, workers=workers))
+        return config
+
     def model(self) -> nn.Module:
         """Build the network with these weights, in fp32 on the CPU.
 

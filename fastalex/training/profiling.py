@@ -58,8 +58,19 @@ class Profile:
         return "\n".join(lines)
 
 
+def take_steps(trainer: Trainer) -> None:
+    """Train for :data:`STEPS` steps, as a rank whose steps are not profiled.
+
+    Args:
+        trainer: the trainer. Its loaders are replaced: do not use it afterwards.
+    """
+    trainer.train_loader = FirstBatches(trainer.train_loader, STEPS)
+    trainer.validation_loader = None
+    trainer.run_epoch()
+
+
 def profile_steps(trainer: Trainer, folder: Path) -> Profile:
-    """Train for :data:`STEPS` steps under the profiler.
+    """Train for :data:`STEPS` steps under the profiler; the other ranks have to :func:`take_steps`.
 
     Writes ``trace.json`` (for ui.perfetto.dev or chrome://tracing) and ``profile.txt`` to the folder.
 
@@ -72,8 +83,6 @@ def profile_steps(trainer: Trainer, folder: Path) -> Profile:
     """
     # Kineto otherwise prints lines among ours, one of them an error if there is no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    trainer.train_loader = FirstBatches(trainer.train_loader, STEPS)
-    trainer.validation_loader = None
     on_step = trainer.on_step
     cuda = trainer.runtime.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -87,11 +96,12 @@ def profile_steps(trainer: Trainer, folder: Path) -> Profile:
             profiler.step()
 
         trainer.on_step = step
-        trainer.run_epoch()
+        take_steps(trainer)
     with replacing(folder / "trace.json") as temporary:
         _export(profiler, temporary)
     result = _summarise(profiler.key_averages(), cuda)
-    write_text(folder / "profile.txt", f"{trainer.runtime}\n\n{result.table()}\n")
+    ranks = f", rank 0 of {trainer.world.size}" if trainer.world.size > 1 else ""
+    write_text(folder / "profile.txt", f"{trainer.runtime}{ranks}\n\n{result.table()}\n")
     return result
 
 

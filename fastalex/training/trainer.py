@@ -218,6 +218,7 @@ class Trainer:
         self._progress = EpochState()
         self._clock = Clock()
         self._window = _Window(self.world)
+        self._gathered: dict[str, Tensor] | None = None  # the weights after the last step, of all ranks
         self._flops: dict[torch.Size, int] = {}  # FLOPs of a step, by the shape of its batch
 
     @cached_property
@@ -428,9 +429,16 @@ class Trainer:
             torch.cuda.set_rng_state(cuda, self.runtime.device)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the network's state dict, with sharded tensors gathered; collective."""
-        state: dict[str, Tensor] = strategies.gathered(self.model.state_dict())
-        return state
+        """Return the network's state dict, with sharded tensors gathered; collective.
+
+        Sharded tensors are gathered once after a step, however many follow of validation, checkpoint and
+        evaluation.
+        """
+        if not strategies.is_sharded(self.model):
+            return self.model.state_dict()
+        if self._gathered is None:
+            self._gathered = strategies.gathered(self.model.state_dict())
+        return dict(self._gathered)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Copy weights into the network; collective.
@@ -441,16 +449,18 @@ class Trainer:
         Raises:
             CheckpointError: the weights belong to another network.
         """
+        self._gathered = None
         load_weights(self.model, strategies.scattered(weights, self.model.state_dict()))
 
-    def undivided(self, weights: dict[str, Tensor]) -> nn.Module:
+    def undivided(self, weights: dict[str, Tensor] | None) -> nn.Module:
         """Return a new, unsharded network on this rank's device with the given weights.
 
         Args:
-            weights: a complete state dict.
+            weights: a complete state dict; None leaves the weights as they happen to be.
         """
         network = copy.deepcopy(self._template).to_empty(device=self.runtime.device)
-        network.load_state_dict(weights)
+        if weights is not None:
+            network.load_state_dict(weights)
         return network
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
@@ -476,6 +486,7 @@ class Trainer:
             images: ``(B, 3, crop, crop)`` in the runtime's dtype, or a lazy batch.
             labels: int64 ``(B,)``, or fp32 ``(B, classes)``.
         """
+        self._gathered = None
         if self._graphs is None:
             loss = self._update(images, labels)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch.nn.functional import interpolate
 
 from fastalex.config import DataConfig, Fit, Flip, LoaderConfig
 from fastalex.data import ImageSet, Views
-from fastalex.errors import DataError, MissingDependencyError, OutputError
+from fastalex.errors import DataError, MissingDependencyError, OutputError, ShortageError
 from tests.runtimes import loader_on
 
 installed = pytest.mark.skipif(
@@ -200,6 +201,16 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
             ffcv_loader(images, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("**/*.beton"))
+
+
+@installed
+def test_too_little_shared_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFCV keeps a few bytes of each image there, and would be killed where it writes them."""
+    usage = shutil.disk_usage("/dev/shm")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ShortageError, match="bytes of shared memory, and /dev/shm has 100 free"):
+        ffcv_loader(arrays(), tmp_path)
     assert not list(tmp_path.glob("**/*.beton"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torchvision.transforms import v2
 from fastalex.config import DataConfig, Flip, LoaderConfig
 from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.sampling import training_plan
-from fastalex.errors import DataError
+from fastalex.errors import DataError, ShortageError
 from tests.runtimes import loader_on
 
 MEAN, STD = [0.4, 0.5, 0.6], [1.0, 0.5, 0.25]
@@ -232,6 +233,45 @@ def test_a_killed_worker_is_reported_with_the_next_batch_and_nowhere_else(when: 
     with pytest.raises(DataError, match=r"loader.workers=2: a worker process died") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_take_no_file_descriptors() -> None:
+    """An evaluation keeps those of all its batches, and 1,024 is a common limit."""
+    loader = build(noise(200), workers=1)
+    batches = iter(loader)
+    kept = [next(batches)[1] for _ in range(10)]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept += [labels for _, labels in batches]
+    assert len(kept) == 50
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /dev/shm is full; the workers inherit what is patched."""
+    full = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+
+    def share(storage: torch.UntypedStorage) -> None:
+        raise RuntimeError(full)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", share)
+    with pytest.raises(RuntimeError) as caught:
+        list(build(noise(20), workers=1))
+    assert str(caught.value) == full
+
+
+def test_too_little_shared_memory_is_noticed_before_the_workers_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two batches for each worker, and the one in use; each is of 4 images of 16 x 16 in 3 bytes a pixel."""
+    needed = (2 * 2 + 1) * 4 * 16 * 16 * 3
+    usage = shutil.disk_usage("/dev/shm")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    build(noise(40), workers=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(ShortageError, match=r"loader.workers=2: up to 5 batches wait in shared memory"):
+        build(noise(40), workers=2)
+    build(noise(16), workers=2)  # there are four batches
+    build(noise(40), workers=0)
 
 
 def test_no_worker_outlives_its_loader() -> None:
