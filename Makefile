@@ -9,7 +9,7 @@ ARGS ?=
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 
-.PHONY: train reproduce test test-oldest test-gpu lint format bench bench-kernels bench-loaders bench-step \
+.PHONY: train reproduce test test-processors test-oldest test-gpu lint format bench bench-kernels bench-loaders bench-step \
 	bench-ranks bench-compare card \
 	inspect faults setup clean
 
@@ -30,7 +30,12 @@ test: $(STAMP)
 
 suite = OMP_WAIT_POLICY=passive $(1) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The same with the oldest versions
+# Numeric tests as on processors with fewer instructions than this one, which add in other orders: by default those
+# of tests/processors.py, make test-processors ARGS=tests/kernels/test_lrn.py runs others
+test-processors: $(STAMP)
+	OMP_WAIT_POLICY=passive $(RUN) -m tests.processors -q -n 2 --dist loadfile $(ARGS)
+
+# The same as `test` with the oldest versions
 test-oldest: $(OLDEST_STAMP)
 	$(call suite,$(OLDEST)/bin/python)
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import fastalex
 from tests import ranks
+from tests.tolerances import SAFETY, usual_sum_error
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -53,7 +55,8 @@ def test_a_kernel_in_ones_own_network(example: Callable[..., str]) -> None:
     out = example("own_network.py", "10")
     difference = re.search(r"largest difference to plain PyTorch: (\S+)", out)
     assert difference is not None
-    assert float(difference[1]) < 1e-4  # fp32 with another order of sums, on activations of about one
+    # Logits are less than one; the longest sums are over the taps and channels of the second convolution.
+    assert float(difference[1]) < SAFETY * usual_sum_error(torch.float32, 9 * 32)
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", out)]
     assert len(losses) == 10
     assert losses[-1] < 0.5 * losses[0]

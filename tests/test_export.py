@@ -42,6 +42,7 @@ from fastalex.models.plain import plain_network
 from fastalex.runs import export as exporting
 from fastalex.runs.checkpoint import save_weights
 from tests import tiny
+from tests.tolerances import SAFETY, assert_near, usual_sum_error
 
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx, which is optional")
 onnxruntime = pytest.importorskip(
@@ -51,6 +52,8 @@ pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript, wh
 
 CLASSES = ["ant", 'a "bee"\\', "Katze, groß"]
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.2, 0.1]
+# A bound of the error of logits in fp32: AlexNet's longest sums are those of its first hidden layer.
+LONGEST_SUM = SAFETY * usual_sum_error(torch.float32, 9216)
 SETTINGS = Path(__file__).parents[1] / "docs" / "settings.md"
 
 Command = Callable[..., tuple[int, str, str]]
@@ -164,8 +167,7 @@ def check(logits: Callable[[Tensor], Any], run: Path, network: nn.Module, crop: 
         with torch.no_grad():
             found, exact = torch.as_tensor(logits(images)), network(images.double())
         assert found.dtype == torch.float32
-        # fp32 rounds at 6e-8, in each of at most twenty layers, whose sums have up to thousands of terms.
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5 * max(1, exact.abs().max()))
+        assert_near(found, exact, LONGEST_SUM)
 
 
 def session(path: str) -> tuple[Any, Callable[[Tensor], Any]]:
@@ -246,9 +248,8 @@ def test_plain_variants_of_alexnet_are_its_equivalents(options: dict[str, Any]) 
     images = torch.randn(2, 3, 63, 63)
     with torch.no_grad():
         found, expected = equivalent.eval()(images), network.eval()(images)
-    # Sums of thousands of terms in another order: some roundings of the largest
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert expected.std() > 100 * 1e-5 * expected.abs().max()
+    assert_near(found, expected.double(), LONGEST_SUM)
+    assert expected.std() > 100 * LONGEST_SUM * expected.abs().max()
 
 
 def test_a_state_dict_of_another_network_is_defined_with_torchvision(runs: Path, command: Command) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastalex.models.pooled_linear import PooledLinear
+from tests.tolerances import assert_near, unit_roundoff
 
 BATCH, CHANNELS, SIZE, UNITS = 3, 5, 6, 7
 
@@ -53,7 +54,8 @@ def test_the_weight_is_pooled_in_its_own_precision() -> None:
     # Each of the four pixels corresponds to a 3x3 block of the weight.
     weight = layer.weight.view(UNITS, CHANNELS, 2, 3, 2, 3).sum((3, 5)).flatten(1)
     rounded = nn.functional.linear(x.flatten(1).bfloat16(), weight.bfloat16(), layer.bias.bfloat16())
-    torch.testing.assert_close(out, rounded)
+    # Another order of the pooling's sums may round a weight to the next number.
+    assert_near(out, rounded.double(), 2 * unit_roundoff(torch.bfloat16))
     out.float().sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32

@@ -206,7 +206,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     All ranks must have the same number of images.
 
     Shape:
-        input and output ``(N, C, H, W)``, of the same dtype; statistics are fp32.
+        input and output ``(N, C, H, W)``, of the same dtype; statistics are fp32, or float64 if the input is.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        values = x.float()
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = all_reduce(values.sum(dim=(0, 2, 3)), "sum", _world_group()) / count
         centred = values - mean.view(1, -1, 1, 1)
         # From centred values: the difference of two large sums, E[x^2] - E[x]^2, would lose its digits.
@@ -245,6 +245,7 @@ def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
             if device.type == "cuda":
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
             else:
-                synchronised = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
+                options = child.num_features, child.eps, child.momentum
+                synchronised = CpuSyncBatchNorm(*options, dtype=child.weight.dtype)
                 synchronised.load_state_dict(child.state_dict())
                 setattr(module, name, synchronised)

@@ -30,7 +30,7 @@ def training_flops(model: nn.Module, shape: Sequence[int]) -> int:
     """
     with torch.device("meta"):
         images = torch.empty(tuple(shape))
-    network = copy.deepcopy(model).to("meta")
+    network = copy.deepcopy(model).to("meta", images.dtype)
     backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         network(images).sum().backward()

@@ -73,8 +73,9 @@ class Taps:
                 tap.zeros.grad = None
 
     def _new_zeros(self, count: int, layer: FactoredLinear) -> Tensor:
-        shape = count, layer.out_features
-        zeros = torch.zeros(shape, dtype=self._runtime.dtype, device=self._runtime.device)
+        # Without autocast, which fp32 has none of, a product has the weight's dtype.
+        dtype = layer.weight.dtype if self._runtime.dtype == torch.float32 else self._runtime.dtype
+        zeros = torch.zeros(count, layer.out_features, dtype=dtype, device=self._runtime.device)
         return self._runtime.static(zeros).requires_grad_()
 
     def _layers_that_read_copies(self, image: torch.Size) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from fastalex.kernels import folded_conv2d, folded_conv2d_relu_lrn_max_pool, relu_lrn_max_pool
 from fastalex.kernels.folded_block import IMAGES, _block
 from tests.kernels.augment_cases import MEAN, STD, in_float64, sample
+from tests.tolerances import NOISE, assert_as_accurate, relative_error, usual_sum_error
 
 LRN: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 CONVOLUTION = {"stride": 4, "padding": 2}
@@ -28,9 +30,20 @@ def case(count: int) -> dict[str, Any]:
     }
 
 
-def gradients(result: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.dtype)
-    return torch.autograd.grad(result, (arguments["weight"], arguments["bias"]), grad)
+def gradients(result: Tensor, parameters: list[Tensor], grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    if grad is None:
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad(result, parameters, grad.to(result.dtype))
+
+
+def weight_and_bias(arguments: dict[str, Any]) -> list[Tensor]:
+    return [arguments["weight"], arguments["bias"]]
+
+
+def assert_same_gradients(found: Sequence[Tensor], expected: Sequence[Tensor], images: int) -> None:
+    """Assert that fp32 sums over images and 13 x 13 pixels differ by their order alone; each may err."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) < 2 * usual_sum_error(torch.float32, images * 13 * 13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -42,21 +55,34 @@ def test_agrees_with_the_operators_that_it_combines(count: int, dtype: torch.dty
     assert found.shape == (count, 96, 6, 6)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found, expected)
-    for ours, theirs in zip(gradients(found, arguments), gradients(expected, arguments), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    ours, theirs = (gradients(result, weight_and_bias(arguments)) for result in (found, expected))
+    assert_same_gradients(ours, theirs, count)
 
 
 def test_agrees_with_float64() -> None:
+    """As accurate as plain PyTorch; no gradient reaches windows whose maximum rounding decides."""
     arguments = case(IMAGES + 1)
     found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
-    exact = {name: arguments[name].detach().double().requires_grad_() for name in ("weight", "bias")}
-    crops = in_float64(**{name: each for name, each in arguments.items() if name not in exact})
-    convolved = F.conv2d(crops, **exact, **CONVOLUTION)
-    expected = F.max_pool2d(F.local_response_norm(F.relu(convolved), **LRN), 3, stride=2)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gradients(found, arguments), gradients(expected, exact), strict=True):
-        # Where two numbers of a window are nearly equal, rounding may swap which of them gets the gradient.
-        assert (ours.double() - theirs).norm() < 1e-3 * theirs.norm()
+    crops = in_float64(**{name: arguments[name] for name in arguments if name not in ("weight", "bias")})
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(found.shape, generator=generator)
+    results = [(found, arguments["weight"], arguments["bias"])]
+    for dtype in (torch.float32, torch.float64):
+        weight, bias = (arguments[name].detach().to(dtype).requires_grad_() for name in ("weight", "bias"))
+        convolved = F.conv2d(crops.to(dtype), weight, bias, **CONVOLUTION)
+        normalised = F.local_response_norm(F.relu(convolved), **LRN)
+        results.append((F.max_pool2d(normalised, 3, stride=2), weight, bias))
+    first, second = normalised.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2).topk(2).values.unbind(-1)
+    close = (first - second < NOISE * normalised.square().mean().sqrt()) & (first > 0)
+    assert close.double().mean() < 1e-3
+    grad[close] = 0
+    ours, plain, exact = (
+        dict(zip(("result", "weight", "bias"), (result, *gradients(result, each, grad)), strict=True))
+        for result, *each in results
+    )
+    # The longest sums are those of the gradients, over all outputs of the convolution.
+    floor = usual_sum_error(torch.float32, convolved[:, 0].numel())
+    assert_as_accurate(ours, [plain], exact, floor=floor)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
@@ -87,8 +113,8 @@ def test_compiles_without_graph_breaks_under_autocast() -> None:
         compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
         found = compiled(arguments["weight"], arguments["bias"])
     assert torch.equal(found, expected)
-    for ours, theirs in zip(gradients(found, arguments), gradients(expected, arguments), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    ours, theirs = (gradients(result, weight_and_bias(arguments)) for result in (found, expected))
+    assert_same_gradients(ours, theirs, 2)
 
 
 def test_saves_at_most_a_quarter_of_its_result() -> None:
@@ -110,11 +136,12 @@ def test_number_of_threads() -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.float32)
-            results.append((found, *gradients(found, arguments)))
+            results.append((found.detach(), *gradients(found, weight_and_bias(arguments))))
     finally:
         torch.set_num_threads(before)
-    for one, several in zip(*results, strict=True):
-        torch.testing.assert_close(one, several, rtol=0, atol=1e-5 * one.abs().max().item())
+    (one, *ours), (several, *theirs) = results
+    assert torch.equal(one, several)  # no sum crosses threads
+    assert_same_gradients(ours, theirs, IMAGES + 1)
 
 
 def test_empty_batch() -> None:
@@ -122,7 +149,7 @@ def test_empty_batch() -> None:
     arguments.update({name: arguments[name][:0] for name in ("offsets", "flips", "indices", "colors")})
     found = folded_conv2d_relu_lrn_max_pool(**arguments, **CONVOLUTION, **LRN, dtype=torch.bfloat16)
     assert found.shape == (0, 96, 6, 6)
-    assert not any(each.any() for each in gradients(found, arguments))
+    assert not any(each.any() for each in gradients(found, weight_and_bias(arguments)))
 
 
 def test_operator() -> None:

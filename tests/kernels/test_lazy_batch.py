@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from fastalex.data.resident import can_fold
 from fastalex.kernels import LazyBatch
 from fastalex.models import create_model
 from tests.runtimes import Folding, loader_on
+from tests.test_models import LONGEST_SUM, narrow, plain_alexnet
+from tests.tolerances import assert_as_accurate, gradients, is_far_from_jumps
 
 CPU = torch.device("cpu")
 RESIDENT = LoaderConfig("resident")
@@ -51,22 +54,23 @@ def test_materialized_equals_the_batch_of_the_loader(views: Views, changes: dict
 
 
 def test_gradients_of_lazy_and_materialized_batches_agree() -> None:
-    torch.manual_seed(0)
-    network = create_model("alexnet", init="he", dropout=0.0)
-    shifted = data(color=Color.pca)
-    loader = loader_on(images(), shifted, RESIDENT, views=Views.random, batch_size=6, network=network)
-    batch, labels = next(iter(loader))
-    assert isinstance(batch, LazyBatch)
+    network = narrow()
+    exact = narrow().double()
+    shifted = data(color=Color.pca, resize=64, crop=63)
+    for seed in range(200):
+        options = {"views": Views.random, "batch_size": 2, "network": network, "seed": seed}
+        batch, labels = next(iter(loader_on(images(), shifted, RESIDENT, **options)))  # type: ignore[arg-type]
+        assert isinstance(batch, LazyBatch)
+        if is_far_from_jumps(partial(plain_alexnet, exact, norm="lrn", pool=3), batch.materialize()):
+            break
     assert batch.colors is not None
-    exact = create_model("alexnet", init="he", dropout=0.0).double()
-    exact.load_state_dict(network.state_dict())
-    F.cross_entropy(network(batch), labels).backward()
-    F.cross_entropy(exact(batch.materialize().double()), labels).backward()
-    for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        distance = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
-        assert distance < 1e-5, f"{name}: {distance:.2g}"
+    pixels = batch.materialize()
+    found = []
+    for model, given in ((network, batch), (narrow(), pixels), (exact, pixels.double())):
+        F.cross_entropy(model(given), labels).backward()
+        found.append(gradients(model))
+    ours, plain, truth = found
+    assert_as_accurate(ours, [plain], truth, floor=LONGEST_SUM)
 
 
 @pytest.mark.parametrize("color", list(Color))
