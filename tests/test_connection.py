@@ -13,31 +13,53 @@ from fastalex.distributed import connection
 from fastalex.errors import LostProcessError
 
 
-def test_processes_that_start_again_agree_on_a_part_of_the_store() -> None:
+def connected(
+    store: dist.Store, restarts: tuple[int, int], late: int, names: tuple[str, str]
+) -> tuple[list[dist.Store], bool]:
+    """What two processes, of which one is late, agree on: parts of the store, and whether it is a restart."""
+
+    def process(rank: int) -> tuple[dist.Store, bool, list[connection.Member]]:
+        if rank == late:
+            time.sleep(0.2)  # meanwhile the other sees what the processes before have left
+        return connection.agree(store, rank, 2, 60, members[rank])
+
+    members = [connection.Member(names[rank], restarts[rank], f"10.0.0.{rank}") for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        parts, restarted, seen = zip(*threads.map(process, range(2)), strict=True)
+    assert restarted[0] == restarted[1]
+    assert seen == (members, members)
+    return list(parts), restarted[0]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_that_start_again_agree_on_a_part_of_the_store(late: int) -> None:
     """The nodes' torchruns do not count the same restarts, and the store is that of ended processes."""
     store = dist.HashStore()
-
-    def start(restarts: tuple[int, int], late: int) -> list[tuple[dist.Store, bool, list[str | None]]]:
-        def process(rank: int) -> tuple[dist.Store, bool, list[str | None]]:
-            if rank == late:
-                time.sleep(0.2)  # meanwhile the other sees what the processes before have left
-            return connection.agree(store, rank, 2, 60, restarts[rank], f"10.0.0.{rank}")
-
-        with ThreadPoolExecutor(2) as threads:
-            return list(threads.map(process, range(2)))
-
-    for number, (restarts, late) in enumerate([((0, 0), 0), ((0, 0), 0), ((1, 0), 1), ((0, 2), 0)]):
-        (zero, restarted, addresses), one = start(restarts, late)
-        assert one[1:] == (restarted, addresses)
+    for number, restarts in enumerate([(0, 0), (0, 0), (1, 0), (0, 2)]):
+        names = (f"zero {number}", f"one {number}")
+        (zero, one), restarted = connected(store, restarts, late, names)
         assert restarted == (number > 0)
-        assert addresses == ["10.0.0.0", "10.0.0.1"]
         assert not zero.check(["key"])  # which the processes before have set
         zero.set("key", str(number))
-        assert one[0].get("key").decode() == str(number)
-    other = dist.HashStore()  # of a rank 0 that has come back, unlike rank 1
-    with ThreadPoolExecutor(2) as threads:
-        outcomes = threads.map(lambda rank: connection.agree(other, rank, 2, 60, rank, None), range(2))
-    assert [restarted for _, restarted, _ in outcomes] == [True, True]
+        assert one.get("key").decode() == str(number)
+
+
+def test_a_restart_is_known_from_either_node() -> None:
+    """A node that has come back brings a new store, and counts from zero."""
+    _, restarted = connected(dist.HashStore(), (0, 1), 0, ("zero", "one"))
+    assert restarted
+
+
+def test_processes_may_connect_twice() -> None:
+    """As the runs of a sweep do; that is no restart."""
+    store = dist.HashStore()
+    names = ("zero", "one")
+    first, restarted = connected(store, (0, 0), 0, names)
+    assert not restarted
+    second, restarted = connected(store, (0, 0), 1, names)
+    assert not restarted
+    first[0].set("key", "first")
+    assert not second[1].check(["key"])
 
 
 def test_an_interface_is_found_by_its_address() -> None:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 
 import torch
@@ -26,8 +27,26 @@ INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable
 
 # Messages of gloo, NCCL and DistributedDataParallel's reducer when another process does not answer.
 _NO_ANSWER = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
+_START = "fastalex/start"  # key of the newest start in torchrun's store
+_PROCESS = uuid.uuid4().hex  # tells this process from those before it and beside it
 _NO_WAY = re.compile("connectFullMesh failed|Unable to find address")  # gloo's, on an interface
 _SECONDS_BETWEEN_LOOKS = 0.05  # into the store
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a process tells the others about itself.
+
+    Attributes:
+        process: tells it from all other processes, also those before it.
+        restarts: how often its node's torchrun has started it again.
+        address: its machine's IPv4 address on the way to rank 0's; a loopback address on that machine itself;
+            None if there is none.
+    """
+
+    process: str
+    restarts: int
+    address: str | None
 
 
 @contextmanager
@@ -70,17 +89,18 @@ def connect(timeout: float) -> bool:
     limit = timedelta(seconds=timeout)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    address = address_towards(os.environ["MASTER_ADDR"])
+    this = Member(_PROCESS, restarts, address_towards(os.environ["MASTER_ADDR"]))
     with one_line(rank, size, timeout):
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        store, restarted, addresses = agree(store, rank, size, timeout, restarts, address)
+        store, restarted, members = agree(store, rank, size, timeout, this)
     if size > int(os.environ["LOCAL_WORLD_SIZE"]) and INTERFACE not in os.environ:
-        interface = _shared_interface(addresses[rank], addresses)
+        interface = _shared_interface(this.address, [member.address for member in members])
         if interface is not None:
             os.environ[INTERFACE] = interface
     try:
         with one_line(rank, size, timeout):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            _compare_clocks(rank, size)
     except LostProcessError as error:
         if INTERFACE not in os.environ or not _NO_WAY.search(str(error.__cause__)):
             raise
@@ -89,13 +109,12 @@ def connect(timeout: float) -> bool:
             f"through this network interface; see the other's own message, or set the variable on each node "
             f"to the interface that the nodes share (`ip address` lists them)"
         ) from error
-    _compare_clocks(rank, size)
     return restarted
 
 
 def agree(
-    store: dist.Store, rank: int, size: int, timeout: float, restarts: int, address: str | None
-) -> tuple[dist.Store, bool, list[str | None]]:
+    store: dist.Store, rank: int, size: int, timeout: float, this: Member
+) -> tuple[dist.Store, bool, list[Member]]:
     """Agree with the other ranks on a part of the store that is theirs alone; collective.
 
     torchrun may give processes that it starts again the store of those that have ended, which holds their
@@ -107,32 +126,32 @@ def agree(
         rank: rank of this process.
         size: number of processes.
         timeout: seconds to wait for the others.
-        restarts: how often this node's torchrun has started this process again.
-        address: this machine's, towards rank 0's node.
+        this: this process.
 
     Returns:
-        The part of the store; whether other processes were there before these; and the address of
-        each rank.
+        The part of the store; whether other processes were there before these; and all processes, by rank.
 
     Raises:
         torch.distributed.DistError: another rank does not answer.
     """
-    own = uuid.uuid4().hex
-    mine = json.dumps([own, restarts, address])
+    own = f"{this.process} {uuid.uuid4().hex}"  # of this call: a process may connect more than once
+    mine = json.dumps([own, *astuple(this)])
     if rank == 0:
-        earlier = store.check(["start"])
-        store.set("start", own)
-        all_ranks = [mine, *(store.get(f"{own}/{other}").decode() for other in range(1, size))]
-        store.set(f"{own}/all", json.dumps([earlier, *map(json.loads, all_ranks)]))
+        before = store.get(_START).decode() if store.check([_START]) else own
+        store.set(_START, own)
+        told = [mine, *(store.get(f"{own}/{other}").decode() for other in range(1, size))]
+        earlier = before.rpartition(" ")[0] != this.process
+        store.set(f"{own}/all", json.dumps([earlier, *map(json.loads, told)]))
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        start = store.get("start").decode()  # perhaps that of processes which have ended
+        start = store.get(_START).decode()  # perhaps that of processes which have ended
         store.set(f"{start}/{rank}", mine)
         if store.check([f"{start}/all"]):
-            earlier, *ranks = json.loads(store.get(f"{start}/all"))
-            if ranks[rank][0] == own:
-                restarted = earlier or any(count > 0 for _, count, _ in ranks)
-                return dist.PrefixStore(start, store), restarted, [address for *_, address in ranks]
+            earlier, *told = json.loads(store.get(f"{start}/all"))
+            if told[rank][0] == own:
+                members = [Member(*facts) for _, *facts in told]
+                restarted = earlier or any(member.restarts > 0 for member in members)
+                return dist.PrefixStore(start, store), restarted, members
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     raise dist.DistStoreError(f"no answer from rank 0 within {timeout:g} s")
 
