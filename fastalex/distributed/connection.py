@@ -49,6 +49,13 @@ class Member:
     address: str | None
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of PyTorch says that another process has ended or does not answer."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or _NO_ANSWER.search(str(error)) is not None
+    )
+
+
 @contextmanager
 def one_line(rank: int, size: int, timeout: float) -> Iterator[None]:
     """Context that turns a lost or missing connection to another process into a one-line error.
@@ -64,7 +71,7 @@ def one_line(rank: int, size: int, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _NO_ANSWER.search(str(error))):
+        if not is_lost(error):
             raise
         raise LostProcessError(
             f"process {rank} of {size}: another process has ended, or did not answer within "
