@@ -1,19 +1,22 @@
-"""Puts the clock of every Python process that finds this module wrong by FASTALEX_TEST_CLOCK seconds."""
+"""Sets the clock of every Python process that finds this module FASTALEX_TEST_CLOCK seconds forward.
+
+A machine's clock has no namespace of its own. What is not Python, such as the times of files, stays right.
+"""
 
 import datetime
 import os
 import time
 
-_OFF = float(os.environ["FASTALEX_TEST_CLOCK"])
+_AHEAD = float(os.environ["FASTALEX_TEST_CLOCK"])
 _time, _datetime = time.time, datetime.datetime
 
 
-class _Any(type):
-    def __instancecheck__(cls, value: object) -> bool:
+class _AlsoTheRealOne(type):
+    def __instancecheck__(cls, value):
         return isinstance(value, _datetime)
 
 
-class _Clock(_datetime, metaclass=_Any):
+class _Clock(_datetime, metaclass=_AlsoTheRealOne):
     @classmethod
     def now(cls, tz=None):
         return cls.fromtimestamp(time.time(), tz)
@@ -27,8 +30,9 @@ class _Clock(_datetime, metaclass=_Any):
         return cls.now()
 
 
+# torchrun sends pickled times to the other machine, which finds their class by its name.
 _Clock.__name__ = _Clock.__qualname__ = "datetime"
 _Clock.__module__ = "datetime"
-time.time = lambda: _time() + _OFF
-time.time_ns = lambda: int(time.time() * 1e9)
 datetime.datetime = _Clock
+time.time = lambda: _time() + _AHEAD
+time.time_ns = lambda: int(time.time() * 1e9)
