@@ -172,6 +172,26 @@ FAULTS = {
         "all start again from the newest checkpoint; the run ends complete, at the same bits",
         "tests/test_distributed.py::test_the_run_completes_after_a_killed_process_is_restarted",
     ),
+    "nodes": Fault(
+        "two nodes; the clock of the second is an hour slow, and it does not see the run's folder",
+        "data parallel, with initial weights and in the hybrid, the losses are those of one process",
+        "tests/test_nodes.py::test_two_nodes_take_the_steps_of_one_process",
+    ),
+    "link": Fault(
+        "the cable between two nodes pulled out for longer than `distributed.timeout`",
+        "both end with one line and a status; no process is left, and the last checkpoint stays",
+        "tests/test_nodes.py::test_a_pulled_cable_ends_both_nodes_with_one_line",
+    ),
+    "node": Fault(
+        "the second node killed, or switched off, and started again, under torchrun's restarts",
+        "both resume from the newest checkpoint; the run ends complete, at the same bits",
+        "tests/test_nodes.py::test_a_node_that_returns_resumes_the_run",
+    ),
+    "first-node": Fault(
+        "the first node killed, where torchrun's rendezvous is",
+        "the second ends with one line and a status; the same two commands resume, to the same bits",
+        "tests/test_nodes.py::test_without_the_first_node_the_second_ends",
+    ),
 }
 
 

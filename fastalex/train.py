@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from fastalex.cli import command, explicit_overrides
 from fastalex.config import Config
-from fastalex.distributed.processes import restarted
+from fastalex.distributed.processes import is_main, under_torchrun
 from fastalex.runs.launch import train
 from fastalex.runs.sweep import write_sweep
 
@@ -22,8 +22,8 @@ from fastalex.runs.sweep import write_sweep
 def main(config: Config, run_dir: Path) -> None:
     """Train, and say where the run's files are."""
     given = any("hydra.run.dir=" in override for override in HydraConfig.get().overrides.hydra)
-    resuming = config.resume or restarted()
-    overrides = explicit_overrides() if resuming else None
+    may_resume = config.resume or (under_torchrun() and is_main())  # which may have started it again
+    overrides = explicit_overrides() if may_resume else None
     train(config, run_dir, run_dir_given=given, overrides=overrides)
 
 

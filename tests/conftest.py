@@ -17,6 +17,7 @@ from tests.compiling import Compiler
 # one of them would work alone.
 LONGEST = (
     "test_distributed.py",
+    "test_nodes.py",
     "test_inspect.py",
     "test_same_mathematics.py",
     "test_api.py",

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from PIL import Image
+
 from fastalex.config import (
     CheckpointConfig,
     Color,
@@ -41,6 +44,16 @@ from fastalex.runs.signals import StopSignals
 from fastalex.training import flops
 from fastalex.training.evaluation import evaluate_model
 from tests import ranks, tiny
+
+
+def make_images(folder: Path) -> None:
+    """Write the images of two classes, 30 each."""
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = (level + rng.integers(-50, 50, (16, 16, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 
 def a_config(images: Path) -> Config:

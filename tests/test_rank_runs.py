@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastalex.data import load_splits
 from fastalex.distributed.processes import ALONE
@@ -27,12 +25,7 @@ COMPLETING = [name for name in rank_runs.OPTIONS if name not in (rank_runs.DIVER
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the images and the runs of two ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    rng = np.random.default_rng(0)
-    for name, level in (("dark", 60), ("light", 190)):
-        (folder / "images" / name).mkdir(parents=True)
-        for i in range(30):
-            pixels = (level + rng.integers(-50, 50, (16, 16, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    rank_runs.make_images(folder / "images")
     torchrun(rank_runs.__file__, str(folder))
     return folder
 

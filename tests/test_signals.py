@@ -7,6 +7,7 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ import torch
 import torchvision
 from PIL import Image, ImageFile
 
-from fastalex.config import DataConfig
+from fastalex.config import Config, DataConfig
 from fastalex.data import load_splits
 from fastalex.data.decode import decode_image
-from fastalex.errors import StoppedError
+from fastalex.distributed.processes import World
+from fastalex.errors import ReportedError, StoppedError
 from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.recorder import Recorder
+from fastalex.runs.run import Run
 from fastalex.runs.signals import SIGNALS, StopSignals
 
 
@@ -70,3 +74,22 @@ def test_a_signal_is_not_taken_for_a_damaged_file(
     with StopSignals(), pytest.raises(StoppedError, match=f"stopped by {number.name}") as caught:
         read(tmp_path)
     assert caught.value.exit_status == 128 + number
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, ReportedError), (1, RuntimeError)])
+def test_a_lost_rank_0_is_reported_although_torchrun_sends_a_signal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int, error: type[Exception]
+) -> None:
+    """Rank 0 says that a signal has stopped the run; if it is gone, the others say so."""
+
+    def fit() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer [10.77.0.1]:40084")
+
+    trainer: Any = SimpleNamespace(world=World(rank, 2))
+    splits: Any = None
+    with StopSignals() as signals:
+        run = Run(Config(), splits, trainer, Recorder(tmp_path), signals, 0.0, {})
+        monkeypatch.setattr(run, "_fit", fit)
+        with pytest.raises(error):
+            run.execute()

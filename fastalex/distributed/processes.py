@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalex.errors import FastalexError, LostProcessError, ReportedError, StoppedError
+from fastalex.distributed.connection import connect, one_line
+from fastalex.errors import FastalexError, ReportedError, StoppedError
 
 T = TypeVar("T")
-
-# Messages of gloo, NCCL and DistributedDataParallel's reducer when another process does not answer.
-_NO_ANSWER = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class World:
         local_rank: rank among the processes on this machine, also the index of this process's GPU.
         local_size: number of processes on this machine.
         timeout: seconds that a process waits for the others.
+        restarted: whether torchrun has started the processes again, after one of them or a whole node was
+            lost.
     """
 
     rank: int = 0
@@ -47,6 +45,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     timeout: float = 600.0
+    restarted: bool = False
 
     @property
     def main(self) -> bool:
@@ -160,15 +159,11 @@ class World:
         Raises:
             LostProcessError: another process has ended or does not answer; names the rank that noticed.
         """
-        try:
+        if self.size == 1:
             yield
-        except RuntimeError as error:
-            if self.size == 1 or isinstance(error, FastalexError) or not _NO_ANSWER.search(str(error)):
-                raise
-            raise LostProcessError(
-                f"process {self.rank} of {self.size}: another process has ended, or did not answer within "
-                f"{self.timeout:g} s (distributed.timeout); see its own message, then resume with resume=auto"
-            ) from error
+            return
+        with one_line(self.rank, self.size, self.timeout):
+            yield
 
 
 ALONE = World()
@@ -179,13 +174,9 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def restarted() -> bool:
-    """Whether torchrun restarted this process after a failure."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_torchelastic_launched()
 
 
 def alike(function: Callable[[], None]) -> None:
@@ -213,16 +204,14 @@ def joined(timeout: float) -> Iterator[World]:
 
     Args:
         timeout: seconds that a process waits for the others.
+
+    Raises:
+        LostProcessError: another process has ended or does not answer, while the processes connect.
     """
-    if not dist.is_torchelastic_launched():
+    if not under_torchrun():
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    limit = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun may give restarted processes the same store, which holds addresses of the ended processes.
-    store = dist.PrefixStore(f"attempt {_restarts()}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    restarted = connect(timeout)
     try:
         yield World(
             rank=dist.get_rank(),
@@ -230,6 +219,7 @@ def joined(timeout: float) -> Iterator[World]:
             local_rank=int(os.environ["LOCAL_RANK"]),
             local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             timeout=timeout,
+            restarted=restarted,
         )
     finally:
         # A parallelized network refers to the group and is part of reference cycles (a trainer and its

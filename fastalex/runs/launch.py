@@ -76,7 +76,7 @@ def train(
 
 def train_on(world: World, request: Request, signals: StopSignals, started: float) -> dict[str, Any]:
     """Do what :func:`train` does, as one of the connected processes."""
-    if processes.restarted():
+    if world.restarted:
         request.config.resume = resume_again(request.config.resume, request.run_dir_given)
     resumed: UnfinishedRun | None = None
     initial: InitialWeights | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastalex.config import Config
 from fastalex.data import DataSplits
+from fastalex.distributed.connection import is_lost
 from fastalex.errors import DataError, DivergedError, StoppedError
 from fastalex.models import count_parameters
 from fastalex.runs.recorder import Recorder
@@ -74,9 +75,12 @@ class Run:
                 raise self.recorder.stopped(received)
             return self._report()
         except (StoppedError, DataError, RuntimeError) as error:
-            # A signal to the whole process group ends the loader's workers as well, which is then no error.
             if self.signals.received is None:
                 raise
+            # torchrun stops a process that it finds without rank 0's node, and rank 0 says nothing then.
+            if not self.trainer.world.main and is_lost(error):
+                raise
+            # A signal to the whole process group ends the loader's workers as well, which is then no error.
             raise self.recorder.stopped(self.signals.received) from error
 
     def _fit(self) -> None:
