@@ -34,7 +34,8 @@ _MESSAGES = {
     Shortage.device: r"CUDA out of memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
     Shortage.descriptors: r"[Tt]oo many open files|received 0 items of ancdata",
     # PyTorch 2.11 adds another error's number to the first.
-    Shortage.shared_memory: r"unable to allocate shared memory|unable to resize file .*No space left",
+    Shortage.shared_memory: r"shared memory.*No space left on device|unable to allocate shared memory|"
+    r"unable to resize file .*No space left",
     # of PyTorch's allocator, C++, the C library and the dynamic linker
     Shortage.memory: r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|"
     r"Cannot allocate memory|failed to map segment from shared object",
