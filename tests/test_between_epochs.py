@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter
 from fastalex.runs.folder import RunFolder
 from fastalex.training.trainer import Epoch, Trainer
+from tests.commands import outcome
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
 RUN = [
@@ -48,13 +48,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *RUN, *overrides])
-        try:
-            train.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, capsys.readouterr().err
+        status, _, err = outcome(train.main, [*RUN, *overrides], monkeypatch, capsys)
+        return status, err
 
     return run
 

@@ -42,6 +42,7 @@ from fastalex.models.plain import plain_network
 from fastalex.runs import export as exporting
 from fastalex.runs.checkpoint import save_weights
 from tests import tiny
+from tests.commands import outcome
 from tests.tolerances import SAFETY, assert_near, usual_sum_error
 
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx, which is optional")
@@ -146,14 +147,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str, main: Callable[[], None] = export.main) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *overrides])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(main, overrides, monkeypatch, capsys)
 
     return run
 

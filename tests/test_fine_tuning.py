@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +54,7 @@ from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from fastalex.training.trainer import Trainer
 from tests import tiny
+from tests.commands import outcome
 from tests.compiling import Compiler
 from tests.test_trainer import Batches, batches
 from tests.tolerances import assert_same_in_float64
@@ -510,14 +510,7 @@ def command(
         arguments = ["data=imagefolder", f"data.root={folder / 'two'}", "data.resize=36", "data.crop=32"]
         arguments += ["model=mobilenet_v3_small", "model.name=tiny", "train.batch_size=8", "data.flip=none"]
         arguments += ["runtime.precision=fp32", "runtime.device=cpu", "runtime.threads=1"]
-        monkeypatch.setattr(sys, "argv", ["fastalex", *arguments, *overrides])
-        try:
-            train.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(train.main, [*arguments, *overrides], monkeypatch, capsys)
 
     return run
 

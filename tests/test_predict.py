@@ -40,6 +40,7 @@ from fastalex.runs.checkpoint import save_weights
 from fastalex.runs.prediction import predict_images
 from fastalex.runs.weights import open_weights
 from tests import tiny
+from tests.commands import outcome
 from tests.tolerances import SAFETY, usual_sum_error
 
 CLASSES = ["ant", "bee", "cat"]
@@ -96,14 +97,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *overrides])
-        status = 0
-        try:
-            predict.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(predict.main, overrides, monkeypatch, capsys)
 
     return run
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +36,7 @@ from fastalex.runs.checkpoint_writer import CheckpointWriter, OutputPolicy, load
 from fastalex.runs.folder import RunLock
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Epoch, StopTraining, Trainer
+from tests.commands import outcome
 from tests.runtimes import loader_on
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
@@ -200,14 +200,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *overrides])
-        try:
-            train.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(train.main, overrides, monkeypatch, capsys)
 
     return run
 

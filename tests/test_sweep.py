@@ -6,7 +6,6 @@ import csv
 import json
 import signal
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastalex.runs import launch, sweep
 from fastalex.runs.sweep import Job, write_sweep
 from fastalex.training import flops
 from tests import tiny
+from tests.commands import exit_status
 
 TINY = [
     "data=digits",
@@ -38,14 +38,9 @@ TINY = [
 
 
 def a_sweep(patch: pytest.MonkeyPatch, *overrides: str) -> int:
-    patch.setattr(sys, "argv", ["fastalex", "-m", *TINY, *overrides])
     patch.setitem(flops.MATMUL_SIZE, "cpu", 64)
     tiny.register()
-    try:
-        train.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return exit_status(train.main, ["-m", *TINY, *overrides], patch)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -32,6 +32,7 @@ from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose_runtime
 from fastalex.training import trainer
 from tests import ranks
+from tests.commands import outcome
 from tests.compiling import Compiler
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
@@ -56,14 +57,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def run(main: Callable[[], None], *overrides: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *overrides])
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(main, overrides, monkeypatch, capsys)
 
     return run
 
