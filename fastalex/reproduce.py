@@ -58,15 +58,8 @@ def plan(config: ReproduceConfig, runs: Path) -> list[Job]:
     Raises:
         ConfigError: for a row that does not exist, or a folder that holds a run of other settings.
     """
-    try:
-        names = select(config.rows)
-    except KeyError as error:
-        choices = ", ".join(dict.fromkeys(row.group or name for name, row in ROWS.items()))
-        raise ConfigError(
-            f"rows={error.args[0]}: there is no such row; choose from {choices}, or a file of configs/row/"
-        ) from error
     jobs = []
-    for name in names:
+    for name in select(config.rows):
         for seed in ROWS[name].seeds:
             overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
             run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)

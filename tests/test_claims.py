@@ -136,7 +136,8 @@ def test_what_is_written(tmp_path: Path) -> None:
         claim_no_dropout=[run(error) for error in BASE],
         claim_no_flip=[run(error + 0.05) for error in BASE],
     )
-    limits = {found.claim.row: found.limits for found in claims.write(tmp_path, made)}
+    claims.write(tmp_path, made)
+    limits = {found.claim.row: found.limits for found in claims.examine(made)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.csv", "claims.md", "claims.png"]
     with (tmp_path / "claims.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fastalex import reproduce, train
 from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, schema
 from fastalex.config.checks import validate
 from fastalex.config.plain import plain, to_dataclass
-from fastalex.errors import DivergedError, OutputError
+from fastalex.errors import ConfigError, DivergedError, OutputError
 from fastalex.files import write_text
 from fastalex.models import check_crop
 from fastalex.study import claims, committed, comparison, report
@@ -31,6 +30,7 @@ from fastalex.study.intervals import difference as interval
 from fastalex.study.report import BEGIN, END
 from fastalex.study.results import load_run
 from fastalex.study.rows import BASE, CLAIMS, ROWS, run_folder, select
+from tests.commands import outcome
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
 
@@ -54,14 +54,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(reproduce, "QUICK", TINY)
 
     def run(*arguments: str, main: Any = reproduce.main) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastalex", *arguments])
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return outcome(main, arguments, monkeypatch, capsys)
 
     return run
 
@@ -142,7 +135,7 @@ def test_a_group_selects_its_rows() -> None:
     assert select(["claims", "alexnet"])[-1] == "alexnet"
     assert select([]) == [name for name, row in ROWS.items() if not row.group]
     for name in ("vgg", "claim"):
-        with pytest.raises(KeyError, match=f"'{name}'"):
+        with pytest.raises(ConfigError, match=f"rows={name}: there is no such row"):
             select([name])
 
 

@@ -195,13 +195,11 @@ def _read_state_dict(file: Path, where: str) -> dict[str, Tensor]:
                 content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        if prevented(error, file.stat().st_size):
-            raise
-        raise CheckpointError(f"{where}: cannot be read; it is damaged or cut short") from error
     except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
         if prevented(error, file.stat().st_size):
             raise
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(f"{where}: cannot be read; it is damaged or cut short") from error
         raise CheckpointError(
             f"{where}: is damaged, or holds more than tensors and plain values, which is not loaded"
         ) from error

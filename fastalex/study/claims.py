@@ -253,7 +253,7 @@ def examined(rows: Mapping[str, Any]) -> bool:
     return any(finding.value is not None for finding in examine(rows))
 
 
-def write(folder: Path, rows: Mapping[str, Any]) -> list[Finding]:
+def write(folder: Path, rows: Mapping[str, Any]) -> None:
     """Write ``claims.md``, ``claims.csv`` and the pictures, if there are runs that say something of a claim.
 
     Args:
@@ -261,9 +261,9 @@ def write(folder: Path, rows: Mapping[str, Any]) -> list[Finding]:
         rows: as in :func:`examine`.
     """
     findings = examine(rows)
-    if not examined(rows):
-        return findings
     shown = [finding for finding in findings if finding.value is not None]
+    if not shown:
+        return
     write_csv(folder / "claims.csv", _csv_rows(findings))
     points = [
         (finding.claim.text, finding.value or 0.0, finding.bound, SIGNS.get(finding.verdict))
@@ -288,7 +288,6 @@ def write(folder: Path, rows: Mapping[str, Any]) -> list[Finding]:
         plots.error_curves(curves, QUARTER, title, folder / "relu_and_tanh.png")
         pictures.append("![Training error with ReLU and with tanh](relu_and_tanh.png)")
     write_text(folder / "claims.md", "\n\n".join([TEXT, claims_table(findings), NOTES, *pictures]) + "\n")
-    return findings
 
 
 TEXT = (

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastalex.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -79,7 +81,7 @@ def select(names: Sequence[str]) -> list[str]:
         names: of rows and of groups; none for the rows that are in no group.
 
     Raises:
-        KeyError: with the name that is neither.
+        ConfigError: a name is neither.
     """
     groups: dict[str, list[str]] = {}
     for name, row in ROWS.items():
@@ -87,7 +89,10 @@ def select(names: Sequence[str]) -> list[str]:
     chosen: list[str] = []
     for name in names or [""]:
         if name not in ROWS and name not in groups:
-            raise KeyError(name)
+            choices = ", ".join(dict.fromkeys(row.group or one for one, row in ROWS.items()))
+            raise ConfigError(
+                f"rows={name}: there is no such row; choose from {choices}, or a file of configs/row/"
+            )
         chosen += [name] if name in ROWS else groups[name]
     return list(dict.fromkeys(chosen))
 
