@@ -10,7 +10,6 @@ import copy
 import gc
 import io
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastalex.config import (
@@ -38,6 +37,7 @@ from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
 from tests import tiny_train
+from tests.listed import Listed
 
 BATCH, CROP, VALIDATION = 8, 63, 27  # of 27 images, rank 0 validates 14 and rank 1 13, in batches of 7
 
@@ -104,7 +104,7 @@ COMMANDS = {
 }
 
 
-class Batches:
+class Batches(Listed):
     """A rank's share of batches of noise whose mean depends on the class.
 
     Args:
@@ -124,16 +124,6 @@ class Batches:
             mine = images.to(dtype, memory_format=torch.channels_last)[world.rank :: world.size]
             parts = mine.split(per_rank), labels[world.rank :: world.size].split(per_rank)
             self.batches += list(zip(*parts, strict=True))
-        self.num_samples = sum(len(labels) for _, labels in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
 
 
 def narrow_alexnet(num_classes: int = 10, **options: Any) -> nn.Module:

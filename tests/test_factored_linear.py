@@ -18,6 +18,7 @@ from fastalex.runtime import choose_runtime
 from fastalex.training.optim import create_optimizer
 from fastalex.training.taps import Taps
 from fastalex.training.trainer import Trainer
+from tests.listed import Listed
 from tests.runtimes import a_runtime
 from tests.tolerances import relative_error, unit_roundoff
 
@@ -273,21 +274,14 @@ def test_a_copied_optimizer_updates_the_copied_layers() -> None:
     assert not torch.equal(copied.second.weight, networks()[0].second.weight)
 
 
-class OneBatch:
+class OneBatch(Listed):
     """A loader of one batch."""
 
-    num_samples = BATCH
     images = torch.randn(BATCH, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(3))
     labels = torch.zeros(BATCH, dtype=torch.int64)
 
-    def __len__(self) -> int:
-        return 1
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        pass
-
-    def __iter__(self):
-        yield self.images, self.labels
+    def __init__(self) -> None:
+        self.batches = [(self.images, self.labels)]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ read and write, and repeated on the same tensors, without the step's Python code
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from fastalex.runs.weights import TrainedNetwork
 from fastalex.runtime import _check_step_graph, choose_runtime
 from fastalex.training.graphs import WARMUP_STEPS, StepGraphs
 from fastalex.training.trainer import Trainer
+from tests.listed import Listed
 from tests.runtimes import a_runtime
 
 CROP, CLASSES = 9, 4
@@ -126,10 +127,8 @@ class Network(nn.Module):
         return (logits, inputs) if taps else logits
 
 
-class Batches:
+class Batches(Listed):
     """Noise; the last batch is smaller, and the labels of every third are probabilities."""
-
-    num_samples = 7 * 8 + 5
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -140,15 +139,6 @@ class Batches:
             images = torch.randn(count, 3, CROP, CROP, generator=generator)
             given = labels if number % 3 else nn.functional.one_hot(labels, CLASSES) * 0.7 + 0.1
             self.batches.append((images.contiguous(memory_format=torch.channels_last), given))
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
 
 
 def trained(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from benchmarks import reference
 from fastalex.config import Precision, RuntimeConfig, Schedule, TrainConfig
 from fastalex.runtime import choose_runtime
 from fastalex.training.trainer import Trainer
+from tests.listed import Listed
 from tests.ranks import narrow_alexnet
 from tests.tolerances import (
     NOISE,
@@ -41,10 +41,8 @@ OURS = {
 }
 
 
-class Batches:
+class Batches(Listed):
     """Batches of noise whose mean depends on the class, so that there is something to learn."""
-
-    num_samples = STEPS * BATCH
 
     def __init__(self, dtype: torch.dtype, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -56,15 +54,6 @@ class Batches:
             if noise:
                 images *= 1 + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(step))
             self.batches.append((images.to(dtype, memory_format=torch.channels_last), labels))
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
 
 
 def baseline() -> reference.AlexNet:

@@ -24,20 +24,17 @@ from fastalex.training.metrics import predict
 from fastalex.training.timing import WARMUP_STEPS
 from fastalex.training.trainer import Trainer
 from tests.compiling import Compiler
+from tests.listed import Listed
 from tests.ranks import narrow_alexnet
 from tests.tolerances import assert_same_in_float64, sum_bound
 
 
-class Batches:
+class Batches(Listed):
     """A loader over batches in memory; the order differs between epochs."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
-        self.num_samples = sum(len(labels) for _, labels in batches)
         self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self.epoch = epoch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastalex.runtime import Runtime, choose_runtime
 from fastalex.training.metrics import predict
 from fastalex.training.timing import WARMUP_STEPS
 from fastalex.training.trainer import Trainer
+from tests.listed import Listed
 from tests.runtimes import loader_on
 from tests.waits import GPU, Waits, gpu, no_waits_allowed
 
@@ -34,15 +35,13 @@ class Stopped(Exception):
     """Ends an epoch early, because the loss is checked at its end."""
 
 
-class RandomBatches:
+class RandomBatches(Listed):
     """A loader of random batches.
 
     Args:
         device: of the batches.
         poison: index of a batch with infinite pixels.
     """
-
-    num_samples = STEPS * BATCH
 
     def __init__(self, device: torch.device, poison: int | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -55,14 +54,6 @@ class RandomBatches:
         ]
         if poison is not None:
             self.batches[poison][0].fill_(torch.inf)
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None: ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
 
 
 def images(count: int = 5 * BATCH) -> ImageSet:
