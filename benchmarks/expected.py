@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
-from benchmarks.parts import CONVOLUTIONS, OTHER, PARTS, PRODUCTS
+from benchmarks.parts import CONVOLUTIONS, INPUT, OTHER, PARTS, PRODUCTS
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
 from fastalex.models import create_model
@@ -77,6 +77,11 @@ def bias_passes() -> list[Operation]:
     return [Operation("bias", OTHER, 0, 4 * elements), Operation("bias gradient", OTHER, 0, 2 * elements)]
 
 
+def batch_copy() -> Operation:
+    """The copy of a bf16 batch to the tensor that a CUDA graph of the network reads."""
+    return Operation("batch copy", INPUT, 0, 2 * 2 * BATCH * 3 * 224**2)
+
+
 def steps(whole: Sequence[Operation], fused: Sequence[Operation]) -> dict[str, list[Operation]]:
     """The step as it is by default, with each fusion, and at its floor, by name.
 
@@ -86,9 +91,10 @@ def steps(whole: Sequence[Operation], fused: Sequence[Operation]) -> dict[str, l
     """
     floor = [op for op in fused if op.part in (CONVOLUTIONS, PRODUCTS) or op.name in _AT_THE_FLOOR]
     return {
-        "default on a GPU": [*whole, *bias_passes()],
-        "`runtime.factored=true`": [*fused, *bias_passes()],
-        "and `runtime.fused_bias=true`": [*fused],
+        "default on a GPU": [*whole, *bias_passes(), batch_copy()],
+        "`runtime.factored=true`": [*fused, *bias_passes(), batch_copy()],
+        "and `runtime.fused_bias=true`": [*fused, batch_copy()],
+        "and `runtime.graph=step`": [*fused],
         "floor": floor,
     }
 
@@ -186,9 +192,10 @@ At those rates:
 
 {rates}
 
-These counts leave out the passes for the biases of the first two convolutions. With them, and with the
-fusions that fastalex has and that are not its default on a GPU, since no card has run them (*at
-{EFFICIENCY:.0%}*: with convolutions at {EFFICIENCY:.0%} of the card's rate):
+These counts leave out the passes for the biases of the first two convolutions, and the copy of the batch to
+the tensor that the network's CUDA graph reads. With them, and with what fastalex has against such passes,
+which is not its default on a GPU, since no card has run it (*at {EFFICIENCY:.0%}*: with convolutions at
+{EFFICIENCY:.0%} of the card's rate):
 
 {_variants(steps(fast, fused))}
 
@@ -196,6 +203,7 @@ fusions that fastalex has and that are not its default on a GPU, since no card h
   them out and applies them in one pass (18 bytes a weight, where cast, clipping and update take 46).
 - `runtime.fused_bias=true`: `relu_lrn_max_pool` adds the bias of the convolution before it, and sums its
   gradient.
+- `runtime.graph=step`: the resident loader's kernel writes the batch where the step's CUDA graph reads it.
 - *floor*: convolutions, products, the pooled kernels, pooling and the updates; everything else within these.
 
 **The first convolution** has three input channels, which tensor cores take in groups: forward and the

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ def augment(
     indices: Tensor | None = None,
     keep_shape: bool = False,
     colors: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A normalised batch of crops of uint8 images.
 
@@ -57,9 +57,10 @@ def augment(
         keep_shape: False: the whole image becomes the square, whatever its shape. True: the shorter side is
             resized to `resize`, and the square is the centre of the result (`augment_reference.frame`).
         colors: float32 (B, 3), what is added to every pixel of a crop, in units of pixels in 0..1. None: 0.
+        out: where to write the result, a tensor as it would be returned. Not in compiled code.
 
     Returns:
-        (B, 3, crop, crop) in `dtype`, channels-last.
+        (B, 3, crop, crop) in `dtype`, channels-last; `out`, if it was given.
 
     Raises:
         ValueError: a wrong shape, dtype or device; a crop larger than the resized image; on the CPU an index
@@ -70,8 +71,13 @@ def augment(
     _check_images(images, resize, crop, mean, std, dtype, name, keep_shape)
     indices = _resolve_indices(images, indices, name)
     _check_plan(images, indices, offsets, flips, colors, name)
-    options = resize, keep_shape, crop, list(mean), list(std), dtype
-    return _augment(images, indices, offsets, flips, colors, 1, *options)
+    options = 1, resize, keep_shape, crop, list(mean), list(std)
+    tensors = images, indices, offsets, flips, colors
+    if out is None:
+        return _augment(*tensors, *options, dtype)
+    _check_out(out, (len(indices), 3, crop, crop), dtype, images.device)
+    _write(out, *tensors, *options)
+    return out
 
 
 def ten_crop(
@@ -185,6 +191,16 @@ def _check_plan(
             )
 
 
+def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if out.shape != shape or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"augment: out must be {dtype} {shape} on {device}, got {out.dtype} {tuple(out.shape)} "
+            f"on {out.device}"
+        )
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"augment: out must be channels-last, got strides {out.stride()}")
+
+
 def _crop_views(resize: int, crop: int, mirror: bool) -> list[tuple[int, int, bool]]:
     """(top, left, flip) of each of the ten (or five) views, in torchvision's order."""
     far, middle = resize - crop, round((resize - crop) / 2)
@@ -212,26 +228,39 @@ def _check_ranges(images: Tensor, indices: Tensor, offsets: Tensor, limit: int, 
             raise ValueError(f"{function}: {name} must be in 0 .. {last}, got {low} .. {high}")
 
 
-def _implementation(images: Tensor) -> ModuleType:
+def _write(
+    out: Tensor,
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    colors: Tensor | None,
+    *options: Any,
+) -> None:
+    """Compute `out`; the rest are the arguments of `augment_reference.augment`, without its dtype."""
     if images.device.type == "cpu":
         from . import augment_numba
 
-        return augment_numba
-    if images.device.type == "cuda":
+        _, resize, _, crop, *_ = options
+        _check_ranges(images, indices, offsets, resize - crop, "augment")
+        augment_numba.write(out, images, indices, offsets, flips, colors, *options)
+    elif images.device.type == "cuda":
         from . import augment_triton
 
-        return augment_triton
-    return reference
+        augment_triton.write(out, images, indices, offsets, flips, colors, *options)
+    else:
+        options = *options, out.dtype
+        out.copy_(reference.augment(images, indices, offsets, flips, colors, *options))
 
 
 @custom_op("fastalex::augment", mutates_args=(), schema=infer_schema(reference.augment, mutates_args=()))
 def _augment(
     images: Tensor, indices: Tensor, offsets: Tensor, flips: Tensor, colors: Tensor | None, *options: Any
 ) -> Tensor:
-    if images.device.type == "cpu":
-        _, resize, _, crop, *_ = options
-        _check_ranges(images, indices, offsets, resize - crop, "augment")
-    return _implementation(images).augment(images, indices, offsets, flips, colors, *options)
+    views, _, _, crop, *_, dtype = options
+    out = reference.empty_batch(len(indices) * views, crop, dtype, images.device)
+    _write(out, images, indices, offsets, flips, colors, *options[:-1])
+    return out
 
 
 @_augment.register_fake

@@ -151,7 +151,8 @@ def _parallel_augment(
         )  # fmt: skip
 
 
-def augment(
+def write(
+    out: Tensor,
     images: Tensor,
     indices: Tensor,
     offsets: Tensor,
@@ -163,11 +164,8 @@ def augment(
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `augment_reference.augment`, on the CPU; indices and offsets must be in range."""
-    count = len(indices) * views
-    out = reference.empty_batch(count, crop, dtype, images.device)
+) -> None:
+    """Write what `augment_reference.augment` returns to `out`, on the CPU; indices and offsets in range."""
     height, width = images.shape[1:3]
     frame = reference.frame(height, width, resize, keep_shape)
     deviations = np.array(std)
@@ -176,11 +174,10 @@ def augment(
     # Contiguous, because Numba would compile the kernel again for strided arrays.
     rows = (t.contiguous().numpy() for t in (indices, offsets, flips, colors.flatten()))
     run(
-        _augment, _parallel_augment, count,
+        _augment, _parallel_augment, len(out),
         bits(images), height, width, *rows, views, crop,
         *_taps(height, frame.height, frame.top, resize), *_taps(width, frame.width, frame.left, resize),
         (1 / (255 * deviations)).astype(f32), (1 / deviations).astype(f32),
         (-np.array(mean) / deviations).astype(f32),
         bits(out.permute(0, 2, 3, 1)),
     )  # fmt: skip
-    return out

@@ -292,7 +292,8 @@ def _launch(
     return Launch(_enlarge_kernel, programs * gaps, {**arguments, "GAPS": gaps}, _WARPS)
 
 
-def augment(
+def write(
+    out: Tensor,
     images: Tensor,
     indices: Tensor,
     offsets: Tensor,
@@ -304,16 +305,15 @@ def augment(
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `augment_reference.augment`, on a GPU; an index or an offset out of range gives NaN."""
-    count = len(indices) * views
-    out = reference.empty_batch(count, crop, dtype, images.device)
-    if count > 0:
+) -> None:
+    """Write what `augment_reference.augment` returns to `out`, on a GPU.
+
+    A crop whose index or offset is out of range is NaN.
+    """
+    if len(out) > 0:
         rows = indices.contiguous(), offsets.contiguous(), flips.contiguous()
         colors = None if colors is None else colors.contiguous()
         _launch(images, *rows, colors, out, views, resize, keep_shape, crop, mean, std).run()
-    return out
 
 
 def inspect_cases() -> list[KernelCase]:

@@ -32,6 +32,7 @@ class LazyBatch:
         mean, std: three numbers each, one per channel, for pixels in 0..1.
         dtype: of the materialized batch: float32, bfloat16 or float16.
         colors: float32 (B, 3), what is added to every pixel of a crop, in units of pixels in 0..1; None: 0.
+        keep_shape: as for :func:`fastalex.kernels.augment`. Only a batch of square images can be convolved.
     """
 
     images: Tensor
@@ -44,6 +45,7 @@ class LazyBatch:
     std: Sequence[float]
     dtype: torch.dtype
     colors: Tensor | None = None
+    keep_shape: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -56,9 +58,9 @@ class LazyBatch:
         parts = zip(*(getattr(self, name).chunk(chunks) for name in names), strict=True)
         return [replace(self, **dict(zip(names, part, strict=True))) for part in parts]
 
-    def materialize(self) -> Tensor:
-        """The batch, (B, 3, crop, crop), channels-last."""
-        return augment(**vars(self))
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        """The batch, (B, 3, crop, crop), channels-last; written to `out`, if it is given."""
+        return augment(**vars(self), out=out)
 
     def convolve(self, convolution: nn.Conv2d) -> Tensor:
         """``convolution(self.materialize())`` to rounding, without materializing the batch."""
@@ -73,8 +75,9 @@ class LazyBatch:
 
     def _folded(self, convolution: nn.Conv2d) -> dict[str, Any]:
         """The arguments of a folded convolution."""
+        geometry = {name: value for name, value in vars(self).items() if name != "keep_shape"}
         return {
-            **vars(self),
+            **geometry,
             "weight": convolution.weight,
             "bias": convolution.bias,
             "stride": convolution.stride[0],

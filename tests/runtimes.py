@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,10 +46,11 @@ def loader_on(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
+    graph: Graph = Graph.network,
     rank: int = 0,
     world_size: int = 1,
     **options: Any,
 ) -> Loader:
     """Call ``build_loader`` with a runtime and world of the given attributes."""
-    runtime = a_runtime(device, dtype, channels_last=channels_last)
+    runtime = replace(a_runtime(device, dtype, channels_last=channels_last), graph=graph)
     return build_loader(images, data, loader, runtime=runtime, world=World(rank, world_size), **options)

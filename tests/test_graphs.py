@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastalex.config import (
+    Color,
     Config,
     DataConfig,
+    Fit,
     Graph,
     LoaderConfig,
     ModelConfig,
@@ -29,9 +32,11 @@ from fastalex.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from fastalex.data import ImageSet, Loader, Views
+from fastalex.data.wrappers import CutMixLoader
 from fastalex.distributed.processes import ALONE
 from fastalex.errors import ConfigError
-from fastalex.kernels import relu_lrn_max_pool
+from fastalex.kernels import LazyBatch, relu_lrn_max_pool
 from fastalex.models.factored_linear import FactoredLinear, Tap
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runs.weights import TrainedNetwork
@@ -39,7 +44,7 @@ from fastalex.runtime import _check_step_graph, choose_runtime
 from fastalex.training.graphs import WARMUP_STEPS, StepGraphs
 from fastalex.training.trainer import Trainer
 from tests.listed import Listed
-from tests.runtimes import a_runtime
+from tests.runtimes import a_runtime, loader_on
 
 CROP, CLASSES = 9, 4
 EPOCHS = WARMUP_STEPS + 2  # the smaller batch, one an epoch, is recorded in the last but one
@@ -142,12 +147,16 @@ class Batches(Listed):
 
 
 def trained(
-    config: TrainConfig, recorder: TapeRecorder | None, factored: bool = True, epochs: int = EPOCHS
+    config: TrainConfig,
+    recorder: TapeRecorder | None,
+    factored: bool = True,
+    epochs: int = EPOCHS,
+    loader: Loader | None = None,
 ) -> tuple[list[Any], Trainer]:
     torch.manual_seed(0)
     network = Network()
     runtime = replace(a_runtime(), factored=factored)
-    trainer = Trainer(network, config, Batches(), None, runtime, log_every=1)
+    trainer = Trainer(network, config, loader or Batches(), None, runtime, log_every=1)
     if recorder is not None:
         trainer.record_steps(recorder)
     torch.manual_seed(1)
@@ -185,6 +194,33 @@ def test_repeated_steps_are_the_steps_themselves(settings: dict[str, Any], facto
     if repeated.average:
         for name, value in plain.averaged_weights().items():
             assert torch.equal(repeated.averaged_weights()[name], value)
+
+
+def resident(graph: Graph, fit: Fit = Fit.square, device: str = "cpu") -> Loader:
+    """Build a loader of images that are no squares; half of its batches are mixed, the last is smaller."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (29, 12, 16, 3), dtype=np.uint8)
+    images = ImageSet(rng.integers(0, CLASSES, 29), pixels=pixels)
+    data = DataConfig("synthetic", resize=12, crop=CROP, fit=fit, color=Color.pca)
+    options = {"views": Views.random, "batch_size": 8, "network": nn.Identity()}
+    loader = loader_on(images, data, LoaderConfig("resident"), graph=graph, device=device, **options)
+    return CutMixLoader(loader, CLASSES, 0.5)
+
+
+@pytest.mark.parametrize("fit", list(Fit))
+def test_batches_are_written_where_the_recorded_step_reads_them(fit: Fit) -> None:
+    """The same bits as with batches of their own, with and without CutMix."""
+    ours, theirs = resident(Graph.step, fit), resident(Graph.network, fit)
+    assert any(isinstance(images, LazyBatch) for images, _ in ours)
+    assert not any(isinstance(images, LazyBatch) for images, _ in theirs)
+    config = TrainConfig(epochs=2 * EPOCHS, lr=0.05)
+    recorder = TapeRecorder()
+    found, repeated = trained(config, recorder, epochs=2 * EPOCHS, loader=ours)
+    expected, plain = trained(config, None, epochs=2 * EPOCHS, loader=theirs)
+    assert recorder.repeated > EPOCHS
+    assert found == expected
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(repeated.model.state_dict()[name], value), name
 
 
 def test_a_rate_that_is_no_tensor_would_stay_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +286,8 @@ def test_a_network_whose_steps_were_recorded_can_be_used_on_a_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu(compiled: bool) -> None:
+@pytest.mark.parametrize("lazy", [False, True])
+def test_on_a_gpu(compiled: bool, lazy: bool) -> None:
     """Without dropout. Kernels may add in another order when they are recorded, so not to the bit."""
     losses = []
     for graph in (Graph.off, Graph.step):
@@ -259,8 +296,10 @@ def test_on_a_gpu(compiled: bool) -> None:
         network.dropout.p = 0.0
         options = {"compile": compiled, "factored": True, "graph": graph, "precision": Precision.fp32}
         runtime = choose_runtime(RuntimeConfig(device="cuda", **options))
-        loader = Batches()
-        loader.batches = [(images.cuda(), labels.cuda()) for images, labels in loader.batches]
+        loader: Loader = resident(graph, device="cuda")
+        if not lazy:
+            listed = loader = Batches()
+            listed.batches = [(images.cuda(), labels.cuda()) for images, labels in listed.batches]
         trainer = Trainer(runtime.place(network), TrainConfig(epochs=EPOCHS, lr=0.05), loader, None, runtime)
         losses.append([trainer.run_epoch().train_loss for _ in range(EPOCHS)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -78,8 +78,8 @@ def build_loader(
         runtime: device, dtype and memory layout of the batches.
         world: number of ranks that share the epoch, and the rank of this process.
         seed: decides order, offsets and flips, together with the epoch.
-        network: the network that consumes the batches; it gets lazy batches if it accepts them and they are
-            faster. None always yields tensors.
+        network: the network that consumes the batches; it, or with ``runtime.graph=step`` its trainer, gets
+            lazy batches if they are faster. None always yields tensors.
 
     Raises:
         ConfigError: no such loader, or a batch larger than the training set.

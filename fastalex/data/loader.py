@@ -47,7 +47,8 @@ class Loader(Protocol):
     on mirror images.
 
     Images are a :class:`fastalex.kernels.LazyBatch` if the network consumes lazy batches faster
-    (:func:`fastalex.data.resident.can_fold`).
+    (:func:`fastalex.data.resident.can_fold`), or if a recorded training step reads all batches at the same
+    place (``runtime.graph=step``).
 
     Attributes:
         num_samples: number of images that this rank yields per epoch.
@@ -120,6 +121,7 @@ class PlannedLoader(ABC):
         self.device = runtime.device
         self.dtype = runtime.dtype
         self.channels_last = runtime.channels_last
+        self.graph = runtime.graph
         self.world = world
         self.network = network
         self.epoch = 0

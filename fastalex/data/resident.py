@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, Fit, LoaderConfig
+from fastalex.config import DataConfig, Fit, Graph, LoaderConfig
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.loader import PlannedLoader, Views
 from fastalex.data.sampling import EpochPlan
@@ -87,7 +87,14 @@ class ResidentLoader(PlannedLoader):
             )
         self._pixels = _on_device(self.images.pixels, self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
-        self._lazy = can_fold(self.network, self.images, self.data, self.loader, self.device)
+        folds = can_fold(self.network, self.images, self.data, self.loader, self.device)
+        is_written_in_place = (
+            self.graph is Graph.step
+            and self.views is Views.random
+            and self.network is not None  # otherwise nobody may know of lazy batches
+            and self.channels_last
+        )
+        self._lazy = folds or is_written_in_place
 
     def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
         plan = self.plan(self.device)
@@ -125,7 +132,15 @@ class ResidentLoader(PlannedLoader):
             offsets, flips = ten_crop_views(self.data.resize, self.data.crop, mirror, self.device)
             offsets, flips = offsets.repeat(len(rows), 1), flips.repeat(len(rows))
             indices = indices.repeat_interleave(self.num_views)
-        return LazyBatch(self._pixels.tensor, indices, offsets, flips, colors=rows.colors, **self.geometry)
+        return LazyBatch(
+            self._pixels.tensor,
+            indices,
+            offsets,
+            flips,
+            colors=rows.colors,
+            keep_shape=self.keep_shape,
+            **self.geometry,
+        )
 
 
 class _DevicePixels:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastalex.kernels import LazyBatch
+
 # Steps of a shape that run before it is recorded. They compile kernels, let cuDNN try its algorithms, and
 # allocate what lasts, none of which can be recorded.
 WARMUP_STEPS = 3
@@ -35,7 +37,8 @@ class StepGraphs:
     """A training step that is recorded once for each shape of its batch, and repeated for later batches.
 
     A graph repeats the same kernels on the same addresses. So the step may read nothing that changes but
-    tensors that stay where they are: a batch is copied to the place of the recorded one.
+    tensors that stay where they are: all batches of a shape are written to the same place. A lazy batch is
+    materialized there, which saves the copy.
 
     Args:
         step: the step.
@@ -46,27 +49,40 @@ class StepGraphs:
         self._step = step
         self._recorder = recorder
         self._seen: dict[object, int] = {}  # steps by shape
-        self._recorded: dict[object, tuple[Tensor, Tensor, Tensor, Callable[[], None]]] = {}
+        self._places: dict[object, tuple[Tensor, Tensor]] = {}
+        self._recorded: dict[object, tuple[Tensor, Callable[[], None]]] = {}
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | LazyBatch, labels: Tensor) -> Tensor:
         """Take a step; return its loss, ``()``, which the next step may overwrite.
 
         Args:
-            images: ``(B, 3, crop, crop)`` on the device.
+            images: ``(B, 3, crop, crop)`` on the device, or a lazy batch.
             labels: int64 ``(B,)`` or fp32 ``(B, classes)`` on the device.
         """
         key = images.shape, labels.shape, labels.dtype
+        place = self._placed(key, images, labels)
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] <= WARMUP_STEPS:
-            return self._recorder.warm_up(lambda: self._step(images, labels))
+            return self._recorder.warm_up(lambda: self._step(*place))
         if key not in self._recorded:
-            place = images.clone(), labels.clone()  # clone() keeps the memory format
-            self._recorded[key] = *place, *self._recorder.record(lambda: self._step(*place))
-        its_images, its_labels, loss, repeat = self._recorded[key]
-        its_images.copy_(images)
-        its_labels.copy_(labels)
+            self._recorded[key] = self._recorder.record(lambda: self._step(*place))
+        loss, repeat = self._recorded[key]
         repeat()
         return loss
+
+    def _placed(self, key: object, images: Tensor | LazyBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a batch to the place of its shape; return the tensors there."""
+        if key not in self._places:
+            first = images.materialize() if isinstance(images, LazyBatch) else images.clone()
+            self._places[key] = first, labels.clone()  # clone() keeps the memory format
+            return self._places[key]
+        its_images, its_labels = self._places[key]
+        if isinstance(images, LazyBatch):
+            images.materialize(out=its_images)
+        else:
+            its_images.copy_(images)
+        its_labels.copy_(labels)
+        return its_images, its_labels
 
 
 class CudaRecorder:

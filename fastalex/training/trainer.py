@@ -494,7 +494,6 @@ class Trainer:
                 rate.fill_(group["lr"])
             if self._taps:
                 self._taps.of(images.shape)  # makes copies of weights anew if something else changed these
-            assert isinstance(images, Tensor)  # lazy batches are for the CPU
             loss = self._graphs(images, labels).clone()
         self.learning_rate.after_step()
         self.step += 1

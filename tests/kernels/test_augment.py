@@ -296,6 +296,17 @@ def test_is_channels_last() -> None:
         assert found.stride() == (3 * 12 * 12, 1, 3 * 12, 3)
 
 
+@pytest.mark.parametrize("keep_shape", [False, True])
+def test_the_result_is_written_to_a_given_tensor(keep_shape: bool) -> None:
+    arguments = {**sample(8, 9, 16, 12), "dtype": torch.bfloat16, "keep_shape": keep_shape}
+    expected = augment(**arguments)
+    around = torch.full((len(expected) + 2, 3, 12, 12), 7.0).bfloat16()
+    around = around.contiguous(memory_format=torch.channels_last)
+    assert augment(**arguments, out=around[1:-1]).data_ptr() == around[1:-1].data_ptr()
+    assert torch.equal(around[1:-1], expected)
+    assert (around[:: len(around) - 1] == 7).all()
+
+
 # --- bad arguments ----------------------------------------------------------------------------------------
 
 
@@ -329,6 +340,10 @@ def test_is_channels_last() -> None:
         ({"mean": [0.5]}, r"mean must be three finite numbers, got \[0.5\]"),
         ({"std": [1.0, 0.0, 1.0]}, "std must be three positive numbers"),
         ({"dtype": torch.float64}, "got torch.float64"),
+        ({"out": torch.zeros(5, 3, 12, 12)}, "out must be channels-last"),
+        ({"out": torch.zeros(4, 3, 12, 12)}, r"out must be torch.float32 \(5, 3, 12, 12\) on cpu"),
+        ({"out": torch.zeros(5, 3, 12, 12).double()}, "got torch.float64"),
+        ({"out": torch.zeros(5, 3, 12, 12, device="meta")}, "on meta"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
