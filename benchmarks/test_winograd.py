@@ -4,12 +4,12 @@
 
 A training batch of 128, channels-last: activations in bf16 where the machine computes in it, fp32 weight and
 bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under autocast, which rounds weight and
-bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. The layers are the 3x3 convolutions at
-crops of 224x224, 112x112 and 64x64 pixels; in fp32 AlexNet's 5x5 convolution as well. They take turns, and
-freed memory stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or
-`winograd_cpu_fp32.csv` without bf16: ms per batch, how many times faster `winograd` is, and for each layer
-the root mean square error of the result and of the gradients of input and weight, relative to float64's, for
-rectified noise and He initialisation.
+bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. The layers are the 3x3 convolutions and
+AlexNet's 5x5 one, at crops of 224x224, 112x112 and 64x64 pixels. They take turns, and freed memory stays with
+the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`, or `winograd_cpu_fp32.csv`
+without bf16: ms per batch, how many times faster `winograd` is, and for each layer the root mean square error
+of the result and of the gradients of input and weight, relative to float64's, for rectified noise and He
+initialisation.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def at(crop: int) -> str:
 
 LAYERS: dict[str, Layer] = {}
 for crop, second, third in ((224, 27, 13), (112, 13, 6), (64, 7, 3)):
-    if IN_FP32:
-        LAYERS[f"conv2{at(crop)}"] = Layer(96, 256, 5, second)
+    LAYERS[f"conv2{at(crop)}"] = Layer(96, 256, 5, second)
     LAYERS |= {f"{name}{at(crop)}": Layer(*channels, 3, third) for name, channels in LAYERS_3X3.items()}
 for crop, sizes in RESNET_18.items():
     for n, pixels in enumerate(sizes):

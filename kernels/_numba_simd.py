@@ -177,13 +177,13 @@ def pointer(typing_context, array):
     return types.CPointer(array.dtype)(array), codegen  # type: ignore[attr-defined]
 
 
-_STORED = {
+_STORED: dict[types.Type, ir.Type] = {
     types.float32: ir.FloatType(),
     types.uint16: ir.IntType(16),
     types.int16: ir.IntType(16),
     types.uint8: ir.IntType(8),
 }
-_ALIGNMENT = {types.float32: 4, types.uint16: 2, types.int16: 2, types.uint8: 1}
+_ALIGNMENT: dict[types.Type, int] = {types.float32: 4, types.uint16: 2, types.int16: 2, types.uint8: 1}
 
 
 def _address(builder: ir.IRBuilder, start: Any, index: Any, vector: ir.VectorType) -> Any:
@@ -226,14 +226,19 @@ def _from_float(context: Any, builder: ir.IRBuilder, value: Any, dtype: types.Ty
     return builder.select(is_nan, _every(ir.IntType(16), 0x7FC0), upper)
 
 
+def emit_load(builder: ir.IRBuilder, start: Any, index: Any, dtype: types.Type) -> Any:
+    """Emit what `load` does, for other intrinsics."""
+    vector = ir.VectorType(_STORED[dtype], LANES)
+    raw = builder.load(_address(builder, start, index, vector), align=_ALIGNMENT[dtype])
+    return _to_float(builder, raw, dtype)
+
+
 @intrinsic
 def load(typing_context, start, index):
     """The 16 elements start[index:], as fp32."""
-    vector = ir.VectorType(_STORED[start.dtype], LANES)
 
     def codegen(context, builder, signature, args):
-        raw = builder.load(_address(builder, args[0], args[1], vector), align=_ALIGNMENT[start.dtype])
-        return _to_float(builder, raw, start.dtype)
+        return emit_load(builder, args[0], args[1], start.dtype)
 
     return _vector(start, types.intp), codegen
 
@@ -252,14 +257,21 @@ def load_partial(typing_context, start, index, count):
     return _vector(start, types.intp, types.intp), codegen
 
 
+def emit_store(
+    context: Any, builder: ir.IRBuilder, start: Any, index: Any, value: Any, dtype: types.Type
+) -> None:
+    """Emit what `store` does, for other intrinsics."""
+    vector = ir.VectorType(_STORED[dtype], LANES)
+    stored = _from_float(context, builder, value, dtype)
+    builder.store(stored, _address(builder, start, index, vector), align=_ALIGNMENT[dtype])
+
+
 @intrinsic
 def store(typing_context, start, index, value):
     """Store `value` in the 16 elements start[index:], rounded to their dtype."""
-    vector = ir.VectorType(_STORED[start.dtype], LANES)
 
     def codegen(context, builder, signature, args):
-        stored = _from_float(context, builder, args[2], start.dtype)
-        builder.store(stored, _address(builder, args[0], args[1], vector), align=_ALIGNMENT[start.dtype])
+        emit_store(context, builder, args[0], args[1], args[2], start.dtype)
         return context.get_dummy_value()
 
     return types.void(start, types.intp, _vector), codegen

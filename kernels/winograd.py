@@ -1,16 +1,16 @@
 """A 3x3 or 5x5 convolution by Winograd's algorithm as one PyTorch operator: up to 5.8 times fewer products.
 
-`winograd_reference` derives it. On the CPU, 3x3 convolutions in bf16 run `winograd_numba_bf16`: small tiles
-and 2.25 times fewer products, which is as far as bf16's rounding allows. All others run `winograd_numba_fp32`
-with larger tiles. Other devices run the reference, which is not fast. bf16 rounds other values here than in a
-plain convolution: the transformed weight, the transformed tiles, and the products before they become outputs,
-each once, from fp32. `benchmarks/test_winograd.py` measures the effect on accuracy. The weight's gradient is
-fp32.
+`winograd_reference` derives it. On the CPU, fp32 runs `winograd_numba_fp32` with large tiles. bf16's rounding
+allows less: 3x3 convolutions of many channels run `winograd_numba_bf16`, small tiles with 2.25 times fewer
+products; those of few channels, and 5x5 ones, run `winograd_numba_bf16_one_axis`, larger tiles along one axis
+with 2 and 2.5 times fewer. Other devices run the reference, which is not fast. bf16 rounds other values here
+than in a plain convolution: the transformed weight, the transformed tiles, and the products before they
+become outputs, each once, from fp32. `benchmarks/test_winograd.py` measures the effect on accuracy. The
+weight's gradient is fp32.
 
 The operator is opaque to torch.compile and has no autocast rule: the fp32 weight is transformed in fp32; the
-products are in the dtype of x, for a 5x5 convolution always in fp32. It is deterministic, and differentiable
-once. Infinity or NaN in a pixel makes all outputs of its tiles NaN, even those that do not depend on that
-pixel in a plain convolution.
+products are in the dtype of x. It is deterministic, and differentiable once. Infinity or NaN in a pixel makes
+all outputs of its tiles NaN, even those that do not depend on that pixel in a plain convolution.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from . import winograd_reference as reference
 from ._checks import check_fits, check_parameters, refuse_second_derivative
 
 TAPS = 3, 5
+# In bf16, from so many input channels on, 3x3 taps are faster with tiles along both axes than along one
+MANY_CHANNELS = 256
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_output: bool = False) -> Tensor:
@@ -66,13 +68,15 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_out
 def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
     if x.device.type != "cpu" or x.numel() == 0:
         return reference
-    from . import winograd_numba_bf16, winograd_numba_fp32
+    from . import winograd_numba_bf16, winograd_numba_bf16_one_axis, winograd_numba_fp32
     from ._numba_simd import LANES
 
     if weight.shape[0] % LANES or weight.shape[1] % LANES:
         return reference
-    small = x.dtype == torch.bfloat16 and weight.shape[2] == winograd_numba_bf16.TAPS
-    return winograd_numba_bf16 if small else winograd_numba_fp32
+    if x.dtype == torch.float32:
+        return winograd_numba_fp32
+    is_small = weight.shape[2] == winograd_numba_bf16.TAPS
+    return winograd_numba_bf16 if is_small and x.shape[1] >= MANY_CHANNELS else winograd_numba_bf16_one_axis
 
 
 def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import winograd_reference as reference
+from ._column_sums import column_sums
 from ._numba_simd import LANES, bits, inline, jit, load, pointer, run, splat, store
 
 f32 = np.float32
@@ -334,8 +335,7 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     for part, part_grads, part_d_x in zip(*chunks, strict=True):
         # All matrices at once: adding bf16 to fp32 matrix by matrix is slow.
         d_transformed += _backward(part, part_grads, part_d_x, transformed).float()
-    d_bias = grads.sum((0, 1, 2), dtype=torch.float32)
-    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), d_bias
+    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), column_sums(grads)
 
 
 def _backward(pixels: Tensor, grads: Tensor, d_pixels: Tensor, transformed: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import winograd_reference as reference
+from ._column_sums import column_sums
 from ._numba_simd import _FLOATS, LANES, _address, _call, _every, bits, jit, pointer, run
 
 ROWS = 200  # enough for full speed of the products; twice as many only take twice the memory
@@ -41,13 +42,18 @@ _Steps = tuple[int, int, int, int, int]
 # --- one transform ----------------------------------------------------------------------------------------
 
 
-def _matrix(name: str, outputs: int, taps: int) -> list[list[float]]:
+def literal_matrix(name: Any, outputs: Any, taps: Any) -> list[list[float]]:
+    """The matrix that the constants in a kernel's source name: B^T "input", A^T "output" or A "gradient"."""
+    for constant in (name, outputs, taps):
+        if not isinstance(constant, types.Literal):
+            raise numba.errors.RequireLiteralValue("the transform's name and sizes")
+    outputs, taps = outputs.literal_value, taps.literal_value
     input, _, output = reference.matrices(outputs, taps)
-    matrix = {"input": input, "output": output, "gradient": output.T}[name]
+    matrix = {"input": input, "output": output, "gradient": output.T}[name.literal_value]
     return [[float(value) for value in row] for row in matrix]
 
 
-def _combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) -> Any:
+def combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) -> Any:
     """The sum of factor * value. Factors of 1 and -1 come first, so that every product is part of an FMA."""
     terms = sorted(zip(factors, values, strict=True), key=lambda term: (term[0] != 1, term[0] != -1))
     total = None
@@ -76,10 +82,7 @@ def _tile(typing_context, name, outputs, taps, source, at, down, across, target,
             rows and between its columns.
         target, to, below, beside: the same for the result.
     """
-    for constant in (name, outputs, taps):
-        if not isinstance(constant, types.Literal):
-            raise numba.errors.RequireLiteralValue("the transform's name and sizes")
-    matrix = _matrix(name.literal_value, outputs.literal_value, taps.literal_value)
+    matrix = literal_matrix(name, outputs, taps)
     before, after = range(len(matrix[0])), range(len(matrix))
 
     def codegen(context, builder, signature, args):
@@ -92,11 +95,11 @@ def _tile(typing_context, name, outputs, taps, source, at, down, across, target,
         columns = []
         for j in before:
             values = [builder.load(element(source, at, down, i, across, j), align=4) for i in before]
-            columns.append([_combination(builder, matrix[i], values) for i in after])
+            columns.append([combination(builder, matrix[i], values) for i in after])
         for i in after:
             row = [column[i] for column in columns]
             for j in after:
-                result = _combination(builder, matrix[j], row)
+                result = combination(builder, matrix[j], row)
                 builder.store(result, element(target, to, below, i, beside, j), align=4)
         return context.get_dummy_value()
 
@@ -233,7 +236,7 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
     rotated = weight.flip(2, 3).transpose(0, 1)
     d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
-    return d_x, _weight_gradient(grad, x, weight.shape), grad.sum((0, 2, 3), dtype=torch.float32)
+    return d_x, _weight_gradient(grad, x, weight.shape), column_sums(reference.pixels(grad))
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Where the polynomials are evaluated: small numbers, because the matrices consist of their powers, and in
-# pairs of opposite sign or inverse, which lose the least precision.
-POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+# pairs of opposite sign or inverse or both, which lose the least precision.
+POINTS = (0.0, 1.0, -1.0, 2.0, -0.5, -2.0, 0.5)
 LARGEST_TILE = len(POINTS) + 1
 # F(6, 3) would have 1.5 times the rounding error of F(5, 3), and at these image sizes its larger transformed
 # weight costs more than its fewer products save.

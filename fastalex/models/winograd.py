@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from fastalex.kernels import winograd_conv2d
 
-# In bf16 Winograd's algorithm is faster, by 1.1 to 1.5 times, from these numbers on (measured with
+# In bf16 Winograd's algorithm is faster, by 1.1 to 1.9 times, from these numbers on (measured with
 # benchmarks/test_winograd.py). With fewer products the cost of transforming the weight exceeds the saving,
 # with fewer channels the cost of transforming the tiles.
-BF16_CHANNELS = 128  # input channels
+BF16_CHANNELS = 64  # input channels
 BF16_PRODUCTS = 2**28  # multiplications for one tap of the weight
 
 
@@ -29,8 +29,8 @@ class WinogradConv2d(Conv2d):
     Attributes:
         winograd: whether Winograd's algorithm is used where it applies and is faster, on the CPU. The runtime
             sets it.
-        fast_bf16_products: whether the processor has bf16 matrix units (AMX), with which a plain convolution
-            in bf16 is faster than Winograd's, and its gradients are not. The runtime sets it.
+        fast_bf16_products: whether the processor has bf16 matrix units (AMX), with which a plain 3x3
+            convolution in bf16 is faster than Winograd's, and its gradients are not. The runtime sets it.
     """
 
     winograd = False
@@ -39,15 +39,15 @@ class WinogradConv2d(Conv2d):
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         is_supported = x.dim() == 4 and self.weight.dtype == torch.float32 and self.groups == 1
         if self.winograd and add_bias and x.is_cpu and is_supported and self._is_faster(x):
-            plain_output = self.fast_bf16_products and x.dtype == torch.bfloat16
+            is_small = self.kernel_size == (3, 3)
+            plain_output = self.fast_bf16_products and is_small and x.dtype == torch.bfloat16
             return winograd_conv2d(x, self.weight, self.bias, plain_output=plain_output)
         return super().forward(x, add_bias)
 
     def _is_faster(self, x: Tensor) -> bool:
         if x.dtype == torch.bfloat16:
             products = x.numel() * self.out_channels
-            is_large = self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
-            return self.kernel_size == (3, 3) and is_large
+            return self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
         return x.dtype == torch.float32
 
 

@@ -1,0 +1,314 @@
+# mypy: disallow-untyped-defs=False
+"""Winograd's convolution on the CPU in bf16 along one axis: 2.5 times fewer products for 5x5 taps, 2 for 3x3.
+
+Along both axes a 5x5 convolution would lose too much precision to bf16's rounding. So only the columns of an
+image are transformed, by F(m, r); its rows are left to PyTorch's convolution, in bf16 and at its full rate.
+With the matrices B, G and A of `winograd_reference`, on tiles of m + r - 1 rows, one for every m rows of
+outputs:
+
+    V = B^T d,    U = G g,    M = the 1 x r convolution of V with U,    y = A^T M
+
+Each position in a tile has a convolution of its own. They are one grouped convolution, because the positions
+lie side by side as channels:
+
+    (images, rows of tiles, W, positions * channels)
+
+A kernel transforms 16 channels of a column at a time, in registers in fp32, and rounds once. Some images are
+processed at a time, which bounds the memory for tiles. The gradient of the input is the convolution of the
+result's gradient with the rotated weight, so it needs no kernel of its own; for that of the weight, with
+dM = A dy, PyTorch computes dU, and dg = G^T dU.
+
+The tiles take 1.5 to 2 times the memory of the pixels, where `winograd_numba_bf16` takes four. That is faster
+even for 3x3 taps where there are few channels, whose products cost little beside the transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import winograd_reference as reference
+from ._column_sums import column_sums
+from ._numba_simd import LANES, _every, _vector, bits, emit_load, emit_store, jit, load, pointer, run
+from .winograd_numba_fp32 import combination, literal_matrix
+
+MOST_OUTPUTS = 4  # of a tile: with more it is not faster, and rounds more
+# Positions of all tiles at a time: the tiles take 34 MB for 256 channels. With fewer the products lose speed.
+POSITIONS = 2**16
+
+# --- 16 channels of a column of a tile --------------------------------------------------------------------
+
+
+def _times(builder: ir.IRBuilder, step: Any, number: int) -> Any:
+    return builder.mul(step, ir.Constant(step.type, number))
+
+
+def _is_inside(builder: ir.IRBuilder, row: Any, i: int, height: Any) -> Any:
+    return builder.icmp_unsigned(
+        "<", builder.add(row, ir.Constant(row.type, i)), height
+    )  # a negative is large
+
+
+@intrinsic
+def _to_tile(typing_context, name, outputs, taps, pixels, at, step, row, height, tiles, to, channels):
+    """Transform rows of a column to the positions of a tile; rows outside the image count as 0.
+
+    Args:
+        name, outputs, taps: which transform, as constants.
+        pixels, at, step: an array, the offset in it of the first row, and the distance to the next.
+        row, height: the number of the first row, and of rows in the image.
+        tiles, to, channels: an array, the offset in it of the first position, and the distance to the next.
+    """
+    matrix = literal_matrix(name, outputs, taps)
+
+    def codegen(context, builder, signature, args):
+        pixels_start, at, step, row, height, tiles_start, to, channels = args[3:]
+        first_row = builder.neg(builder.mul(row, step))  # which can be read, whatever is outside
+        rows = []
+        for i in range(len(matrix[0])):
+            is_inside = _is_inside(builder, row, i, height)
+            index = builder.add(at, builder.select(is_inside, _times(builder, step, i), first_row))
+            value = emit_load(builder, pixels_start, index, pixels.dtype)
+            rows.append(builder.select(is_inside, value, _every(ir.FloatType(), 0.0)))
+        for position, factors in enumerate(matrix):
+            index = builder.add(to, _times(builder, channels, position))
+            emit_store(context, builder, tiles_start, index, combination(builder, factors, rows), tiles.dtype)
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(name, outputs, taps, pixels, n, n, n, n, tiles, n, n), codegen
+
+
+@intrinsic
+def _from_tile(
+    typing_context, name, outputs, taps, tiles, at, channels, added, pixels, to, step, row, height
+):
+    """Transform the positions of a tile to rows of a column, and add to each; those outside are left out.
+
+    The arguments are those of `_to_tile`; `added` is a vector.
+    """
+    matrix = literal_matrix(name, outputs, taps)
+
+    def codegen(context, builder, signature, args):
+        tiles_start, at, channels, added, pixels_start, to, step, row, height = args[3:]
+        values = [
+            emit_load(builder, tiles_start, builder.add(at, _times(builder, channels, p)), tiles.dtype)
+            for p in range(len(matrix[0]))
+        ]
+        for i, factors in enumerate(matrix):
+            result = builder.fadd(combination(builder, factors, values), added)
+            with builder.if_then(_is_inside(builder, row, i, height)):
+                index = builder.add(to, _times(builder, step, i))
+                emit_store(context, builder, pixels_start, index, result, pixels.dtype)
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(name, outputs, taps, tiles, n, n, _vector, pixels, n, n, n, n), codegen
+
+
+# --- kernels: each works on some rows of tiles, counted through all images, and in parallel on several ----
+#
+# pixels, tiles   arrays of (images, H, W, C) and (images, rows of tiles, W, positions * C)
+# sizes           H, W, C, rows of tiles in an image, and rows of pixels above the first tile's outputs
+
+
+@numba.njit(inline="always")  # before types are inferred: the constants stay constants
+def _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes):
+    height, width, channels, down, above = sizes
+    pixels, tiles = pointer(pixels), pointer(tiles)
+    positions = outputs + taps - 1
+    for line in range(start, stop):
+        image, tile = divmod(line, down)
+        row = outputs * tile - above
+        for x in range(width):
+            at = ((image * height + row) * width + x) * channels
+            to = (line * width + x) * positions * channels
+            for c in range(0, channels, LANES):
+                _to_tile(
+                    name, outputs, taps,
+                    pixels, at + c, width * channels, row, height, tiles, to + c, channels,
+                )  # fmt: skip
+
+
+@numba.njit(inline="always")
+def _all_from_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes, bias):
+    height, width, channels, down, above = sizes
+    pixels, tiles, bias = pointer(pixels), pointer(tiles), pointer(bias)
+    positions = outputs + taps - 1
+    for line in range(start, stop):
+        image, tile = divmod(line, down)
+        row = outputs * tile - above
+        for x in range(width):
+            to = ((image * height + row) * width + x) * channels
+            at = (line * width + x) * positions * channels
+            for c in range(0, channels, LANES):
+                _from_tile(
+                    name, outputs, taps,
+                    tiles, at + c, channels, load(bias, c), pixels, to + c, width * channels, row, height,
+                )  # fmt: skip
+
+
+@lru_cache
+def _kernels(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
+    """The kernel of a transform to tiles, for one thread and for several."""
+
+    @jit()
+    def serial(start, stop, pixels, tiles, sizes):
+        _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes)
+
+    @jit(parallel=True)
+    def parallel(tasks, count, pixels, tiles, sizes):
+        for task in numba.prange(tasks):
+            start, stop = task * count // tasks, (task + 1) * count // tasks
+            _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes)
+
+    return serial, parallel
+
+
+@lru_cache
+def _output_kernels(outputs: int, taps: int) -> tuple[Any, Any]:
+    """The kernel that computes outputs from tiles, for one thread and for several."""
+
+    @jit()
+    def serial(start, stop, pixels, tiles, sizes, bias):
+        _all_from_tiles("output", outputs, taps, start, stop, pixels, tiles, sizes, bias)
+
+    @jit(parallel=True)
+    def parallel(tasks, count, pixels, tiles, sizes, bias):
+        for task in numba.prange(tasks):
+            start, stop = task * count // tasks, (task + 1) * count // tasks
+            _all_from_tiles("output", outputs, taps, start, stop, pixels, tiles, sizes, bias)
+
+    return serial, parallel
+
+
+# --- the operator -----------------------------------------------------------------------------------------
+
+
+class _Tiling:
+    """The tiles of images of one size, and the steps of the algorithm for some images at a time.
+
+    Tiles are (images, positions * channels, rows of tiles, W), channels-last.
+
+    Args:
+        x: the images, or the result's gradient.
+        taps: r.
+
+    Attributes:
+        outputs: m of F(m, r).
+        positions: positions in a tile, m + r - 1.
+        images: the number of images at a time; the last part of a batch may have fewer.
+    """
+
+    def __init__(self, x: Tensor, taps: int) -> None:
+        height, width = x.shape[2:]
+        self._taps = taps
+        self.outputs = outputs_per_tile(height, taps)
+        self.positions = self.outputs + taps - 1
+        self._down = -(-height // self.outputs)
+        self.images = max(1, POSITIONS // (self._down * width * self.positions))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """U, (positions * out channels, in channels, 1, r) in bf16, from the weight in fp32."""
+        side = self._side(weight)
+        transformed = torch.einsum("pt,kctx->pkcx", side, weight).flatten(0, 1)[:, :, None]
+        return transformed.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    def weight_gradient(self, d_transformed: Tensor) -> Tensor:
+        """The gradient of the weight from dU: the transpose of `weight`."""
+        positions = d_transformed[:, :, 0].unflatten(0, (self.positions, -1))
+        return torch.einsum("pt,pkcx->kctx", self._side(d_transformed), positions)
+
+    def input(self, pixels: Tensor) -> Tensor:
+        """V of dense pixels (images, H, W, C)."""
+        return self._to_tiles("input", pixels, self._taps // 2)
+
+    def gradient(self, pixels: Tensor) -> Tensor:
+        """dM of the dense gradient (images, H, W, C)."""
+        return self._to_tiles("gradient", pixels, 0)
+
+    def products(self, tiles: Tensor, transformed: Tensor) -> Tensor:
+        """M from V and U."""
+        return F.conv2d(tiles, transformed, padding=self._padding, groups=self.positions)
+
+    def output(self, tiles: Tensor, bias: Tensor, out: Tensor) -> None:
+        """Compute the outputs, dense (images, H, W, C), from M."""
+        self._run(_output_kernels(self.outputs, self._taps), out, tiles, 0, bits(bias.contiguous()))
+
+    def transformed_gradient(self, d_products: Tensor, tiles: Tensor, transformed: Tensor) -> Tensor:
+        """dU from dM and V; of U only the shape counts."""
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            d_products, tiles, transformed, None, [1, 1], self._padding, [1, 1], False, [0, 0],
+            self.positions, [False, True, False],
+        )  # fmt: skip
+        return gradient
+
+    @property
+    def _padding(self) -> list[int]:
+        return [0, self._taps // 2]
+
+    def _side(self, like: Tensor) -> Tensor:
+        return reference.matrices(self.outputs, self._taps).weight.to(like)
+
+    def _to_tiles(self, name: str, pixels: Tensor, above: int) -> Tensor:
+        images, _, width, channels = pixels.shape
+        tiles = pixels.new_empty(images, self._down, width, self.positions * channels).permute(0, 3, 1, 2)
+        self._run(_kernels(name, self.outputs, self._taps), pixels, tiles, above)
+        return tiles
+
+    def _run(self, kernels: tuple[Any, Any], pixels: Tensor, tiles: Tensor, above: int, *args: Any) -> None:
+        sizes = *pixels.shape[1:], self._down, above
+        run(*kernels, len(pixels) * self._down, bits(pixels), bits(reference.pixels(tiles)), sizes, *args)
+
+
+def outputs_per_tile(height: int, taps: int) -> int:
+    """The m with the fewest products for this height; of equals the smallest, which rounds least."""
+
+    def products(outputs: int) -> int:
+        return -(-height // outputs) * (outputs + taps - 1)
+
+    return min(range(2, MOST_OUTPUTS + 1), key=products)
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `winograd_reference.winograd_conv2d`, for bf16 and an fp32 weight on the CPU.
+
+    `x` is not empty, and the numbers of in and out channels are multiples of `LANES`.
+    """
+    tiling = _Tiling(x, weight.shape[2])
+    transformed = tiling.weight(weight)
+    shape = len(x), len(weight), *x.shape[2:]
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    for part, part_out in _parts(tiling, x, out):
+        tiling.output(tiling.products(tiling.input(part), transformed), bias, part_out)
+    return out
+
+
+def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
+    rotated = weight.flip(2, 3).transpose(0, 1)
+    d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
+    return d_x, _weight_gradient(grad, x, weight), column_sums(reference.pixels(grad))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    tiling = _Tiling(x, weight.shape[2])
+    transformed = tiling.weight(weight)
+    d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
+    for part, part_grad in _parts(tiling, x, grad):
+        d_products = tiling.gradient(part_grad)
+        d_transformed += tiling.transformed_gradient(d_products, tiling.input(part), transformed)
+    return tiling.weight_gradient(d_transformed)
+
+
+def _parts(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(reference.pixels(each).split(tiling.images) for each in tensors), strict=True)
