@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastalex.errors import ConfigError
 from fastalex.kernels import LazyBatch, relu_lrn, relu_lrn_max_pool
+from fastalex.models.dropout import Dropout
 from fastalex.models.factored_linear import FactoredLinear, Tap
 from fastalex.models.pooled_linear import PooledLinear
 from fastalex.models.winograd import Conv2d, WinogradConv2d
@@ -136,7 +137,7 @@ class AlexNet(nn.Module):
         self.fc6 = PooledLinear(256, 6, 4096)
         self.fc7 = FactoredLinear(4096, 4096)
         self.fc8 = nn.Linear(4096, num_classes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         INITIALISERS[init](self)
 
     @property
