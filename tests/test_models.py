@@ -429,6 +429,7 @@ def test_pytorch_computes_unsupported_inputs(used: list[int]) -> None:
         (128, 128, 14, True),
         (128, 512, 4, True),
         (128, 64, 56, True),
+        (128, 64, 16, True),
         (128, 32, 56, False),
         (128, 256, 4, False),
         (16, 256, 7, False),
