@@ -423,22 +423,24 @@ def test_pytorch_computes_unsupported_inputs(used: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "channels", "pixels", "serves"),
-    [  # layers of ResNet-18 at 224x224, 112x112 and 64x64
-        (128, 256, 14, True),
-        (128, 128, 14, True),
-        (128, 512, 4, True),
-        (128, 64, 56, True),
-        (128, 64, 16, True),
-        (128, 32, 56, False),
-        (128, 256, 4, False),
-        (16, 256, 7, False),
+    ("images", "channels", "taps", "pixels", "serves"),
+    [  # layers of ResNet-18 at 224x224, 112x112 and 64x64, and 5x5 ones as large as AlexNet's at 64x64
+        (128, 256, 3, 14, True),
+        (128, 128, 3, 14, True),
+        (128, 512, 3, 4, True),
+        (128, 64, 3, 56, True),
+        (128, 64, 3, 16, False),
+        (128, 32, 3, 56, False),
+        (128, 256, 3, 4, False),
+        (16, 256, 3, 7, False),
+        (128, 160, 5, 7, True),
+        (64, 160, 5, 7, False),
     ],
 )
 def test_winograd_in_bf16_is_used_only_where_it_was_measured_faster(
-    images: int, channels: int, pixels: int, serves: bool, used: list[int]
+    images: int, channels: int, taps: int, pixels: int, serves: bool, used: list[int]
 ) -> None:
-    layer = WinogradConv2d(channels, channels, 3, padding=1, bias=False)
+    layer = WinogradConv2d(channels, channels, taps, padding=taps // 2, bias=False)
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     runtime.place(layer)
     with torch.no_grad(), runtime.autocast():

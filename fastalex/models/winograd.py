@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from fastalex.kernels import winograd_conv2d
 from fastalex.kernels.winograd import MANY_CHANNELS
 
-# In bf16 Winograd's algorithm is faster, by 1.1 to 1.9 times, from these numbers on (measured with
+# In bf16 Winograd's algorithm is faster, by 1.05 to 1.8 times, beyond these numbers (measured with
 # benchmarks/test_winograd.py). With fewer products the cost of transforming the weight exceeds the saving,
 # with fewer channels the cost of transforming the tiles.
-BF16_CHANNELS = 64  # input channels
-BF16_PRODUCTS = 2**27  # multiplications for one tap of the weight; twice as many with tiles along both axes
+BF16_CHANNELS = 64  # input channels, at least
+BF16_PRODUCTS = 2**27  # more multiplications for one tap; twice as many with tiles along both axes
 
 
 class Conv2d(nn.Conv2d):
@@ -49,7 +49,7 @@ class WinogradConv2d(Conv2d):
         if x.dtype == torch.bfloat16:
             both_axes = self.kernel_size == (3, 3) and self.in_channels >= MANY_CHANNELS
             products = x.numel() * self.out_channels // (2 if both_axes else 1)
-            return self.in_channels >= BF16_CHANNELS and products >= BF16_PRODUCTS
+            return self.in_channels >= BF16_CHANNELS and products > BF16_PRODUCTS
         return x.dtype == torch.float32
 
 
