@@ -1,10 +1,10 @@
 # mypy: disallow-untyped-defs=False
 """Winograd's convolution on the CPU in bf16 along one axis: 2.5 times fewer products for 5x5 taps, 2 for 3x3.
 
-Along both axes a 5x5 convolution would lose three times as much precision to bf16's rounding. So only the columns of an
-image are transformed, by F(m, r); its rows are left to PyTorch's convolution, in bf16 and at its full rate.
-With the matrices B, G and A of `winograd_reference`, on tiles of m + r - 1 rows, one for every m rows of
-outputs:
+Along both axes a 5x5 convolution would lose three times as much precision to bf16's rounding. So only the
+columns of an image are transformed, by F(m, r); its rows are left to PyTorch's convolution, in bf16 and at
+its full rate. With the matrices B, G and A of `winograd_reference`, on tiles of m + r - 1 rows, one for every
+m rows of outputs:
 
     V = B^T d,    U = G g,    M = the 1 x r convolution of V with U,    y = A^T M
 
