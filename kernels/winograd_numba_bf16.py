@@ -310,8 +310,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     bias = bias.contiguous()
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    chunks = (reference.pixels(each).split(IMAGES) for each in (x, out))
-    for part, part_out in zip(*chunks, strict=True):
+    for part, part_out in reference.parts(IMAGES, x, out):
         _convolve(part, part_out, transformed, bias)
     return out
 
@@ -329,13 +328,12 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
-    grads = reference.pixels(grad)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
-    chunks = (each.split(IMAGES) for each in (reference.pixels(x), grads, reference.pixels(d_x)))
-    for part, part_grads, part_d_x in zip(*chunks, strict=True):
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    for part, part_grads, part_d_x in reference.parts(IMAGES, x, grad, d_x):
         # All matrices at once: adding bf16 to fp32 matrix by matrix is slow.
         d_transformed += _backward(part, part_grads, part_d_x, transformed).float()
-    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), column_sums(grads)
+    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), column_sums(reference.pixels(grad))
 
 
 def _backward(pixels: Tensor, grads: Tensor, d_pixels: Tensor, transformed: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ even for 3x3 taps where there are few channels, whose products cost little besid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -38,13 +37,14 @@ from torch.nn import functional as F
 
 from . import winograd_reference as reference
 from ._column_sums import column_sums
-from ._numba_simd import LANES, _every, _vector, bits, emit_load, emit_store, jit, load, pointer, run
+from ._numba_simd import LANES, _every, bits, emit_load, emit_store, jit, pointer, run
 from .winograd_numba_fp32 import combination, literal_matrix
 
 MOST_OUTPUTS = 4  # of a tile: with more it is not faster, and rounds more
 # Positions of all tiles at a time: the tiles take 17 MB for 256 channels. With fewer the products lose speed;
 # with twice as many AlexNet's take 0.98 of the time, and those of ResNet-18's first layers 1.12.
 POSITIONS = 2**15
+NO_BIAS = torch.empty(0, dtype=torch.float32)
 
 # --- 16 channels of a column of a tile --------------------------------------------------------------------
 
@@ -59,72 +59,59 @@ def _is_inside(builder: ir.IRBuilder, row: Any, i: int, height: Any) -> Any:
 
 
 @intrinsic
-def _to_tile(typing_context, name, outputs, taps, pixels, at, step, row, height, tiles, to, channels):
-    """Transform rows of a column to the positions of a tile; rows outside the image count as 0.
+def _column(typing_context, name, outputs, taps, pixels, at, step, row, height, tiles, to, channels, bias, c):
+    """Transform rows of a column to the positions of a tile; or, for "output", positions to rows.
+
+    Rows outside the image count as 0, and are not written.
 
     Args:
         name, outputs, taps: which transform, as constants.
         pixels, at, step: an array, the offset in it of the first row, and the distance to the next.
         row, height: the number of the first row, and of rows in the image.
         tiles, to, channels: an array, the offset in it of the first position, and the distance to the next.
+        bias, c: for "output", an array whose values from c on are added to each row.
     """
     matrix = literal_matrix(name, outputs, taps)
+    from_tile = name.literal_value == "output"
 
     def codegen(context, builder, signature, args):
-        pixels_start, at, step, row, height, tiles_start, to, channels = args[3:]
+        pixels_start, at, step, row, height, tiles_start, to, channels, bias_start, c = args[3:]
+
+        def position(p):
+            return builder.add(to, _times(builder, channels, p))
+
+        if from_tile:
+            given = [emit_load(builder, tiles_start, position(p), tiles.dtype) for p in range(len(matrix[0]))]
+            added = emit_load(builder, bias_start, c, bias.dtype)
+            for i, factors in enumerate(matrix):
+                result = builder.fadd(combination(builder, factors, given), added)
+                with builder.if_then(_is_inside(builder, row, i, height)):
+                    index = builder.add(at, _times(builder, step, i))
+                    emit_store(context, builder, pixels_start, index, result, pixels.dtype)
+            return context.get_dummy_value()
         first_row = builder.neg(builder.mul(row, step))  # which can be read, whatever is outside
-        rows = []
+        given = []
         for i in range(len(matrix[0])):
             is_inside = _is_inside(builder, row, i, height)
             index = builder.add(at, builder.select(is_inside, _times(builder, step, i), first_row))
             value = emit_load(builder, pixels_start, index, pixels.dtype)
-            rows.append(builder.select(is_inside, value, _every(ir.FloatType(), 0.0)))
-        for position, factors in enumerate(matrix):
-            index = builder.add(to, _times(builder, channels, position))
-            emit_store(context, builder, tiles_start, index, combination(builder, factors, rows), tiles.dtype)
+            given.append(builder.select(is_inside, value, _every(ir.FloatType(), 0.0)))
+        for p, factors in enumerate(matrix):
+            result = combination(builder, factors, given)
+            emit_store(context, builder, tiles_start, position(p), result, tiles.dtype)
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(name, outputs, taps, pixels, n, n, n, n, tiles, n, n), codegen
-
-
-@intrinsic
-def _from_tile(
-    typing_context, name, outputs, taps, tiles, at, channels, added, pixels, to, step, row, height
-):
-    """Transform the positions of a tile to rows of a column, and add to each; those outside are left out.
-
-    The arguments are those of `_to_tile`; `added` is a vector.
-    """
-    matrix = literal_matrix(name, outputs, taps)
-
-    def codegen(context, builder, signature, args):
-        tiles_start, at, channels, added, pixels_start, to, step, row, height = args[3:]
-        values = [
-            emit_load(builder, tiles_start, builder.add(at, _times(builder, channels, p)), tiles.dtype)
-            for p in range(len(matrix[0]))
-        ]
-        for i, factors in enumerate(matrix):
-            result = builder.fadd(combination(builder, factors, values), added)
-            with builder.if_then(_is_inside(builder, row, i, height)):
-                index = builder.add(to, _times(builder, step, i))
-                emit_store(context, builder, pixels_start, index, result, pixels.dtype)
-        return context.get_dummy_value()
-
-    n = types.intp
-    return types.void(name, outputs, taps, tiles, n, n, _vector, pixels, n, n, n, n), codegen
+    return types.void(name, outputs, taps, pixels, n, n, n, n, tiles, n, n, bias, n), codegen
 
 
 # --- kernels: each works on some rows of tiles, counted through all images, and in parallel on several ----
-#
-# pixels, tiles   arrays of (images, H, W, C) and (images, rows of tiles, W, positions * C)
-# sizes           H, W, C, rows of tiles in an image, and rows of pixels above the first tile's outputs
 
 
 @numba.njit(inline="always")  # before types are inferred: the constants stay constants
-def _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes):
+def _lines(name, outputs, taps, start, stop, pixels, tiles, bias, sizes):
     height, width, channels, down, above = sizes
-    pixels, tiles = pointer(pixels), pointer(tiles)
+    pixels, tiles, bias = pointer(pixels), pointer(tiles), pointer(bias)
     positions = outputs + taps - 1
     for line in range(start, stop):
         image, tile = divmod(line, down)
@@ -133,60 +120,30 @@ def _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes):
             at = ((image * height + row) * width + x) * channels
             to = (line * width + x) * positions * channels
             for c in range(0, channels, LANES):
-                _to_tile(
+                _column(
                     name, outputs, taps,
-                    pixels, at + c, width * channels, row, height, tiles, to + c, channels,
-                )  # fmt: skip
-
-
-@numba.njit(inline="always")
-def _all_from_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes, bias):
-    height, width, channels, down, above = sizes
-    pixels, tiles, bias = pointer(pixels), pointer(tiles), pointer(bias)
-    positions = outputs + taps - 1
-    for line in range(start, stop):
-        image, tile = divmod(line, down)
-        row = outputs * tile - above
-        for x in range(width):
-            to = ((image * height + row) * width + x) * channels
-            at = (line * width + x) * positions * channels
-            for c in range(0, channels, LANES):
-                _from_tile(
-                    name, outputs, taps,
-                    tiles, at + c, channels, load(bias, c), pixels, to + c, width * channels, row, height,
+                    pixels, at + c, width * channels, row, height, tiles, to + c, channels, bias, c,
                 )  # fmt: skip
 
 
 @lru_cache
 def _kernels(name: str, outputs: int, taps: int) -> tuple[Any, Any]:
-    """The kernel of a transform to tiles, for one thread and for several."""
+    """The kernel of a transform, for one thread and for several.
+
+    `pixels` and `tiles` are arrays of (images, H, W, C) and (images, rows of tiles, W, positions * C).
+    `sizes` holds H, W, C, the rows of tiles in an image, and the rows of pixels above the first tile's
+    outputs.
+    """
 
     @jit()
-    def serial(start, stop, pixels, tiles, sizes):
-        _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes)
+    def serial(start, stop, pixels, tiles, bias, sizes):
+        _lines(name, outputs, taps, start, stop, pixels, tiles, bias, sizes)
 
     @jit(parallel=True)
-    def parallel(tasks, count, pixels, tiles, sizes):
+    def parallel(tasks, count, pixels, tiles, bias, sizes):
         for task in numba.prange(tasks):
             start, stop = task * count // tasks, (task + 1) * count // tasks
-            _all_to_tiles(name, outputs, taps, start, stop, pixels, tiles, sizes)
-
-    return serial, parallel
-
-
-@lru_cache
-def _output_kernels(outputs: int, taps: int) -> tuple[Any, Any]:
-    """The kernel that computes outputs from tiles, for one thread and for several."""
-
-    @jit()
-    def serial(start, stop, pixels, tiles, sizes, bias):
-        _all_from_tiles("output", outputs, taps, start, stop, pixels, tiles, sizes, bias)
-
-    @jit(parallel=True)
-    def parallel(tasks, count, pixels, tiles, sizes, bias):
-        for task in numba.prange(tasks):
-            start, stop = task * count // tasks, (task + 1) * count // tasks
-            _all_from_tiles("output", outputs, taps, start, stop, pixels, tiles, sizes, bias)
+            _lines(name, outputs, taps, start, stop, pixels, tiles, bias, sizes)
 
     return serial, parallel
 
@@ -242,12 +199,12 @@ class _Tiling:
 
     def output(self, tiles: Tensor, bias: Tensor, out: Tensor) -> None:
         """Compute the outputs, dense (images, H, W, C), from M."""
-        self._run(_output_kernels(self.outputs, self._taps), out, tiles, 0, bits(bias.contiguous()))
+        self._run("output", out, tiles, 0, bias.contiguous())
 
-    def transformed_gradient(self, d_products: Tensor, tiles: Tensor, transformed: Tensor) -> Tensor:
-        """dU from dM and V; of U only the shape counts."""
+    def transformed_gradient(self, d_products: Tensor, tiles: Tensor, like: Tensor) -> Tensor:
+        """dU from dM and V; `like` has the shape and dtype of U, and is not read."""
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            d_products, tiles, transformed, None, [1, 1], self._padding, [1, 1], False, [0, 0],
+            d_products, tiles, like, None, [1, 1], self._padding, [1, 1], False, [0, 0],
             self.positions, [False, True, False],
         )  # fmt: skip
         return gradient
@@ -262,12 +219,13 @@ class _Tiling:
     def _to_tiles(self, name: str, pixels: Tensor, above: int) -> Tensor:
         images, _, width, channels = pixels.shape
         tiles = pixels.new_empty(images, self._down, width, self.positions * channels).permute(0, 3, 1, 2)
-        self._run(_kernels(name, self.outputs, self._taps), pixels, tiles, above)
+        self._run(name, pixels, tiles, above)
         return tiles
 
-    def _run(self, kernels: tuple[Any, Any], pixels: Tensor, tiles: Tensor, above: int, *args: Any) -> None:
+    def _run(self, name: str, pixels: Tensor, tiles: Tensor, above: int, bias: Tensor = NO_BIAS) -> None:
+        arrays = bits(pixels), bits(reference.pixels(tiles)), bits(bias)
         sizes = *pixels.shape[1:], self._down, above
-        run(*kernels, len(pixels) * self._down, bits(pixels), bits(reference.pixels(tiles)), sizes, *args)
+        run(*_kernels(name, self.outputs, self._taps), len(pixels) * self._down, *arrays, sizes)
 
 
 def outputs_per_tile(height: int, taps: int) -> int:
@@ -288,7 +246,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     transformed = tiling.weight(weight)
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    for part, part_out in _parts(tiling, x, out):
+    for part, part_out in reference.parts(tiling.images, x, out):
         tiling.output(tiling.products(tiling.input(part), transformed), bias, part_out)
     return out
 
@@ -301,14 +259,12 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    tiling = _Tiling(x, weight.shape[2])
-    transformed = tiling.weight(weight)
-    d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
-    for part, part_grad in _parts(tiling, x, grad):
+    out_channels, channels, taps, _ = weight.shape
+    tiling = _Tiling(x, taps)
+    shape = tiling.positions * out_channels, channels, 1, taps
+    d_transformed = torch.zeros(shape, dtype=torch.float32)
+    like = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    for part, part_grad in reference.parts(tiling.images, x, grad):
         d_products = tiling.gradient(part_grad)
-        d_transformed += tiling.transformed_gradient(d_products, tiling.input(part), transformed)
+        d_transformed += tiling.transformed_gradient(d_products, tiling.input(part), like)
     return tiling.weight_gradient(d_transformed)
-
-
-def _parts(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(reference.pixels(each).split(tiling.images) for each in tensors), strict=True)

@@ -19,7 +19,6 @@ result's gradient with the rotated weight, so it needs no kernel of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -226,7 +225,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     transformed = reference.transform_weight(weight, tiling.outputs).transpose(1, 2)
     shape = len(x), len(weight), *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    for part, part_out in _parts(tiling, x, out):
+    for part, part_out in reference.parts(tiling.images, x, out):
         products = tiling.products(tiling.input(part), transformed)
         torch.add(tiling.output(products), bias, out=part_out)
     return out
@@ -242,10 +241,6 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
     tiling = _Tiling(x, shape[2])
     d_transformed = torch.zeros(tiling.positions, *shape[:2], dtype=torch.float32)
-    for part, part_grads in _parts(tiling, x, grad):
+    for part, part_grads in reference.parts(tiling.images, x, grad):
         d_transformed.baddbmm_(tiling.gradient(part_grads).transpose(1, 2), tiling.input(part))
     return reference.weight_gradient(d_transformed, tiling.outputs, shape[2])
-
-
-def _parts(tiling: _Tiling, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(reference.pixels(x).split(tiling.images) for x in tensors), strict=True)

@@ -20,6 +20,7 @@ columns at once, as its Kronecker product with itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -111,6 +112,11 @@ def weight_gradient(d_transformed: Tensor, outputs: int, taps: int) -> Tensor:
 def pixels(x: Tensor) -> Tensor:
     """`x` as dense (N, H, W, C), without a copy if it is channels-last already."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+def parts(images: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many images of each tensor at a time, as dense (images, H, W, C)."""
+    return zip(*(pixels(each).split(images) for each in tensors), strict=True)
 
 
 def _missing(size: int, outputs: int) -> int:
