@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 
 from fastalex.data.imageset import ImageSet
 from fastalex.errors import DataError
@@ -40,6 +39,8 @@ def split(
             f"{what}: class {classes[scarce]!r} has {counts[scarce]} images left to split; "
             "each class needs at least two, so add images or remove the class"
         )
+    from sklearn.model_selection import train_test_split  # takes a second to import
+
     held_out = int(np.ceil(fraction * len(images)))  # as train_test_split rounds
     if min(held_out, len(images) - held_out) < len(classes):
         raise DataError(
