@@ -22,9 +22,10 @@ train: $(STAMP)
 reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 
-# make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Three work side by side, also on two cores, since
-# many tests wait for other processes; threads that wait for work would take the others' cores. In the order of tests/conftest.py,
-# the longest files first: xdist would begin with the files of many tests, and end with slow ones of few.
+# make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Three work side by side, also on two cores,
+# since many tests wait for other processes; threads that wait for work would take the others' cores. In the order of
+# tests/conftest.py, the longest files first: xdist would begin with the files of many tests, and end with slow ones
+# of few.
 test: $(STAMP)
 	$(call suite,$(RUN))
 

@@ -52,6 +52,8 @@ def make_tree(root: Path, files: int) -> None:
 
 
 def fastalex(root: Path) -> Callable[[], int]:
+    from sklearn import model_selection  # noqa: F401
+
     from fastalex.config import DataConfig, LoaderConfig, RuntimeConfig
     from fastalex.data import Views, build_loader, folders, load_splits, torchvision  # noqa: F401
     from fastalex.runtime import choose_runtime

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config import schema
 from fastalex.config.plain import flat, one_line, to_dataclass
-from fastalex.distributed.processes import is_main
+from fastalex.distributed.launcher import is_main
 from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
 from fastalex.shortage import described, shortage

@@ -13,8 +13,6 @@ import shutil
 from enum import Enum
 from pathlib import Path
 
-import torch
-
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -60,6 +58,8 @@ def shortage(error: BaseException) -> Shortage | None:
     Args:
         error: of any library; an error that torch's DataLoader hands on from a worker is recognised too.
     """
+    import torch  # a command that ends before it needs PyTorch does not wait for it
+
     if isinstance(error, torch.OutOfMemoryError):
         return Shortage.device
     if isinstance(error, MemoryError):

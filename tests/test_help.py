@@ -35,6 +35,15 @@ def test_it_lists_the_choices_that_there_are(module: str, groups: set[str]) -> N
     assert {name: choices.split(", ") for name, choices in listed.items()} == files
 
 
+@pytest.mark.parametrize("argument", ["--help", "train.epoch=3"])
+def test_it_does_not_wait_for_pytorch(argument: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "fastalex.train", argument]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "fastalex.cli" in imported
+    assert not imported & {"torch", "numpy"}
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -26,7 +26,7 @@ from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
 from fastalex.errors import OutputError, StoppedError
 from fastalex.models import MODELS
-from fastalex.runs import checkpoint_writer, setup
+from fastalex.runs import checkpoint_writer, launch, setup
 from fastalex.runs.checkpoint import read_weights, save_weights
 from fastalex.runs.folder import RunFolder
 from fastalex.runtime import choose_runtime
@@ -439,7 +439,7 @@ def test_a_signal_ends_a_sweep(command: Command, monkeypatch: pytest.MonkeyPatch
         jobs.append(arguments)
         raise StoppedError("stopped by SIGINT", signal.SIGINT)
 
-    monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(launch, "train", stopped)
     status, _, err = command(train.main, "-m", *QUICK, "train.lr=0.1,0.2")
     assert (status, len(jobs)) == (130, 1)
     assert "fastalex: error: stopped by SIGINT" in err

@@ -139,7 +139,7 @@ def _digest(images: ImageSet, data: DataConfig) -> str:
     if data.fit is not Fit.square:  # a file that is older than data.fit is square
         digest.update(f"{data.fit.value}\n".encode())
     for path in images.paths or ():
-        digest.update(file_state(path, path.absolute()))
+        digest.update(file_state(path, Path(path).absolute()))
     return digest.hexdigest()
 
 
@@ -195,7 +195,7 @@ def _decoded(images: ImageSet, data: DataConfig) -> Iterator[tuple[int, NDArray[
         yield from enumerate(chunk, start=number * _CHUNK)
 
 
-def _resized(task: tuple[tuple[Path, ...], int, Fit]) -> NDArray[np.uint8]:
+def _resized(task: tuple[tuple[Path | str, ...], int, Fit]) -> NDArray[np.uint8]:
     paths, size, fit = task
     chunk = np.empty((len(paths), size, size, 3), np.uint8)
     for place, path in zip(chunk, paths, strict=True):

@@ -57,7 +57,7 @@ class FileContents:
     damaged: dict[int, str]
 
 
-def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> FileContents:
+def read_files(root: Path, paths: Sequence[str], *, progress: bool = True) -> FileContents:
     """Return the contents of image files: from the cache, or else by reading all of them.
 
     Damaged files raise no error; they are part of the result.
@@ -93,7 +93,9 @@ def read_files(root: Path, paths: Sequence[Path], *, progress: bool = True) -> F
     return contents
 
 
-def read_uncached(paths: Sequence[Path], *, progress: str = "", unreadable: bool = False) -> FileContents:
+def read_uncached(
+    paths: Sequence[Path | str], *, progress: str = "", unreadable: bool = False
+) -> FileContents:
     """Return the contents of image files by reading all of them, in worker processes.
 
     Args:
@@ -127,7 +129,7 @@ def read_uncached(paths: Sequence[Path], *, progress: str = "", unreadable: bool
 
 
 def common_small_shape(
-    paths: Sequence[Path], caught: type[DataError] = DamagedImageError
+    paths: Sequence[Path | str], caught: type[DataError] = DamagedImageError
 ) -> tuple[int, int] | None:
     """Guess from about 16 files spread over a list whether all images are small and of one size.
 
@@ -179,7 +181,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def file_state(path: Path, name: Path | str) -> bytes:
+def file_state(path: Path | str, name: Path | str) -> bytes:
     """Return bytes that change when a file is renamed, replaced or written to, for a digest.
 
     Args:
@@ -190,24 +192,23 @@ def file_state(path: Path, name: Path | str) -> bytes:
         DataError: the file does not exist or is not accessible.
     """
     try:
-        stat = path.stat()
+        stat = os.stat(path)  # noqa: PTH116
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     return os.fsencode(name) + f"\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode()
 
 
-def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
+def _fingerprint(root: Path, paths: Sequence[str]) -> str:
     """Return a digest that changes when a file is added, removed, renamed, replaced or written to."""
     digest = blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
     prefix = os.path.join(root, "")  # noqa: PTH118
     for path in paths:
-        # Path.relative_to would take as long as all else that is done with a file of the cache.
-        digest.update(file_state(path, os.fspath(path).removeprefix(prefix)))
+        digest.update(file_state(path, path.removeprefix(prefix)))
     return digest.hexdigest()
 
 
 def _read_chunk(
-    task: tuple[Sequence[Path], _Shape | None, type[DataError]],
+    task: tuple[Sequence[Path | str], _Shape | None, type[DataError]],
 ) -> tuple[NDArray[np.uint8] | None, dict[int, str]]:
     """Read the files of one task: their pixels, and the reasons for damaged files by index.
 

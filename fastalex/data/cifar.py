@@ -54,7 +54,7 @@ def load_cifar10(config: DataConfig, seed: int, *, progress: bool) -> DataSplits
         parts = {part: scan_classes(root / part, CLASSES, config) for part in ("train", "test")}
         images, skipped = read_parts(root, parts, CLASSES, config, progress=progress)
         train, test = images["train"], images["test"]
-        if any(path.suffix.lower() in (".jpg", ".jpeg") for path in parts["test"].paths):
+        if any(path.lower().endswith((".jpg", ".jpeg")) for path in parts["test"].paths):
             source = "CIFAR-10 (JPEG copy)"  # re-encoded: its pixels differ from the published ones
     what = f"data.root={config.root}"
     train, validation = split(train, config.validation_fraction, seed, classes=CLASSES, what=what)

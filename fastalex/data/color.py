@@ -110,7 +110,7 @@ def _of_pixels(pixels: NDArray[np.uint8]) -> _Matrix:
     return mean
 
 
-def _of_files(paths: Sequence[Path], progress: bool) -> _Matrix:
+def _of_files(paths: Sequence[Path | str], progress: bool) -> _Matrix:
     """Return the mean over the files of their means of what :func:`_moments` sums."""
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLE)).round().astype(int)
     tasks = [[paths[i] for i in chosen[start : start + _CHUNK]] for start in range(0, len(chosen), _CHUNK)]

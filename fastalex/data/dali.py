@@ -339,10 +339,10 @@ class _Source:
         return [_encoded(self._images.paths[i]) for i in indices]
 
 
-def _encoded(path: Path) -> NDArray[np.uint8]:
+def _encoded(path: Path | str) -> NDArray[np.uint8]:
     """Return the bytes of a JPEG or PNG file; for other formats, the decoded pixels as a PPM file's bytes."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if not data.startswith(DECODED_BY_DALI):

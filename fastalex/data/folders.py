@@ -29,11 +29,11 @@ class LabelledFiles:
     """The files of one split and their labels.
 
     Attributes:
-        paths: the files.
+        paths: the files. Strings, which take a third of the time and memory of Path objects.
         labels: the class of each file.
     """
 
-    paths: list[Path]
+    paths: list[str]
     labels: list[int]
 
 
@@ -269,8 +269,8 @@ def subfolders(folder: Path) -> list[Path]:
     return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder that could be images, sorted folder by folder.
+def image_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder that could be images, sorted folder by folder.
 
     Symbolic links are followed; hidden files, hidden folders and file managers' files are left out.
 
@@ -283,10 +283,10 @@ def image_files(folder: Path) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(parent)
+        here = os.path.join(parent, "")  # noqa: PTH118
         for name in sorted(names):
             if not name.startswith(".") and name.lower() not in _IGNORED:
-                yield here / name
+                yield here + name
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -314,7 +314,7 @@ def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> L
         path = val / "images" / name
         if not path.is_file():
             raise DataError(f"{where} names {path}, which is missing; restore it or remove the line")
-        files.paths.append(path)
+        files.paths.append(str(path))
         files.labels.append(label_of[wnid])
     return files
 

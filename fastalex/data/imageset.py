@@ -26,7 +26,7 @@ class ImageSet:
 
     labels: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None = None
-    paths: tuple[Path, ...] | None = None
+    paths: tuple[Path | str, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.pixels is None) == (self.paths is None):

@@ -53,7 +53,7 @@ class ImagePaths:
             DataError: the folder or the text file cannot be read.
         """
         if self._source.is_dir():
-            yield from filter(is_image, image_files(self._source))
+            yield from filter(is_image, map(Path, image_files(self._source)))
         elif self._is_list:
             yield from self._lines()
         else:

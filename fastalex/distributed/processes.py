@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalex.distributed.connection import connect, one_line
+from fastalex.distributed.launcher import is_main, under_torchrun
 from fastalex.errors import FastalexError, ReportedError, StoppedError
 
 T = TypeVar("T")
@@ -167,16 +168,6 @@ class World:
 
 
 ALONE = World()
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, also before :func:`joined` and without torchrun."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun has started this process."""
-    return dist.is_torchelastic_launched()
 
 
 def alike(function: Callable[[], None]) -> None:

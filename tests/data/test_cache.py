@@ -42,7 +42,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def read(root: Path, paths: list[Path]) -> cache.FileContents:
-    return read_files(root, paths, progress=False)
+    return read_files(root, [str(path) for path in paths], progress=False)
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def half_save(file, array):
 cache.read_uncached = slow_read
 if stop == "save":
     np.save = half_save
-contents = cache.read_files(root, sorted(root.iterdir()), progress=False)
+contents = cache.read_files(root, sorted(map(str, root.iterdir())), progress=False)
 print("pixels", int(contents.pixels.sum()), flush=True)
 """
 
