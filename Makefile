@@ -22,14 +22,13 @@ train: $(STAMP)
 reproduce: $(STAMP)
 	$(RUN) -m fastalex.reproduce $(ARGS)
 
-# make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Three work side by side, also on two cores,
-# since many tests wait for other processes; threads that wait for work would take the others' cores. In the order of
-# tests/conftest.py, the longest files first: xdist would begin with the files of many tests, and end with slow ones
-# of few.
+# make test ARGS="-k lrn" runs a part, ARGS="-n 0 --pdb" in one process. Two work side by side, since most tests wait
+# for another process; threads that wait for work would take the other's cores. In the order of tests/conftest.py,
+# the longest files first: xdist would begin with the files of many tests, and end with slow ones of few.
 test: $(STAMP)
 	$(call suite,$(RUN))
 
-suite = OMP_WAIT_POLICY=passive $(1) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+suite = OMP_WAIT_POLICY=passive $(1) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Numeric tests as on processors with fewer instructions than this one, which add in other orders: by default those
 # of tests/processors.py, make test-processors ARGS=tests/kernels/test_lrn.py runs others

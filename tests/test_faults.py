@@ -39,6 +39,7 @@ from fastalex.config.plain import flat, plain
 from fastalex.data.cache import locked
 from fastalex.data.decode import decode_image
 from fastalex.errors import FastalexError
+from fastalex.runs import launch
 from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import load_newest, older
 from tests.processes import ENVIRONMENT, has_ended
@@ -92,10 +93,11 @@ def tally(record_property: Callable[[str, object], None]) -> Iterator[Tally]:
 # JSON a command, answers with a process id.
 _SERVER = """
 import ctypes, json, os, resource, sys, time
-import hydra.core.utils, numba, torch._dynamo, torch.utils.tensorboard
+import hydra.core.utils, numba, sklearn.model_selection, torch._dynamo, torch.utils.tensorboard
 from fastalex import plots, train
 from fastalex.data import builtin, resident
 from fastalex.kernels import augment_numba
+from fastalex.runs import launch
 from fastalex.training import flops
 from tests import tiny
 
@@ -830,7 +832,7 @@ def test_any_configuration_is_taken_or_refused_in_one_line(
     with tally.one_try(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.getbasetemp())
         patch.setattr(sys, "argv", ["fastalex", *overrides, "hydra.run.dir=fuzzed"])
-        patch.setattr(train, "train", lambda config, *_, **__: validate(config))
+        patch.setattr(launch, "train", lambda config, *_, **__: validate(config))
         patch.setattr(sys, "stderr", err := io.StringIO())
         status = 0
         try:
