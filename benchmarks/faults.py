@@ -44,71 +44,73 @@ class Fault:
     test: str
 
 
-SAME = "`resume` ends at the same bits"
+SAME = "the resumed run ends with the same bits"
 FAULTS = {
     "kill": Fault(
-        "`kill -9` at a random moment, every other time once a file is being written",
+        "`kill -9` at a random moment, every other time while a file is being written",
         f"the newest checkpoint is whole, {SAME}",
         "tests/test_faults.py::test_killed_at_random_moments",
     ),
     "signal": Fault(
         "SIGTERM or SIGINT to the run",
-        f"the step is finished and saved, the status is 128 plus the signal's number, {SAME}",
+        f"the step is finished and saved, the exit status is 128 plus the signal's number, {SAME}",
         "tests/test_faults.py::test_a_signal",
     ),
     "group-signal": Fault(
-        "SIGTERM or SIGINT to the run and its loading processes, as Ctrl-C does it",
-        "the step is finished and saved, the status says so, `resume` takes the remaining steps",
+        "SIGTERM or SIGINT to the run and its loading processes, as by Ctrl-C",
+        "the step is finished and saved, with the same exit status; the resumed run takes the remaining "
+        "steps",
         "tests/test_faults.py::test_a_signal_to_the_loading_workers_too",
     ),
     "two-signals": Fault(
-        "a second signal before the first is heeded",
+        "a second signal before the run has handled the first",
         "the run ends at once; the last checkpoint is whole",
         "tests/test_faults.py::test_two_signals_end_a_run_at_once",
     ),
     "disk-full": Fault(
         "a disk with room for one checkpoint and a part of another",
-        f"one line and status 2, the older checkpoint stays; with room again {SAME}",
+        f"one line and exit status 2, the older checkpoint stays; with room again {SAME}",
         "tests/test_faults.py::test_a_full_disk",
     ),
     "size-limit": Fault(
-        "no file may be larger than half a checkpoint",
-        "`on_error=stop` as above; `on_error=warn` warns, goes on without and ends at the same bits",
+        "a limit on the size of files, of half a checkpoint (`ulimit -f`)",
+        "`on_error=stop` as above; `on_error=warn` warns, continues without checkpoints and ends with the "
+        "same bits",
         "tests/test_faults.py::test_a_file_size_limit",
     ),
     "damage": Fault(
-        "a bit of the newest checkpoint turned over, or its end cut off",
-        f"a warning, the one before it is taken, {SAME}",
+        "a flipped bit in the newest checkpoint, or its end cut off",
+        f"a warning, the checkpoint before it is used, {SAME}",
         "tests/test_faults.py::test_a_damaged_newest_checkpoint",
     ),
     "same-second": Fault(
         "two runs started in the same second",
-        "two folders, each with the bits of a run alone",
+        "two folders, each with the result of a run alone, bit for bit",
         "tests/test_faults.py::test_two_runs_started_in_the_same_second",
     ),
     "cache": Fault(
         "two processes build the same cache of decoded images",
-        "one entry, both runs with the same bits",
+        "one entry, and both runs end with the same bits",
         "tests/test_faults.py::test_two_processes_build_the_same_cache",
     ),
     "clock": Fault(
-        "the clock set back by two years between a stop and `resume`, and another stop then",
-        "the newest checkpoint is that of the latest step, `resume` ends at the same bits",
+        "the clock set back by two years between a stop and its resumption, and another stop afterwards",
+        f"the checkpoint of the latest step is used, {SAME}",
         "tests/test_faults.py::test_a_clock_set_back",
     ),
     "read-only": Fault(
-        "a data folder that may only be read",
+        "a read-only data folder",
         "the run finishes; nothing in the folder has changed",
         "tests/test_faults.py::test_a_read_only_data_folder",
     ),
     "shared-memory": Fault(
-        "a `/dev/shm` that the batches of two loading processes do not fit",
+        "a `/dev/shm` too small for the batches of two loading processes",
         "one line before anything is written, which names `loader.workers`",
         "tests/test_faults.py::test_too_little_shared_memory",
     ),
     "shared-memory-fills": Fault(
-        "`/dev/shm` filled by somebody else during a training with loading processes",
-        "one line, no process is left; `resume` takes the remaining steps",
+        "`/dev/shm` filled by another program while loading processes work",
+        "one line, no process is left; the resumed run takes the remaining steps",
         "tests/test_faults.py::test_shared_memory_fills_up",
     ),
     "address-space": Fault(
@@ -118,8 +120,8 @@ FAULTS = {
     ),
     "out-of-memory-killer": Fault(
         "SIGKILL to a loading process, or to the run, as the kernel sends it when memory is full",
-        "the run says which setting to lower, or is gone; no process is left, `resume` takes the remaining "
-        "steps",
+        "the run says which setting to lower, or is gone; no process is left, and the resumed run takes the "
+        "remaining steps",
         "tests/test_faults.py::test_the_kernel_kills_for_memory",
     ),
     "descriptors": Fault(
@@ -128,68 +130,68 @@ FAULTS = {
         "tests/test_faults.py::test_few_file_descriptors",
     ),
     "cache-full": Fault(
-        "a disk on which the cache of decoded images does not fit",
+        "a disk too small for the cache of decoded images",
         "a warning, the run finishes; no part of the cache is left",
         "tests/test_faults.py::test_no_room_for_the_cache",
     ),
     "beton-full": Fault(
-        "a disk on which the .beton file does not fit",
-        "one line and status 2; no part of the file is left",
+        "a disk too small for the .beton file",
+        "one line and exit status 2; no part of the file is left",
         "tests/test_faults.py::test_no_room_for_a_beton_file",
     ),
     "code": Fault(
-        "code in a checkpoint: five functions, called in five ways of a pickle",
+        "code in a checkpoint: five functions, each called by five opcodes of pickle",
         "refused in one line, not executed",
         "tests/test_faults.py::test_code_in_a_checkpoint_is_not_executed",
     ),
     "fuzz-checkpoint": Fault(
-        "a checkpoint with bits turned over, bytes cut out, put in or zeroed",
+        "a checkpoint with flipped bits, or bytes removed, inserted or zeroed",
         "refused in one line, or loaded as it was saved",
         "tests/test_faults.py::test_a_damaged_checkpoint_is_refused_or_harmless",
     ),
     "fuzz-pickle": Fault(
-        "the same done to the pickle within, its checksum made right again",
+        "the same in the pickle inside, whose checksum is then corrected",
         "refused in one line, or loaded",
         "tests/test_faults.py::test_a_damaged_pickle_with_a_right_checksum_is_refused_or_plain",
     ),
     "fuzz-configuration": Fault(
-        "one to three settings, of all there are, with random values",
-        "refused in one line, or taken",
+        "one to three of all settings with random values",
+        "refused in one line, or accepted",
         "tests/test_faults.py::test_any_configuration_is_taken_or_refused_in_one_line",
     ),
     "fuzz-image": Fault(
-        "an image of six formats, damaged like the checkpoint",
+        "images of six formats, damaged like the checkpoint",
         "refused in one line, or decoded to pixels",
         "tests/test_faults.py::test_a_damaged_image_is_refused_or_has_pixels",
     ),
     "rank": Fault(
-        "one process of several killed, or hanging",
-        "the others end within `distributed.timeout` with one line and a status; none is left behind",
+        "one rank killed, or hanging",
+        "the others end within `distributed.timeout` with one line and an exit status; none is left behind",
         "tests/test_distributed.py::test_the_run_ends_with_a_message_when_a_process_dies_or_hangs",
     ),
     "elastic": Fault(
-        "one process killed under torchrun's restarts",
-        "all start again from the newest checkpoint; the run ends complete, at the same bits",
+        "one rank killed, with `torchrun --max-restarts`",
+        "all restart from the newest checkpoint, and the run completes with the same bits",
         "tests/test_distributed.py::test_the_run_completes_after_a_killed_process_is_restarted",
     ),
     "nodes": Fault(
         "two nodes; the clock of the second is an hour slow, and it does not see the run's folder",
-        "data parallel, with initial weights and in the hybrid, the losses are those of one process",
+        "data parallel, from given weights and in the hybrid, the losses are those of one process",
         "tests/test_nodes.py::test_two_nodes_take_the_steps_of_one_process",
     ),
     "link": Fault(
-        "the cable between two nodes pulled out for longer than `distributed.timeout`",
-        "both end with one line and a status; no process is left, and the last checkpoint stays",
+        "the link between two nodes down for longer than `distributed.timeout`",
+        "both end with one line and an exit status; no process is left, and the last checkpoint stays",
         "tests/test_nodes.py::test_a_pulled_cable_ends_both_nodes_with_one_line",
     ),
     "node": Fault(
-        "the second node killed, or switched off, and started again, under torchrun's restarts",
-        "both resume from the newest checkpoint; the run ends complete, at the same bits",
+        "the second node killed, or switched off, and started again, with `torchrun --max-restarts`",
+        "both resume from the newest checkpoint, and the run completes with the same bits",
         "tests/test_nodes.py::test_a_node_that_returns_resumes_the_run",
     ),
     "first-node": Fault(
-        "the first node killed, where torchrun's rendezvous is",
-        "the second ends with one line and a status; the same two commands resume, to the same bits",
+        "the first node killed, which holds torchrun's rendezvous",
+        "the second ends with one line and an exit status; the same two commands resume, with the same bits",
         "tests/test_nodes.py::test_without_the_first_node_the_second_ends",
     ),
 }
