@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from . import winograd_reference as reference
 from ._column_sums import column_sums
 from ._numba_simd import LANES, _every, bits, emit_load, emit_store, jit, pointer, run
-from .winograd_numba_fp32 import combination, literal_matrix
+from ._winograd_numba import combination, literal_matrix
 
 MOST_OUTPUTS = 4  # of a tile: with more it is not faster, and rounds more
 # Positions of all tiles at a time: the tiles take 17 MB for 256 channels. With fewer the products lose speed;

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from . import winograd_reference as reference
 from ._column_sums import column_sums
-from ._numba_simd import _FLOATS, LANES, _address, _call, _every, bits, jit, pointer, run
+from ._numba_simd import _FLOATS, LANES, _address, bits, jit, pointer, run
+from ._winograd_numba import combination, literal_matrix
 
 ROWS = 200  # enough for full speed of the products; twice as many only take twice the memory
 
@@ -39,36 +40,6 @@ _Steps = tuple[int, int, int, int, int]
 """Distances in memory from one image, row of tiles, tile, row of a tile and column of a tile to the next."""
 
 # --- one transform ----------------------------------------------------------------------------------------
-
-
-def literal_matrix(name: Any, outputs: Any, taps: Any) -> list[list[float]]:
-    """The matrix that the constants in a kernel's source name: B^T "input", A^T "output" or A "gradient"."""
-    for constant in (name, outputs, taps):
-        if not isinstance(constant, types.Literal):
-            raise numba.errors.RequireLiteralValue("the transform's name and sizes")
-    outputs, taps = outputs.literal_value, taps.literal_value
-    input, _, output = reference.matrices(outputs, taps)
-    matrix = {"input": input, "output": output, "gradient": output.T}[name.literal_value]
-    return [[float(value) for value in row] for row in matrix]
-
-
-def combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) -> Any:
-    """The sum of factor * value. Factors of 1 and -1 come first, so that every product is part of an FMA."""
-    terms = sorted(zip(factors, values, strict=True), key=lambda term: (term[0] != 1, term[0] != -1))
-    total = None
-    for factor, value in terms:
-        if factor == 0:
-            continue
-        if total is None:
-            total = value if factor == 1 else builder.fmul(value, _every(ir.FloatType(), factor))
-        elif factor == 1:
-            total = builder.fadd(total, value)
-        elif factor == -1:
-            total = builder.fsub(total, value)
-        else:
-            scale = _every(ir.FloatType(), factor)
-            total = _call(builder, f"llvm.fmuladd.v{LANES}f32", value, scale, total)
-    return total
 
 
 @intrinsic
