@@ -33,7 +33,7 @@ suite = OMP_WAIT_POLICY=passive $(1) -m pytest -n 2 --dist loadfile --no-loadsco
 # Numeric tests as on processors with fewer instructions than this one, which add in other orders: by default those
 # of tests/processors.py, make test-processors ARGS=tests/kernels/test_lrn.py runs others
 test-processors: $(STAMP)
-	OMP_WAIT_POLICY=passive $(RUN) -m tests.processors -q -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m tests.processors -q $(ARGS)
 
 # The same as `test` with the oldest versions
 test-oldest: $(OLDEST_STAMP)
