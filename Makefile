@@ -98,18 +98,17 @@ faults: $(STAMP)
 
 setup: $(STAMP)
 
-# Without --no-compile, pip would compile all modules of all packages; Python compiles those that are imported
 $(STAMP): setup.py pyproject.toml
 	@echo "Setting up $(VENV): PyTorch is several gigabytes, this takes some minutes once."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --no-compile --editable ".[dev]"
+	$(RUN) -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
 # Together, or the newest torchvision would bring the newest torch
 $(OLDEST_STAMP): setup.py pyproject.toml
 	@echo "Setting up $(OLDEST): PyTorch is several gigabytes, this takes some minutes once."
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --no-compile --editable ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*"
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*"
 	@touch $@
 
 clean:
