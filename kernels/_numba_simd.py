@@ -57,10 +57,11 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         except RuntimeError:  # neither the package's folder nor the user's cache is writable
             return numba.njit(nogil=True, **options)(function)
         # Numba compiles again when the function's own file has changed. Functions of other files in this
-        # folder are compiled into it too, and there is no public way to declare them.
+        # folder are compiled into it too, and there is no public way to declare them. Compiled code names
+        # their modules, so it is of no use to a program that imports this folder under another name.
         index: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
         if hasattr(index, "_source_stamp"):
-            index._source_stamp = index._source_stamp, SOURCES
+            index._source_stamp = index._source_stamp, SOURCES, __name__
         return compiled
 
     return decorate

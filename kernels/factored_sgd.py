@@ -69,11 +69,13 @@ def _check(
     input: Tensor,
     pooling: Tensor | None,
 ) -> None:
-    width = input.shape[-1] if pooling is None else input.shape[-1] * pooling.shape[1] // len(pooling)
+    pixels, pooled = (1, 1) if pooling is None else pooling.shape
     fits = (
         output.dim() == input.dim() == weight.dim() == 2
         and len(output) == len(input)
-        and weight.shape == (output.shape[1], width)
+        and output.shape[1] == len(weight)
+        and input.shape[1] * pooled == weight.shape[1] * pixels
+        and input.shape[1] % pixels == 0
     )
     if not fits:
         raise ValueError(
@@ -82,6 +84,13 @@ def _check(
         )
     if output.dtype != input.dtype:
         raise ValueError(f"factored_sgd: factors of two dtypes, {output.dtype} and {input.dtype}")
+    if output.dtype.itemsize > weight.dtype.itemsize:
+        raise ValueError(f"factored_sgd: factors of {output.dtype} for a weight of {weight.dtype}")
+    if velocity is not None and velocity.dtype != weight.dtype:
+        raise ValueError(f"factored_sgd: velocity must be {weight.dtype}, got {velocity.dtype}")
+    devices = {each.device for each in (weight, velocity, copy, output, input, pooling) if each is not None}
+    if len(devices) > 1:
+        raise ValueError(f"factored_sgd: tensors on {' and '.join(sorted(map(str, devices)))}")
     for name, tensor in (("weight", weight), ("velocity", velocity), ("copy", copy)):
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
             raise ValueError(

@@ -63,7 +63,15 @@ class LazyBatch:
         return augment(**vars(self), out=out)
 
     def convolve(self, convolution: nn.Conv2d) -> Tensor:
-        """``convolution(self.materialize())`` to rounding, without materializing the batch."""
+        """``convolution(self.materialize())`` to rounding, without materializing the batch.
+
+        Args:
+            convolution: with a bias; stride and padding are the same on both axes, padding is of zeros and a
+                number, and there are no groups and no dilation.
+
+        Raises:
+            ValueError: another convolution, or what :func:`fastalex.kernels.folded_conv2d` refuses.
+        """
         return folded_conv2d(**self._folded(convolution))
 
     def convolve_and_pool(
@@ -75,6 +83,18 @@ class LazyBatch:
 
     def _folded(self, convolution: nn.Conv2d) -> dict[str, Any]:
         """The arguments of a folded convolution."""
+        if (
+            convolution.bias is None
+            or len({*convolution.stride}) > 1
+            or len({*convolution.padding}) > 1
+            or isinstance(convolution.padding, str)
+            or convolution.padding_mode != "zeros"
+            or convolution.dilation != (1, 1)
+            or convolution.groups > 1
+        ):
+            raise ValueError(
+                f"LazyBatch: convolve() does not compute {convolution}; call materialize() first"
+            )
         geometry = {name: value for name, value in vars(self).items() if name != "keep_shape"}
         return {
             **geometry,

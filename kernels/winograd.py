@@ -27,6 +27,7 @@ from . import winograd_reference as reference
 from ._checks import check_fits, check_parameters, refuse_second_derivative
 
 TAPS = 3, 5
+CHANNELS = 16  # the fast implementations take multiples of so many channels, in and out
 # In bf16, from so many input channels on, 3x3 taps are faster with tiles along both axes than along one
 MANY_CHANNELS = 256
 
@@ -69,9 +70,8 @@ def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
     if x.device.type != "cpu" or x.numel() == 0:
         return reference
     from . import winograd_numba_bf16, winograd_numba_bf16_one_axis, winograd_numba_fp32
-    from ._numba_simd import LANES
 
-    if weight.shape[0] % LANES or weight.shape[1] % LANES:
+    if weight.shape[0] % CHANNELS or weight.shape[1] % CHANNELS:
         return reference
     if x.dtype == torch.float32:
         return winograd_numba_fp32
@@ -99,18 +99,31 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, plain_output: bool) -> Tensor:
 
 
 @custom_op("fastalex::winograd_conv2d_backward", mutates_args=())
-def _winograd_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _winograd_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias; what is not asked for is empty."""
     _check_gradient(grad, x, weight)
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(x, weight).winograd_conv2d_backward(grad, x, weight)
+        backward = _implementation(x, weight).winograd_conv2d_backward
+        d_x, d_weight, d_bias = backward(grad, x, weight, of_x, of_weight)
+    return (
+        x.new_empty(0) if d_x is None else d_x,
+        weight.new_empty(0) if d_weight is None else d_weight,
+        d_bias,
+    )
 
 
 @_winograd_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check_gradient(grad, x, weight)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     taps = weight.new_empty((*weight.shape[2:], *weight.shape[:2]))
-    return d_x, taps.permute(2, 3, 0, 1), weight.new_empty(weight.shape[:1])
+    return (
+        d_x if of_x else x.new_empty(0),
+        taps.permute(2, 3, 0, 1) if of_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[:1]),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,8 +131,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_winograd_backward(grad, *ctx.saved_tensors), None
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
+    of_x, of_weight, *_ = ctx.needs_input_grad
+    d_x, d_weight, d_bias = _winograd_backward(grad, *ctx.saved_tensors, of_x, of_weight)
+    return d_x if of_x else None, d_weight if of_weight else None, d_bias, None
 
 
 _winograd.register_autograd(_differentiate, setup_context=_save)

@@ -324,26 +324,37 @@ def _convolve(pixels: Tensor, out: Tensor, transformed: Tensor, bias: Tensor) ->
     products.run(_output, _parallel_output, bias)
 
 
-def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def winograd_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
     transformed = reference.transform_weight(weight, OUTPUTS).to(x.dtype)
     d_transformed = torch.zeros(transformed.shape, dtype=torch.float32)
     d_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
     for part, part_grads, part_d_x in reference.parts(IMAGES, x, grad, d_x):
-        # All matrices at once: adding bf16 to fp32 matrix by matrix is slow.
-        d_transformed += _backward(part, part_grads, part_d_x, transformed).float()
-    return d_x, reference.weight_gradient(d_transformed, OUTPUTS, TAPS), column_sums(reference.pixels(grad))
+        d_products = _Tiles(part_grads).run(_gradient, _parallel_gradient)
+        if of_x:
+            _write_pixels_gradient(d_products, part_d_x, transformed)
+        if of_weight:
+            # All matrices at once: adding bf16 to fp32 matrix by matrix is slow.
+            d_transformed += _weight_gradient_term(d_products, part, transformed).float()
+    d_weight = reference.weight_gradient(d_transformed, OUTPUTS, TAPS) if of_weight else None
+    return d_x if of_x else None, d_weight, column_sums(reference.pixels(grad))
 
 
-def _backward(pixels: Tensor, grads: Tensor, d_pixels: Tensor, transformed: Tensor) -> Tensor:
-    """Write the gradient of some images' pixels to `d_pixels`; returns their term of dU."""
-    tiles = _Tiles(pixels).run(_input, _parallel_input)
-    d_products = _Tiles(grads).run(_gradient, _parallel_gradient)
+def _write_pixels_gradient(d_products: _Tiles, d_pixels: Tensor, transformed: Tensor) -> None:
+    """Write the gradient of some images' pixels to `d_pixels`."""
     d_tiles = _Tiles(d_pixels)
-    term = torch.empty_like(transformed)
-    for p, d_product in enumerate(d_products.positions):
-        torch.mm(d_product, transformed[p], out=d_tiles.positions[p])
-        torch.mm(d_product.t(), tiles.positions[p], out=term[p])
+    for d_product, u, d_tile in zip(d_products.positions, transformed, d_tiles.positions, strict=True):
+        torch.mm(d_product, u, out=d_tile)
     d_tiles.run(_pixels_gradient, _parallel_pixels_gradient)
+
+
+def _weight_gradient_term(d_products: _Tiles, pixels: Tensor, transformed: Tensor) -> Tensor:
+    """Some images' term of dU."""
+    tiles = _Tiles(pixels).run(_input, _parallel_input)
+    term = torch.empty_like(transformed)
+    for d_product, v, d_u in zip(d_products.positions, tiles.positions, term, strict=True):
+        torch.mm(d_product.t(), v, out=d_u)
     return term

@@ -251,11 +251,16 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def winograd_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
-    rotated = weight.flip(2, 3).transpose(0, 1)
-    d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
-    return d_x, _weight_gradient(grad, x, weight), column_sums(reference.pixels(grad))
+    d_x = None
+    if of_x:
+        rotated = weight.flip(2, 3).transpose(0, 1)
+        d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
+    d_weight = _weight_gradient(grad, x, weight) if of_weight else None
+    return d_x, d_weight, column_sums(reference.pixels(grad))
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

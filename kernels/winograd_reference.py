@@ -153,9 +153,17 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, outputs: int | None
 
 
 def winograd_conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, outputs: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, each in its dtype, from that of the result."""
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    of_x: bool = True,
+    of_weight: bool = True,
+    outputs: int | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of x, weight and bias, each in its dtype, from that of the result.
+
+    That of x is None without `of_x`, and that of the weight without `of_weight`.
+    """
     (height, width), taps = x.shape[2:], weight.shape[2]
     outputs = outputs or outputs_per_tile(height, width, taps)
     grad = grad.to(weight.dtype)
@@ -173,4 +181,8 @@ def winograd_conv2d_backward(
     before = taps // 2
     d_x = folded[:, :, before : before + height, before : before + width].to(x.dtype)
     d_x = d_x.contiguous(memory_format=torch.channels_last)
-    return d_x, weight_gradient(d_weight, outputs, taps), grad.sum((0, 2, 3))
+    return (
+        d_x if of_x else None,
+        weight_gradient(d_weight, outputs, taps) if of_weight else None,
+        grad.sum((0, 2, 3)),
+    )

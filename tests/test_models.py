@@ -391,15 +391,23 @@ def test_winograd_serves_resnet18_and_does_not_change_its_weights(used: list[int
     assert_as_accurate(fast, [usual], truth, floor=floor, factor=WINOGRAD)
 
 
-CHANGES = {"stride": 2, "kernel_size": 5, "padding": 2, "dilation": 2, "groups": 2, "padding_mode": "reflect"}
+CHANGES = {
+    "stride": 2,
+    "kernel_size": 5,
+    "padding": 2,
+    "dilation": 2,
+    "groups": 2,
+    "padding_mode": "reflect",
+    "out_channels": 20,  # Winograd's fast kernels take multiples of 16
+}
 
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_winograd_is_used_only_for_supported_convolutions(changed: str, used: list[int]) -> None:
-    plain: dict = {"kernel_size": 3, "padding": 1, "bias": False}
+    plain: dict = {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1, "bias": False}
     other = plain | {changed: CHANGES[changed]}
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(16, 16, **plain), nn.Conv2d(16, 16, **other))
+    network = nn.Sequential(nn.Conv2d(**plain), nn.Conv2d(**other))
     usual, exact = copy.deepcopy(network), copy.deepcopy(network).double()
     choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32)).place(allow_winograd(network))
     x = torch.randn(2, 16, 9, 9)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalex.kernels import winograd_conv2d
-from fastalex.kernels.winograd import MANY_CHANNELS
+from fastalex.kernels.winograd import CHANNELS, MANY_CHANNELS
 
 # In bf16 Winograd's algorithm is faster, by 1.05 to 1.8 times, beyond these numbers (measured with
 # benchmarks/test_winograd.py). With fewer products the cost of transforming the weight exceeds the saving,
@@ -46,6 +46,8 @@ class WinogradConv2d(Conv2d):
         return super().forward(x, add_bias)
 
     def _is_faster(self, x: Tensor) -> bool:
+        if self.in_channels % CHANNELS or self.out_channels % CHANNELS:
+            return False
         if x.dtype == torch.bfloat16:
             both_axes = self.kernel_size == (3, 3) and self.in_channels >= MANY_CHANNELS
             products = x.numel() * self.out_channels // (2 if both_axes else 1)

@@ -184,6 +184,16 @@ def test_rows_of_the_gradient() -> None:
         ({"output": torch.zeros(7, 20).half()}, "factors of two dtypes, torch.float16 and torch.float32"),
         ({"velocity": None}, "momentum=0.9 needs a velocity"),
         ({"copy": torch.zeros(9, 20).t()}, r"copy must be contiguous and \(20, 9\)"),
+        ({"velocity": torch.zeros(20, 9).bfloat16()}, "velocity must be torch.float32, got torch.bfloat16"),
+        (
+            {"output": torch.zeros(7, 20).double(), "input": torch.zeros(7, 9).double()},
+            "factors of torch.float64 for a weight of torch.float32",
+        ),
+        ({"velocity": torch.zeros(20, 9, device="meta")}, "tensors on cpu and meta"),
+        (
+            {"input": torch.zeros(7, 2), "pooling": torch.zeros(4, 18)},  # two values are no whole channel
+            r"factors \(7, 20\) and \(7, 2\) do not fit",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -111,3 +111,25 @@ def test_what_cannot_be_folded() -> None:
     assert not can_fold(alexnet, images(), data(), LoaderConfig("torchvision"), CPU)
     assert not can_fold(alexnet, images(), data(), LoaderConfig("resident", fold=False), CPU)
     assert not can_fold(alexnet, images(), data(), RESIDENT, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": (4, 2)},
+        {"padding": (2, 0)},
+        {"padding": "same"},
+        {"padding": 2, "padding_mode": "reflect"},
+        {"dilation": 2},
+        {"groups": 3, "out_channels": 6},
+        {"bias": False},
+    ],
+    ids=str,
+)
+def test_another_convolution_is_refused(options: dict[str, Any]) -> None:
+    loader = loader_on(images(), data(), RESIDENT, views=Views.random, batch_size=4, network=Folding())
+    batch, _ = next(iter(loader))
+    assert isinstance(batch, LazyBatch)
+    convolution = torch.nn.Conv2d(**{"in_channels": 3, "out_channels": 4, "kernel_size": 3, **options})
+    with pytest.raises(ValueError, match=r"does not compute Conv2d\(.* call materialize\(\) first"):
+        batch.convolve(convolution)

@@ -14,7 +14,7 @@ from fastalex.kernels._numba_simd import digest
 PROGRAM = """
 import sys
 from fastalex.kernels import _numba_simd
-_numba_simd.SOURCES = sys.argv[1]
+_numba_simd.SOURCES, _numba_simd.__name__ = sys.argv[1:]
 
 @_numba_simd.jit()
 def twice(x):
@@ -28,13 +28,16 @@ print(sum(twice.stats.cache_hits.values()))
 def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    hits = []
-    for sources in ("one", "one", "other", "other"):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-        command = [sys.executable, str(program), sources]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        hits.append(int(done.stdout))
-    assert hits == [0, 1, 0, 1]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for sources, package in (
+        ("one", "fastalex.kernels"),
+        ("other", "fastalex.kernels"),
+        ("other", "kernels"),
+    ):
+        for hits in (0, 1):
+            command = [sys.executable, str(program), sources, package]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            assert int(done.stdout) == hits
 
 
 def test_the_digest_covers_every_kernel_file(tmp_path: Path) -> None:

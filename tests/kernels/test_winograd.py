@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from fastalex.kernels import winograd_conv2d, winograd_numba_bf16, winograd_numba_bf16_one_axis
+from fastalex.kernels import winograd, winograd_conv2d, winograd_numba_bf16, winograd_numba_bf16_one_axis
 from fastalex.kernels import winograd_reference as reference
 from fastalex.kernels.winograd import TAPS, _implementation, _winograd
 from tests.tolerances import HALF, SAFETY, assert_as_accurate, assert_near, unit_roundoff, usual_sum_error
@@ -118,7 +119,7 @@ def test_reference_is_exact(size: tuple[int, int], images: int, outputs: int, ta
     x, weight, bias, grad = (each.double() for each in case(images, 5, 7, *size, taps))
     found = [
         reference.winograd_conv2d(x, weight, bias, outputs),
-        *reference.winograd_conv2d_backward(grad, x, weight, outputs),
+        *reference.winograd_conv2d_backward(grad, x, weight, outputs=outputs),
     ]
     for result, expected in zip(found, exact(x, weight, bias, grad), strict=True):
         assert_near(result, expected, HALF)
@@ -345,7 +346,30 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 def test_a_gradient_that_does_not_fit_is_refused(grad: Tensor) -> None:
     x, weight = torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3)
     with pytest.raises(ValueError, match=r"gradient does not fit.* expected torch.float32 \(2, 4, 5, 5\)"):
-        torch.ops.fastalex.winograd_conv2d_backward(grad, x, weight)
+        torch.ops.fastalex.winograd_conv2d_backward(grad, x, weight, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "taps"), [(16, 5), (16, 3), (256, 3), (5, 3)])
+def test_only_the_gradients_that_are_needed_are_computed(
+    channels: int, taps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, grad = case(2, channels, 32, 5, 6, taps)
+    x, grad = x.to(dtype), grad.to(dtype)
+    both = results(winograd_conv2d, x, weight, bias, grad)[1:3]
+    operator, asked = winograd._winograd_backward, []
+
+    def spy(*arguments: Any) -> Any:
+        asked.append([each.numel() > 0 for each in operator(*arguments)[:2]])
+        return operator(*arguments)
+
+    monkeypatch.setattr(winograd, "_winograd_backward", spy)
+    for i in range(2):
+        inputs = [x.detach(), weight.detach(), bias]
+        inputs[i].requires_grad_()
+        (found,) = torch.autograd.grad(winograd_conv2d(*inputs), inputs[i], grad)
+        assert torch.equal(found, both[i])
+    assert asked == [[True, False], [False, True]]
 
 
 def test_second_derivatives_are_refused() -> None:
