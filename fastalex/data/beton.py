@@ -58,7 +58,7 @@ with threads_kept():
             "first, apt-get install --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config)"
         ) from error
 
-_FORMAT = 1  # version of our files; increase it when the contents for the same images change
+_FORMAT = 2  # version of our files; increase it when the contents for the same images change
 _CHUNK = 32  # files per task of a worker process
 
 

@@ -38,7 +38,7 @@ from fastalex.runtime import available_cores
 SMALL_IMAGE = 64 << 10  # largest decoded image that is stored, in bytes: 147 x 147 pixels
 DECODED = 4 << 30  # largest total of decoded images, in bytes
 
-_FORMAT = 1  # version of the cache's contents; increase it when decode_image's output changes
+_FORMAT = 2  # version of the cache's contents; increase it when decode_image's output changes
 _CHUNK = 128  # files per task of a worker process
 _Shape = tuple[int, int]  # height and width
 

@@ -14,8 +14,12 @@ Two differences between DALI and the other loaders are corrected here:
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ except ImportError as error:
 
 DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # signatures of JPEG and PNG files
 PREFETCH = 2  # batches that DALI computes ahead
-
+READ_AHEAD = 2  # batches whose files are read ahead of DALI
 
 _BILINEAR = {"interp_type": types.INTERP_LINEAR, "antialias": True, "dtype": types.FLOAT}
 
@@ -72,7 +76,8 @@ class DaliLoader(PlannedLoader):
         self._edges = self._exact_edges()
         outputs = 1 if self.views is Views.ten_crop else 6 if self._edges is Edges.some else 5
         margin = self.data.resize - self.data.crop
-        self._source = _Source(self.images, margin, self.data.mean, self.batch_size, outputs)
+        self._threads = max(1, num_workers(self.loader))
+        self._source = _Source(self.images, margin, self.data.mean, self.batch_size, self._threads, outputs)
         self._pipeline: Any = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,7 +148,7 @@ class DaliLoader(PlannedLoader):
             dtype=types.FLOAT16 if self.dtype is torch.float16 else types.FLOAT,
             layout="HWC" if self.channels_last else "CHW",
             batch_size=self.batch_size,
-            num_threads=max(1, num_workers(self.loader)),
+            num_threads=self._threads,
             device_id=device_id,
             prefetch_queue_depth=PREFETCH,
         )
@@ -292,19 +297,27 @@ class _Source:
         margin: resize - crop, in pixels.
         mean: three numbers, for pixels in 0..1.
         batch_size: images per batch.
+        threads: number of threads that read files.
         num_outputs: number of outputs that the pipeline uses, of: images, left and top as fractions of the
             margin, flip, the mean less the colour, for pixels in 0..255, and whether the crop contains an
             outermost row or column.
     """
 
     def __init__(
-        self, images: ImageSet, margin: int, mean: Sequence[float], batch_size: int, num_outputs: int
+        self,
+        images: ImageSet,
+        margin: int,
+        mean: Sequence[float],
+        batch_size: int,
+        threads: int,
+        num_outputs: int,
     ) -> None:
         self.num_outputs = num_outputs
         self._images = images
         self._margin = margin
         self._mean = np.array(mean)
         self._batch_size = batch_size
+        self._threads = threads
         self._batches: Iterator[tuple[Any, ...]] = iter(())
 
     def start(self, plan: EpochPlan, first_batch: int) -> None:
@@ -317,14 +330,13 @@ class _Source:
         return next(self._batches)  # StopIteration tells DALI that the epoch is over
 
     def _epoch(self, plan: EpochPlan, first_batch: int) -> Iterator[tuple[Any, ...]]:
-        for number in range(first_batch, -(-len(plan) // self._batch_size)):
-            rows = plan.batch(number, self._batch_size)
+        for rows, pixels in self._read(plan, first_batch):
             top, left = rows.offsets.numpy().T.astype(np.float32)
             fraction_per_pixel = np.float32(1 / max(1, self._margin))
             colors = np.zeros((len(rows), 3)) if rows.colors is None else rows.colors.numpy()
             on_edge = (np.minimum(top, left) == 0) | (np.maximum(top, left) == self._margin)
             yield (
-                self._pixels(rows.indices.numpy()),
+                pixels,
                 left * fraction_per_pixel,
                 top * fraction_per_pixel,
                 rows.flips.numpy().astype(np.int32),
@@ -332,20 +344,39 @@ class _Source:
                 on_edge,
             )[: self.num_outputs]
 
-    def _pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
-        if self._images.pixels is not None:
-            return self._images.pixels[indices]
-        assert self._images.paths is not None
-        return [_encoded(self._images.paths[i]) for i in indices]
+    def _read(
+        self, plan: EpochPlan, first_batch: int
+    ) -> Iterator[tuple[EpochPlan, NDArray[np.uint8] | list[NDArray[np.uint8]]]]:
+        """Yield each batch's rows of the plan and its images; threads read files ahead."""
+        pixels, paths = self._images.pixels, self._images.paths
+        batches = range(first_batch, -(-len(plan) // self._batch_size))
+        all_rows = (plan.batch(number, self._batch_size) for number in batches)
+        if pixels is not None:
+            yield from ((rows, pixels[rows.indices.numpy()]) for rows in all_rows)
+            return
+        assert paths is not None
+        with ThreadPoolExecutor(self._threads) as pool:
+            coming = (
+                (rows, pool.map(_encoded, [paths[i] for i in rows.indices.tolist()])) for rows in all_rows
+            )
+            ahead = deque(islice(coming, READ_AHEAD))
+            while ahead:
+                rows, files = ahead.popleft()
+                yield rows, list(files)
+                ahead.extend(islice(coming, 1))
+
+
+# What turns an image in XMP, which Pillow applies where EXIF has no orientation, and DALI does not.
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(=\"|>)[2-8]")
 
 
 def _encoded(path: Path | str) -> NDArray[np.uint8]:
-    """Return the bytes of a JPEG or PNG file; for other formats, the decoded pixels as a PPM file's bytes."""
+    """Return the bytes of a file that DALI decodes as we do; of another, its pixels as a PPM file's bytes."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if not data.startswith(DECODED_BY_DALI):
+    if not data.startswith(DECODED_BY_DALI) or _XMP_ORIENTATION.search(data):
         pixels = decode_image(path)
         data = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
     return np.frombuffer(data, np.uint8)

@@ -7,9 +7,9 @@ grey (L, 1-bit)            the value in all three channels
 palette                    the palette's colours
 alpha (RGBA, LA, palette)  dropped, not composited: the colour stored under a transparent pixel counts
 CMYK, YCCK, LAB, YCbCr     Pillow's ``convert("RGB")``: no colour profile is applied
-16 bits a channel          the high byte, as libpng and Pillow reduce 48-bit RGB
+16 bits a channel          the high byte, as libpng and Pillow reduce 48-bit RGB; of a PPM, rounded
 32-bit integer or float    refused: there is no standard range of such values
-EXIF orientation           applied; an unreadable EXIF block counts as upright
+EXIF orientation           applied, or else that of XMP; an unreadable EXIF block counts as upright
 several frames             the first
 any size from 1 x 1        unchanged; over 179 million pixels are refused (Pillow's decompression-bomb limit)
 =========================  ==========================================================================
@@ -138,7 +138,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I;16"):  # convert() would clip instead of scaling
+    is_16_bit_pgm = image.format == "PPM" and image.mode == "I"  # Pillow has scaled its values to 0..65535
+    if image.mode.startswith("I;16") or is_16_bit_pgm:  # convert() would clip instead of scaling
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from queue import Empty
 from typing import Any
 
 import numba
@@ -95,8 +97,9 @@ class FfcvLoader(PlannedLoader):
         on_device = plan.to(self.device)  # the whole epoch at once, because the host waits for this copy
         with threads_kept():
             batches = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
-            first = next(batches)  # FFCV's thread sets the process's thread counts before its first batch
         try:
+            with threads_kept():
+                first = next(batches)  # FFCV's thread sets the process's thread counts before its first batch
             for number in range(self.start_batch, len(self)):
                 # Views of a ring buffer that FFCV overwrites: they have to be read, or copied by the host,
                 # before the next batch is requested.
@@ -136,6 +139,14 @@ class _Epoch(EpochIterator):
         except Exception as error:
             self.error = error
             self.output_queue.put(None)
+
+    def close(self) -> None:
+        """End the thread, which may be waiting for room in the queue of batches."""
+        super().close()
+        self.iter_ixes = iter(())
+        with suppress(Empty):
+            while True:
+                self.output_queue.get_nowait()
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         try:

@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from fastalex.runtime import available_cores
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+AHEAD = 3  # items per worker that are in work or whose results wait for the caller
 
 
 def num_workers(loader: LoaderConfig) -> int:
@@ -31,8 +34,9 @@ def map_unordered(
 ) -> Iterator[tuple[int, _Out]]:
     """Apply a function to each item in worker processes; yield ``(i, function(items[i]))`` as each finishes.
 
-    Threads would not do: Pillow holds the interpreter lock most of the time on small images, and two threads
-    are slower than one.
+    At most ``AHEAD * workers`` items are ahead of the caller, so that results do not fill the memory. Threads
+    would not do: Pillow holds the interpreter lock most of the time on small images, and two threads are
+    slower than one.
 
     Args:
         function: a function that can be pickled, that is, one defined at the top level of a module.
@@ -49,9 +53,17 @@ def map_unordered(
         return
     pool = ProcessPoolExecutor(min(workers, len(items)), initializer=_start_worker)
     try:
-        futures = {pool.submit(function, item): i for i, item in enumerate(items)}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()  # popped, so that the result can be freed
+        coming = enumerate(items)
+        pending: dict[Future[_Out], int] = {}
+
+        def submit(count: int) -> None:
+            pending.update({pool.submit(function, item): i for i, item in islice(coming, count)})
+
+        submit(AHEAD * workers)
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                yield pending.pop(future), future.result()
+                submit(1)
     except BrokenProcessPool:
         raise DataError(
             "a process that was decoding images was killed, perhaps for lack of memory; "

@@ -15,6 +15,8 @@ from fastalex.kernels import LazyBatch
 class StagedLoader:
     """A loader for each stage of a run; yields the batches of the loader whose stage the epoch belongs to.
 
+    Epochs are begun in order: the loader of a stage that has passed is freed, and its worker processes end.
+
     Args:
         loaders: one per stage, in order, over the same samples and with the same batch size.
         epochs: length of each stage but the last, which has no end.
@@ -23,18 +25,18 @@ class StagedLoader:
     def __init__(self, loaders: Sequence[Loader], epochs: Sequence[int]) -> None:
         self._loaders = list(loaders)
         self._ends = list(accumulate(epochs))
-        self._current = self._loaders[0]
-        self.num_samples = self._current.num_samples
+        self.num_samples = self._loaders[0].num_samples
 
     def __len__(self) -> int:
-        return len(self._current)
+        return len(self._loaders[0])
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        self._current = self._loaders[sum(epoch >= end for end in self._ends)]
-        self._current.set_epoch(epoch, start_batch)
+        while self._ends and epoch >= self._ends[0]:
+            del self._loaders[0], self._ends[0]
+        self._loaders[0].set_epoch(epoch, start_batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
-        return iter(self._current)
+        return iter(self._loaders[0])
 
 
 class CutMixLoader:

@@ -98,6 +98,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
         for kind, options in (
             ("colour.jpg", {}),
             ("rotated.jpg", {"exif": rotated.tobytes()}),
+            ("xmp.jpg", {"xmp": b'<rdf:Description tiff:Orientation="6"/>'}),
             ("progressive.jpg", {"progressive": True, "subsampling": 0}),
             ("grey.jpg", {}),
             ("cmyk.jpg", {}),

@@ -18,7 +18,7 @@ from PIL import Image
 from fastalex.data import cache
 from fastalex.data.cache import cache_folder, read_files
 from fastalex.data.decode import decode_image
-from fastalex.data.workers import map_unordered
+from fastalex.data.workers import AHEAD, map_unordered
 from fastalex.errors import DataError
 
 
@@ -291,6 +291,10 @@ def _threaded(size: int) -> float:
     return float(torch.ones(size).exp().sum())
 
 
+def _note(path: Path) -> None:
+    path.touch()
+
+
 def _refuse(number: int) -> int:
     raise DataError(f"number {number}")
 
@@ -305,6 +309,15 @@ def test_map_unordered(workers: int) -> None:
     assert sorted(map_unordered(_square, range(20), workers)) == [(i, i * i) for i in range(20)]
     with pytest.raises(DataError, match="number 1"):
         list(map_unordered(_refuse, [1, 1], workers))
+
+
+def test_workers_do_not_run_ahead_of_a_slow_caller(tmp_path: Path) -> None:
+    """Results that wait for the caller would fill the memory."""
+    workers, items = 2, 60
+    for taken, _ in enumerate(map_unordered(_note, [tmp_path / str(i) for i in range(items)], workers)):
+        time.sleep(0.02)  # in which the workers could finish all items
+        assert len(list(tmp_path.iterdir())) <= taken + AHEAD * workers
+    assert len(list(tmp_path.iterdir())) == items
 
 
 def test_a_worker_may_use_torch_after_the_parent_did() -> None:

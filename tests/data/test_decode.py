@@ -70,6 +70,8 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path: Path) -> None:
     expected = np.repeat([[[0], [0], [1], [0x12], [255]]], 3, axis=2)
     for suffix in ("png", "tiff"):
         assert np.array_equal(decode(tmp_path / f"a.{suffix}", Image.fromarray(grey)), expected)
+    (tmp_path / "a.pgm").write_bytes(b"P5 5 1 65535\n" + grey.astype(">u2").tobytes())
+    assert np.array_equal(decode_image(tmp_path / "a.pgm"), expected)
 
 
 def test_sixteen_bit_colour_keeps_the_high_byte(tmp_path: Path) -> None:
