@@ -94,6 +94,8 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        # One for all graphs: they run one after another, so each may use the memory of another's activations.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
         """Do a function's work; see :class:`Recorder`."""
@@ -108,6 +110,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Record a function's work as a CUDA graph; see :class:`Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Of this thread only: a loader's threads may allocate memory meanwhile, which could end it.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = run()
         return result, graph.replay
