@@ -212,10 +212,12 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
         torch.manual_seed(config.seed)
         return create_model(model_config.name, len(splits.classes), **model_options(model_config))
 
+    with torch.device("meta"):
+        room = room_for_images(network(config.model), config, runtime)
     loader = build_loader(
         splits.train,
         config.data,
-        resolve_loader(config.loader, splits, room_for_images(network(config.model), config, runtime)),
+        resolve_loader(config.loader, splits, room),
         views=Views.random,
         batch_size=config.train.batch_size,
         seed=config.seed,

@@ -22,6 +22,7 @@ class Shortage(Enum):
     device = "the card's memory is full"
     memory = "out of memory"
     shared_memory = "out of shared memory (/dev/shm)"
+    output = "no space left for what is printed"
     descriptors = "too many open files"
     processes = "too many processes and threads"
 
@@ -47,6 +48,7 @@ _CODES = {
 # Python's, where there is no memory for a stack either
 _NO_THREAD = re.compile(r"can't start new thread")
 _STACK = 64 << 20  # bytes, and more than enough
+_SEMAPHORES = 1 << 20  # as _STACK
 # oneDNN says no more than this, of a full memory as of a defect.
 _ONEDNN = re.compile(r"could not (create|execute) a (primitive|memory object|memory)\b")
 _SCARCE = 4 << 30  # bytes; where as many can be had, oneDNN's error is taken for a defect
@@ -66,7 +68,9 @@ def shortage(error: BaseException) -> Shortage | None:
         return Shortage.memory
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno == errno.ENOSPC and error.filename is None and not error.args[2:]:
-            return Shortage.shared_memory  # a semaphore, which has no file name; files are on a disk
+            # A semaphore has no file name, nor has standard output; other files are named.
+            free = shared_memory_free()
+            return Shortage.shared_memory if free is not None and free < _SEMAPHORES else Shortage.output
         return _CODES.get(error.errno)
     text = str(error)
     if _NO_THREAD.search(text):

@@ -213,7 +213,7 @@ def rates(config: TrainConfig, steps: int) -> list[list[float]]:
         optimizer.step()
         schedule.after_step()
         if step % 4 == 3:
-            schedule.after_validation(0.5)
+            schedule.after_validation(0.5, 0)
     return [list(each) for each in zip(*seen, strict=True)]
 
 
@@ -581,8 +581,9 @@ def test_a_plateau_run_is_made_longer_as_if_it_had_been_asked_for(command: Comma
     assert epochs == [1, 2, 3, 4]
     assert json.loads(Path("longer/summary.json").read_text())["epochs"] == 4
     assert "  epochs: 4\n" in Path("longer/config.yaml").read_text()
-    for epochs_asked in (3, 4):
-        status, _, err = command("resume=longer", f"train.epochs={epochs_asked}")
+    # A recipe has a number of epochs too, but does not ask for more.
+    for asked in (["train.epochs=3"], ["train.epochs=4"], PLATEAU):
+        status, _, err = command("resume=longer", *asked)
         assert status == 2
         assert "resume=longer: that run is finished" in err
 

@@ -224,6 +224,11 @@ def in_numba() -> np.ndarray:
     return np.empty(1 << 58)
 
 
+def print_to_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        print("text", file=full, flush=True)
+
+
 HUGE = 1 << 58
 
 
@@ -252,6 +257,15 @@ def test_errors_of_libraries_are_recognised(
     assert found is kind
     assert re.match(text, line)
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(("free", "kind"), [(4096, Shortage.shared_memory), (1 << 30, Shortage.output)])
+def test_a_full_device_without_a_name_is_shared_memory_only_if_that_is_full(
+    free: int, kind: Shortage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed has no file name either, and its disk may be full."""
+    monkeypatch.setattr("fastalex.shortage.shared_memory_free", lambda: free)
+    assert used_up(print_to_a_full_disk)[0] is kind
 
 
 @pytest.mark.parametrize("room", [True, False])

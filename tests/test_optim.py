@@ -68,16 +68,27 @@ def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:
     config = TrainConfig(lr=1.0, schedule=Schedule.plateau, patience=2)
     schedule = LearningRate(create_optimizer(nn.Linear(1, 1), config), config, 1000)
     seen = []
-    for error in (0.9, 0.8, 0.8, 0.81, 0.8, 0.7, 0.7, 0.7, 0.7):
+    for epoch, error in enumerate((0.9, 0.8, 0.8, 0.81, 0.8, 0.7, 0.7, 0.7, 0.7)):
         schedule.after_step()
-        schedule.after_validation(error)
+        schedule.after_validation(error, epoch)
         seen.append(schedule.current)
     assert seen == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
     assert not schedule.exhausted
-    for _ in range(6):
-        schedule.after_validation(0.7)
+    for epoch in range(9, 15):
+        schedule.after_validation(0.7, epoch)
     assert schedule.current == pytest.approx(1e-4)
     assert schedule.exhausted
+
+
+def test_plateau_does_not_compare_errors_at_different_crops() -> None:
+    stages = [Stage(2, 16, 12), Stage(2, 18, 14)]
+    config = TrainConfig(lr=1.0, schedule=Schedule.plateau, patience=0, stages=stages)
+    schedule = LearningRate(create_optimizer(nn.Linear(1, 1), config), config, 1000)
+    seen = []
+    for epoch, error in enumerate((0.3, 0.2, 0.4, 0.39, 0.5, 0.4, 0.4)):
+        schedule.after_validation(error, epoch)
+        seen.append(schedule.current)
+    assert seen == pytest.approx([1, 1, 1, 1, 1, 1, 0.1])
 
 
 def test_sgd_has_the_papers_momentum_and_weight_decay() -> None:

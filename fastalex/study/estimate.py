@@ -77,12 +77,14 @@ class Estimator:
     def _numbers_of_images(self, config: Config) -> tuple[int, int, int]:
         """Training, validation and test images; CIFAR-10's own numbers where it is still to be downloaded."""
         data = config.data
-        key = (data.name, data.root, data.validation_fraction)
+        key = (data.name, data.root, data.validation_fraction, data.train_fraction)
         if key not in self._numbers:
             if data.name == "cifar10" and data.download and not holds_cifar10(data.root):
                 self.without_images = True
                 validation = math.ceil(50_000 * data.validation_fraction)
-                self._numbers[key] = 50_000 - validation, validation, 10_000
+                training = 50_000 - validation
+                training -= math.ceil((1 - data.train_fraction) * training)
+                self._numbers[key] = training, validation, 10_000
             else:
                 splits = load_splits(replace(data, download=False), config.seed, progress=False)
                 self._numbers[key] = len(splits.train), len(splits.validation), len(splits.test)

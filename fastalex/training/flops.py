@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fastalex.runtime import Runtime
+from fastalex.training.outline import outline
 
 # Side of the square matrices: large enough for the peak rate, small enough not to delay the start of a run.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -30,7 +30,7 @@ def training_flops(model: nn.Module, shape: Sequence[int]) -> int:
     """
     with torch.device("meta"):
         images = torch.empty(tuple(shape))
-    network = copy.deepcopy(model).to("meta", images.dtype)
+    network = outline(model, images.dtype)
     backward = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         network(images).sum().backward()

@@ -56,6 +56,8 @@ def _remedy(config: Config, kind: Shortage, training: bool) -> str:
         choices = [more, fewer, _smaller(config, kind, training)]
     elif kind is Shortage.shared_memory:
         choices = ["give it more room (docker run --shm-size=1g)", fewer, _smaller(config, kind, training)]
+    elif kind is Shortage.output:
+        choices = ["free some on the disk that standard output goes to"]
     elif kind is Shortage.descriptors:
         choices = ["allow more (ulimit -n)", fewer]
     else:

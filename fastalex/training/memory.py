@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import chain
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fastalex.config import Config
 from fastalex.distributed.processes import ALONE, World
 from fastalex.runtime import Runtime
+from fastalex.training.outline import outline
 
 # Peak memory of a step as a multiple of the tensors saved for backward: those tensors, and as much again for
 # gradients, cuDNN workspaces and fragmentation.
@@ -61,7 +61,7 @@ def training_bytes(model: nn.Module, config: Config, dtype: torch.dtype, process
 
 def _kept_bytes(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return the bytes that a forward pass saves for backward, without the weights."""
-    network = copy.deepcopy(model).to("meta", dtype)
+    network = outline(model, dtype)
     weights = {tensor.untyped_storage()._cdata for tensor in chain(network.parameters(), network.buffers())}
     # By address, so that views, and a tensor saved by two layers, count once.
     kept: dict[int, torch.UntypedStorage] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+
 import torch
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -135,13 +138,18 @@ class LearningRate:
         if ended and self._cycle + 1 < len(self._cycles):
             self._begin(self._cycle + 1)
 
-    def after_validation(self, error: float) -> None:
+    def after_validation(self, error: float, epoch: int) -> None:
         """Reduce the rate if the error has stopped improving, under ``plateau``.
+
+        Errors at different crops are not compared: a stage begins anew.
 
         Args:
             error: top-1 error on the validation images, a fraction.
+            epoch: the epoch that was validated, from 0.
         """
         if isinstance(self._scheduler, ReduceLROnPlateau):
+            if epoch in accumulate(stage.epochs for stage in self._config.stages):
+                self._scheduler.best, self._scheduler.num_bad_epochs = math.inf, 0
             self._scheduler.step(error)
 
     def state_dict(self) -> dict:

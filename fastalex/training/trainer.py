@@ -335,7 +335,7 @@ class Trainer:
             validation = errors(*predict(network, batches, self.runtime, self.world))
         if not math.isfinite(validation.loss):
             raise _diverged("validation loss", validation.loss, self.step, self._progress.rate)
-        self.learning_rate.after_validation(validation.top1_error)
+        self.learning_rate.after_validation(validation.top1_error, self.epoch)
         return validation
 
     def _watched(self, loader: Loader) -> Iterator[tuple[Tensor | LazyBatch, Tensor]]:
