@@ -53,8 +53,10 @@ def command(
     config_name: str,
     config_class: type[T],
     after_job: Callable[[Path, Sequence[Job]], None] = lambda folder, jobs: None,
-) -> Callable[[Callable[[T, Path], None]], Callable[[], None]]:
+) -> Callable[[Callable[[T, Path], Path | None]], Callable[[], None]]:
     """Turn ``function(config, run_dir)`` into a command line of ``key=value`` overrides.
+
+    The function returns the folder that its files are in, which may be another than ``run_dir``, or None.
 
     An error that the user can correct ends as ``fastalex: error: ...`` on one line of standard error and with
     exit status 2, without a run folder; any other exception is a bug and keeps its traceback. In a sweep, the
@@ -67,7 +69,7 @@ def command(
             far.
     """
 
-    def decorate(function: Callable[[T, Path], None]) -> Callable[[], None]:
+    def decorate(function: Callable[[T, Path], Path | None]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
             statuses: list[int] = []
@@ -81,11 +83,12 @@ def command(
                 started = True
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
                 joint = True  # an error that every process has
+                folder: Path | None = None
                 outcome = "was stopped"
                 try:
                     config = to_dataclass(composed, config_class)
                     joint = False
-                    function(config, run_dir)
+                    folder = function(config, run_dir)
                     outcome = ""
                 except ReportedError as error:
                     sys.exit(error.exit_status)
@@ -115,7 +118,7 @@ def command(
                 finally:
                     remove_empty(run_dir, before)
                     if HydraConfig.get().mode is RunMode.MULTIRUN and is_main():
-                        jobs.append(_described(run_dir, outcome))
+                        jobs.append(_described(folder or run_dir, outcome))
                         _call_after_job(after_job, jobs)
 
             schema.register()
@@ -162,8 +165,9 @@ def _renamed(argument: str) -> str:
 def explicit_overrides() -> dict[str, Any]:
     """Return the explicit overrides of this command line, expanded to dotted keys.
 
-    ``model=`` gives every key of the network, ``recipe=`` every key in which recipes differ, and any other
-    group its choice; ``--config-name`` gives the network, and what that configuration changes of the default.
+    ``model=`` gives every key of the network. ``recipe=`` gives every key in which recipes differ but the
+    number of epochs, by which a resumed run would become longer. Any other group gives its choice, and
+    ``--config-name`` the network, and what that configuration changes of the default.
     """
     job = HydraConfig.get()
     overrides = [override.lstrip("+~") for override in job.overrides.task]
@@ -179,7 +183,8 @@ def explicit_overrides() -> dict[str, Any]:
             others = [other for other in overrides if other != override]
             for recipe in _recipes():
                 instead = _composed(job.job.config_name, [*others, f"recipe={recipe}"])
-                asked |= _changes(given, instead)
+                changes = _changes(given, instead)
+                asked |= {name: value for name, value in changes.items() if name != "train.epochs"}
         else:
             whole = key == "model"
             asked |= {
@@ -211,11 +216,11 @@ def _folders_before(arguments: Sequence[str]) -> set[Path]:
     return {each.resolve() for folder in folders for each in (folder, *folder.parents) if each.is_dir()}
 
 
-def _described(run_dir: Path, error: str) -> Job:
+def _described(folder: Path, error: str) -> Job:
     """Return the job of the sweep that has just ended."""
     job = HydraConfig.get()
     pairs = (override.lstrip("+~").partition("=") for override in job.overrides.task)
-    return Job(int(job.job.num), {key: value for key, _, value in pairs}, run_dir, error)
+    return Job(int(job.job.num), {key: value for key, _, value in pairs}, folder, error)
 
 
 def _ignored(raised: sys.UnraisableHookArgs) -> None:

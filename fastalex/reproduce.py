@@ -147,6 +147,7 @@ def run(config: ReproduceConfig) -> None:
     requested = {job.row for job in jobs}
     ours = report.collect(results, False) if results and not quick else None
     diverged: list[str] = []
+    comparisons: list[comparison.Comparison] | None = None
     for job in jobs:
         print(f"== {job}: {job.status}", flush=True)
         if job.status == COMPLETE:
@@ -158,8 +159,9 @@ def run(config: ReproduceConfig) -> None:
             diverged.append(f"{job}: {error}")
             print(diverged[-1], file=sys.stderr)
             continue
-        _write(folder, quick, ours, requested)
-    comparisons = _write(folder, quick, ours, requested)
+        comparisons = _write(folder, quick, ours, requested)
+    if comparisons is None:
+        comparisons = _write(folder, quick, ours, requested)
     print(f"\n{comparison.printed(comparisons)}\n")
     print(f"comparison.md says how the intervals are computed; it and reproduction.md are in {folder}")
     if config.publish:

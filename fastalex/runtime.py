@@ -8,6 +8,7 @@ import platform
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import cast
 
@@ -140,10 +141,11 @@ def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
     if device.type == "cuda" and device.index is not None:
         # Otherwise calls that name no GPU, such as pinning memory, create a 500 MB context on the first one.
         torch.cuda.set_device(device)
-    threads = config.threads
-    if not threads and world.local_size > 1:  # torchrun leaves each process one thread
+    threads = _initial_threads()
+    if config.threads:
+        threads = config.threads
+    elif world.local_size > 1:  # torchrun leaves each process one thread
         threads = max(1, available_cores() // world.local_size)
-    threads = threads or torch.get_num_threads()  # PyTorch starts with one for each physical core
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_pages()
@@ -166,6 +168,12 @@ def choose_runtime(config: RuntimeConfig, world: World = ALONE) -> Runtime:
         threads=threads,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )
+
+
+@cache
+def _initial_threads() -> int:
+    """PyTorch's number of threads before this module changed it; by itself, one for each physical core."""
+    return torch.get_num_threads()
 
 
 def _device(name: str) -> torch.device:

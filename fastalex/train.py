@@ -25,14 +25,14 @@ def _write_sweep(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 @command("config", Config, after_job=_write_sweep)
-def main(config: Config, run_dir: Path) -> None:
-    """Train, and say where the run's files are."""
+def main(config: Config, run_dir: Path) -> Path:
+    """Train; return the run's folder."""
     from fastalex.runs.launch import train
 
     given = any("hydra.run.dir=" in override for override in HydraConfig.get().overrides.hydra)
     may_resume = config.resume or (under_torchrun() and is_main())  # which may have started it again
     overrides = explicit_overrides() if may_resume else None
-    train(config, run_dir, run_dir_given=given, overrides=overrides)
+    return train(config, run_dir, run_dir_given=given, overrides=overrides)
 
 
 if __name__ == "__main__":

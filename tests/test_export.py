@@ -33,6 +33,7 @@ from fastalex.config import (
     ModelConfig,
     Precision,
     RuntimeConfig,
+    TrainConfig,
 )
 from fastalex.config.plain import plain
 from fastalex.config.schema import AlexNetConfig
@@ -41,6 +42,7 @@ from fastalex.models import MODELS, create_model
 from fastalex.models.plain import plain_network
 from fastalex.runs import export as exporting
 from fastalex.runs.checkpoint import save_weights
+from fastalex.runs.initial_weights import InitialWeights
 from tests import tiny
 from tests.commands import outcome
 from tests.tolerances import SAFETY, assert_near, usual_sum_error
@@ -253,6 +255,12 @@ def test_a_state_dict_of_another_network_is_defined_with_torchvision(runs: Path,
     network.load_state_dict(torch.load("net.pt", weights_only=True))
     assert {type(layer) for layer in network.modules() if isinstance(layer, nn.Conv2d)} == {nn.Conv2d}
     check(network.eval(), runs / "resnet18", torchvision.models.resnet18(num_classes=3), 32)
+    network_to_train = create_model("resnet18", len(CLASSES))
+    assert command(f"weights={runs / 'resnet18'}", "format=state_dict", "output=net.safetensors")[0] == 0
+    InitialWeights.read("net.safetensors", network_to_train, ModelConfig("resnet18")).copy_to(
+        network_to_train, CLASSES, TrainConfig()
+    )
+    assert torch.equal(network_to_train.conv1.weight, network.conv1.weight)
     # An export wrote the files, so another may replace them.
     exporting.check_output(ExportFormat.state_dict, Path("net.pt"))
 

@@ -224,6 +224,8 @@ def test_estimate_without_the_images_counts_cifar10s_own(monkeypatch: pytest.Mon
     evaluation = (config.train.epochs * 10_000 + 2 * 11 * 10_000) / 3 / 10
     estimator = Estimator()
     assert estimator.seconds(config) == pytest.approx(training + evaluation)
+    config.data.train_fraction = 0.1
+    assert estimator.seconds(config) == pytest.approx(training / 10 + evaluation)
     assert "still to be downloaded" in estimator.assumptions()
 
 

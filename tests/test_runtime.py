@@ -44,6 +44,13 @@ def test_every_choice_can_be_overridden_and_is_printed() -> None:
     assert "\n" not in str(runtime)
 
 
+def test_the_usual_number_of_threads_is_that_before_another_was_set() -> None:
+    """In a sweep over runtime.threads one process has all runs."""
+    usual = choose_runtime(RuntimeConfig(device="cpu")).threads
+    assert choose_runtime(RuntimeConfig(device="cpu", threads=usual + 1)).threads == usual + 1
+    assert choose_runtime(RuntimeConfig(device="cpu")).threads == torch.get_num_threads() == usual
+
+
 def test_place_keeps_master_weights_in_fp32_and_channels_last() -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     convolution = runtime.place(nn.Conv2d(3, 8, 5))

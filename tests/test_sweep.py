@@ -57,6 +57,23 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_second_sweep_in_the_same_folder_reports_its_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert a_sweep(monkeypatch, "train.lr=0.01,0.1", "hydra.sweep.dir=all") == 0
+    assert a_sweep(monkeypatch, "train.lr=0.2,-1", "hydra.sweep.dir=all") == 2
+    good, refused = table(tmp_path / "all")
+    assert [(row["train.lr"], Path(row["folder"]).name) for row in (good, refused)] == [
+        ("0.2", "0-2"),
+        ("-1", "1"),
+    ]
+    summary = json.loads((tmp_path / "all/0-2/summary.json").read_text())
+    assert float(good["test_ten_crop_top1_error"]) == summary["ten_crop"]["top1_error"]
+    assert "train.lr" in refused["error"]
+    assert refused["test_ten_crop_top1_error"] == ""
+
+
 def test_the_table_has_each_run_and_its_figures(swept: Path) -> None:
     rows = table(swept)
     assert [(row["run"], row["train.lr"], row["seed"]) for row in rows] == [

@@ -241,6 +241,9 @@ def test_no_run_writes_into_anothers_folder(command: Command, tmp_path: Path) ->
     assert status == 2
     assert "already holds a run" in err
     assert Path("run/summary.json").read_text() == before
+    # Nor does it read the images first, which may take long.
+    _, _, err = command(train.main, *quick, "hydra.run.dir=run", "data=imagefolder", "data.root=nowhere")
+    assert "already holds a run" in err
     # Hydra hands two runs of the same second the same path.
     config = Config(ModelConfig("resnet18"), DataConfig("digits"), LoaderConfig("resident"))
     folders = [RunFolder.new(tmp_path / "second", False, config).path.name for _ in range(3)]

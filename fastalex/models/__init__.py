@@ -115,12 +115,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """
     expected = model.state_dict()
     for name in [*expected, *weights]:
-        ours = tuple(expected[name].shape) if name in expected else None
-        theirs = tuple(weights[name].shape) if name in weights else None
+        ours, theirs = (
+            tuple(tensors[name].shape) if name in tensors else "absent" for tensors in (expected, weights)
+        )
         if ours != theirs:
             raise CheckpointError(
-                f"the checkpoint is of another architecture: {name} is {theirs or 'absent'} there and "
-                f"{ours or 'absent'} in the network asked for"
+                f"the checkpoint is of another architecture: {name} is {theirs} there and {ours} in "
+                "the network asked for"
             )
     model.load_state_dict(weights)
 

@@ -74,6 +74,20 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
+def check_free(folder: Path, *, restart: bool) -> None:
+    """Refuse a folder that holds a run, before a new run reads its images.
+
+    Args:
+        folder: that the user named; it need not exist.
+        restart: whether a run that has not been finished may begin again there.
+
+    Raises:
+        ConfigError: it holds a run.
+    """
+    if (folder / TENSORBOARD).is_dir() and (is_finished(folder) or not restart):
+        raise _in_use(folder)
+
+
 class RunFolder:
     """The folder of one run. Every file in it is whole at any moment.
 
@@ -263,6 +277,10 @@ def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
                 lock.release()
         if given:
             break
-    raise ConfigError(
+    raise _in_use(path)
+
+
+def _in_use(path: Path) -> ConfigError:
+    return ConfigError(
         f"hydra.run.dir={path}: already holds a run; name another folder, or resume it with resume=auto"
     )

@@ -167,11 +167,12 @@ def _check_same(theirs: ModelConfig, ours: ModelConfig, where: str) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether fastalex wrote a file; False too for one that cannot be read."""
+    """Whether a file is of a run, and not an export; False too for one that cannot be read."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return "fastalex" in (opened.metadata() or {})
+                facts = (opened.metadata() or {}).get("fastalex", "")
+                return facts.startswith("{")  # an export has the version of fastalex there
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whatever a parser can raise; reading it as a state dict says what is wrong
         return False

@@ -15,7 +15,7 @@ from fastalex.distributed.processes import World
 from fastalex.kernels import LazyBatch
 from fastalex.runs import setup
 from fastalex.runs.checkpoint import Checkpoint
-from fastalex.runs.folder import RunFolder
+from fastalex.runs.folder import RunFolder, check_free
 from fastalex.runs.initial_weights import InitialWeights
 from fastalex.runs.recorder import FolderRecorder, Recorder
 from fastalex.runs.resume import UnfinishedRun, find, resume_again
@@ -50,7 +50,7 @@ def train(
     *,
     run_dir_given: bool = True,
     overrides: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Path:
     """Run one training, as each of the processes that torchrun has started, or alone.
 
     Args:
@@ -60,7 +60,7 @@ def train(
         overrides: the values that were given explicitly, by their dotted keys.
 
     Returns:
-        The content of ``summary.json``; on other ranks than 0, nothing.
+        The run's folder; on other ranks than 0, ``run_dir``.
 
     Raises:
         FastalexError: for input that has to be corrected, before anything is written; DivergedError later.
@@ -74,7 +74,7 @@ def train(
         return train_on(world, request, signals, started)
 
 
-def train_on(world: World, request: Request, signals: StopSignals, started: float) -> dict[str, Any]:
+def train_on(world: World, request: Request, signals: StopSignals, started: float) -> Path:
     """Do what :func:`train` does, as one of the connected processes."""
     if world.restarted:
         request.config.resume = resume_again(request.config.resume, request.run_dir_given)
@@ -86,6 +86,8 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
         resumed = find(request.config.resume, request.run_dir, request.run_dir_given, request.overrides)
         config = resumed.configuration(request.overrides) if resumed else request.config
         setup.check(config, world)
+        if resumed is None and request.run_dir_given:
+            check_free(request.run_dir, restart=config.resume == "auto")
         if resumed is not None:
             before, now = resumed.checkpoint.restore_config().train.epochs, config.train.epochs
             longer = f", now to {now} epochs in place of {before}" if now != before else ""
@@ -110,11 +112,13 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
                 recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, steps)
             try:
                 if config.profile:
-                    return _profile(trainer, recorder, folder)
-                before = checkpoint.training if checkpoint is not None else {}
-                return Run(config, splits, trainer, recorder, signals, started, before).execute()
+                    _profile(trainer, recorder, folder)
+                else:
+                    before = checkpoint.training if checkpoint is not None else {}
+                    Run(config, splits, trainer, recorder, signals, started, before).execute()
             finally:
                 recorder.close()
+            return request.run_dir if folder is None else folder.path
     finally:
         if resumed is not None:
             resumed.lock.release()
@@ -134,11 +138,11 @@ def _open_folder(
     return folder
 
 
-def _profile(trainer: Trainer, recorder: Recorder, folder: RunFolder | None) -> dict[str, Any]:
+def _profile(trainer: Trainer, recorder: Recorder, folder: RunFolder | None) -> None:
     """Take a few steps, on rank 0 under the profiler, in place of a training."""
     if folder is None:
         take_steps(trainer)
-        return {}
+        return
     trainer.on_step = recorder.step
     try:
         profiled = profile_steps(trainer, folder.path)
@@ -148,4 +152,3 @@ def _profile(trainer: Trainer, recorder: Recorder, folder: RunFolder | None) -> 
     print(
         f"\n{profiled.table()}\n\ntrace.json ({rank}for ui.perfetto.dev) and profile.txt are in {folder.path}"
     )
-    return {"profile": vars(profiled)}

@@ -63,8 +63,8 @@ def check(config: Config, world: World) -> None:
             "distributed.strategy=hybrid: takes several processes; start them with "
             "torchrun --nproc-per-node=2 -m fastalex.train ..."
         )
+    outline = _outline(config)  # which refuses options that the network does not have
     if train.freeze or train.head_lr is not None:
-        outline = _outline(config)
         freeze(outline, train)
         check_strategy(outline, config.distributed.strategy)
 

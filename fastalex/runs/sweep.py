@@ -55,6 +55,8 @@ def _swept(jobs: Sequence[Job]) -> list[str]:
 
 def _figures(job: Job) -> dict[str, Any]:
     """Return the columns of a finished run; nothing for another."""
+    if job.error:  # its folder may hold an earlier run
+        return {}
     try:
         summary = json.loads((job.folder / SUMMARY).read_text())
         last = json.loads((job.folder / METRICS).read_text().splitlines()[-1])

@@ -36,7 +36,8 @@ class TrainedNetwork:
     weights: dict[str, Tensor]
 
     def runtime(self, device: str = "auto", precision: Precision | None = None) -> Runtime:
-        """Choose how to compute with the network here: as its run did, on another device if need be.
+        """Choose how to compute with the network here: as its run did, on another device if need be, with all
+        threads.
 
         Args:
             device: auto, cpu, cuda, ...
@@ -48,7 +49,7 @@ class TrainedNetwork:
         config = self.config.runtime
         graph = Graph.off if config.graph is Graph.off else Graph.network  # there is no training step here
         precision = precision or config.precision
-        return choose_runtime(replace(config, device=device, precision=precision, graph=graph))
+        return choose_runtime(replace(config, device=device, precision=precision, graph=graph, threads=0))
 
     def loading(self, batch_size: int | None = None, workers: int | None = None) -> Config:
         """Return the run's configuration with images that are loaded otherwise, which changes no figure.
