@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from queue import Empty
 from typing import Any
 
@@ -95,10 +95,10 @@ class FfcvLoader(PlannedLoader):
         if skipped >= len(plan):
             return
         on_device = plan.to(self.device)  # the whole epoch at once, because the host waits for this copy
-        with threads_kept():
-            batches = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
-        try:
+        with ExitStack() as stack:
             with threads_kept():
+                epoch = _Epoch(self._loader, plan.indices[skipped:].numpy().astype(np.uint64))
+                batches = stack.enter_context(closing(epoch))  # ends FFCV's thread if the epoch is abandoned
                 first = next(batches)  # FFCV's thread sets the process's thread counts before its first batch
             for number in range(self.start_batch, len(self)):
                 # Views of a ring buffer that FFCV overwrites: they have to be read, or copied by the host,
@@ -122,8 +122,6 @@ class FfcvLoader(PlannedLoader):
                     images if self.channels_last else images.contiguous(),
                     sent(labels.flatten().clone(), self.device),
                 )
-        finally:
-            batches.close()  # ends FFCV's thread if the epoch is abandoned
 
 
 class _Epoch(EpochIterator):
