@@ -362,8 +362,8 @@ class _Source:
             ahead = deque(islice(coming, READ_AHEAD))
             while ahead:
                 rows, files = ahead.popleft()
-                yield rows, list(files)
                 ahead.extend(islice(coming, 1))
+                yield rows, list(files)
 
 
 # What turns an image in XMP, which Pillow applies where EXIF has no orientation, and DALI does not.

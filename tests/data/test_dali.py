@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_a_vanished_file_is_named(files: ImageSet) -> None:
     files.paths[3].unlink()
     with pytest.raises(DataError, match=r"3\.jpg cannot be read: No such file"):
         list(loader)
+
+
+def test_other_threads_read_each_file_once(files: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastalex.data import dali as module
+
+    read, encoded = [], module._encoded
+
+    def spy(path: Path) -> Any:
+        read.append((path, threading.current_thread() is threading.main_thread()))
+        return encoded(path)
+
+    monkeypatch.setattr(module, "_encoded", spy)
+    labels = torch.cat([labels for _, labels in dali_loader(files)])
+    assert labels.tolist() == list(range(12))
+    assert not any(main for _, main in read)
+    assert sorted(path for path, _ in read) == sorted(files.paths or ())  # each once
 
 
 def test_float32_batches_are_not_copied(files: ImageSet) -> None:
