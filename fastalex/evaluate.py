@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 from itertools import zip_longest
@@ -16,6 +17,7 @@ from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.files import write_csv, write_text
+from fastalex.runs.folder import DIGEST, SUMMARY
 from fastalex.runs.weights import open_weights
 from fastalex.text import aligned, shortened
 from fastalex.training.evaluation import Evaluation, evaluate_model
@@ -58,6 +60,12 @@ def run(config: EvaluateConfig) -> Evaluation:
             f"{trained.where}: knows other classes than data.root={run_config.data.root} has: "
             f"{_difference(trained.classes, splits.classes)}"
         )
+    if _digest_of_run(trained.source.parent) not in (None, splits.digest):
+        print(
+            f"fastalex: warning: data.root={run_config.data.root}: the images are not those of the run; the "
+            "errors are too low if some that it was trained on are now in the test set",
+            file=sys.stderr,
+        )
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
     with explained(run_config, training=False):
@@ -65,22 +73,31 @@ def run(config: EvaluateConfig) -> Evaluation:
         run_config.loader = resolve_loader(run_config.loader, splits, room)
         network = runtime.compiled(runtime.place(model), variants=EVALUATION_PASSES)
         evaluation = evaluate_model(network, splits.test, run_config, runtime)
-    print(evaluation.table(f"{splits.source}, test set"))
+    print(evaluation.table(f"{splits.source}, {len(splits.test):,} test images"))
+    counts = confusion_counts(evaluation.probabilities, splits.test.labels)
+    confused = most_confused(counts, CONFUSED_PAIRS)
+    if confused:
+        print(_confused_table(confused, splits.classes))
 
     folder = trained.source.parent
     figures = {"weights": trained.source.name, **evaluation.as_dict()}
     write_text(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
-    counts = confusion_counts(evaluation.probabilities, splits.test.labels)
     _write_per_class(
         class_figures(evaluation.probabilities, splits.test.labels, splits.classes), folder / "per_class.csv"
     )
     plots.confusion_matrix(counts, splits.classes, folder / "confusion_matrix.png")
     _draw_mistakes(splits.test, trained.classes, evaluation.probabilities, folder / "mistakes.png")
-    confused = most_confused(counts, CONFUSED_PAIRS)
-    if confused:
-        print(_confused_table(confused, splits.classes))
     print(f"evaluation.json, per_class.csv, confusion_matrix.png and mistakes.png are in {folder}")
     return evaluation
+
+
+def _digest_of_run(folder: Path) -> str | None:
+    """Return the digest of the images of a finished run; None where there is none."""
+    try:
+        digest: str | None = json.loads((folder / SUMMARY).read_text()).get(DIGEST)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return digest
 
 
 def _given(config: EvaluateConfig) -> tuple[str, str]:

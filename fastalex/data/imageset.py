@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,15 @@ class ImageSet:
         assert self.paths is not None
         return ImageSet(self.labels[indices], paths=tuple(self.paths[i] for i in indices))
 
+    def _identity(self) -> bytes:
+        """What tells these images from others: their labels and, of files, their names.
+
+        Not pixels, which two versions of a decoder may round differently.
+        """
+        names = list(map(str, self.paths or ()))
+        folder = len(os.path.commonpath([min(names), max(names)])) if names else 0
+        return self.labels.tobytes() + "\0".join(name[folder:] for name in names).encode(errors="replace")
+
 
 @dataclass(frozen=True)
 class DataSplits:
@@ -82,3 +94,14 @@ class DataSplits:
     skipped: int = 0
     is_measurable: bool = True
     source: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash by which a run notices that its images are others, or are split in another way.
+
+        It does not depend on the folder that they are in.
+        """
+        digest = blake2b(digest_size=16)
+        for images in (self.train, self.validation, self.test):
+            digest.update(blake2b(images._identity()).digest())
+        return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -92,6 +93,8 @@ class Checkpoint:
         except Exception as error:  # whatever a parser can raise on bytes that nobody wrote on purpose
             if prevented(error, path.stat().st_size):
                 raise
+            if isinstance(error, PermissionError):
+                raise CheckpointError(f"{key}={path}: cannot be read ({error.strerror})") from error
             raise CheckpointError(
                 f"{key}={path}: is damaged or cut short; use an older checkpoint or train again"
             ) from error
@@ -169,6 +172,8 @@ def read_weights(path: Path, key: str = "weights") -> tuple[dict[str, torch.Tens
     except (OSError, SafetensorError) as error:
         if path.is_file() and prevented(error, path.stat().st_size):
             raise
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise CheckpointError(f"{key}={path}: cannot be read (permission denied)") from error
         raise CheckpointError(
             f"{key}={path}: is missing, damaged or cut short; use the run's checkpoint.pt or train again"
         ) from error

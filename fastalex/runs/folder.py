@@ -27,6 +27,7 @@ from fastalex.runs.checkpoint import FINAL_WEIGHTS
 from fastalex.training.trainer import Epoch
 
 SUMMARY, METRICS, TENSORBOARD = "summary.json", "metrics.jsonl", "tensorboard"
+DIGEST = "images_digest"  # key of the digest of the run's images, in its summary and its checkpoints
 DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and holds Python's lock for as long
 
 
@@ -74,6 +75,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
+def _holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or a file of another program that a run would replace."""
+    names = (TENSORBOARD, "config.yaml", METRICS, SUMMARY, "checkpoint*.pt", "*.safetensors")
+    return any(path for name in names for path in folder.glob(name))
+
+
 def check_free(folder: Path, *, restart: bool) -> None:
     """Refuse a folder that holds a run, before a new run reads its images.
 
@@ -84,7 +91,7 @@ def check_free(folder: Path, *, restart: bool) -> None:
     Raises:
         ConfigError: it holds a run.
     """
-    if (folder / TENSORBOARD).is_dir() and (is_finished(folder) or not restart):
+    if _holds_run(folder) and (is_finished(folder) or not restart):
         raise _in_use(folder)
 
 
@@ -268,13 +275,13 @@ def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
         candidate.mkdir(parents=True, exist_ok=True)
         lock = RunLock.take(candidate)
         if lock is not None:
-            try:
-                (candidate / TENSORBOARD).mkdir()  # exactly one process succeeds
-                return candidate, lock
-            except FileExistsError:
-                if restart and not is_finished(candidate):
+            if not _holds_run(candidate):
+                with suppress(FileExistsError):
+                    (candidate / TENSORBOARD).mkdir()  # exactly one process succeeds
                     return candidate, lock
-                lock.release()
+            elif restart and not is_finished(candidate):
+                return candidate, lock
+            lock.release()
         if given:
             break
     raise _in_use(path)

@@ -13,6 +13,7 @@ from fastalex.data import DataSplits
 from fastalex.distributed.connection import is_lost
 from fastalex.errors import DataError, DivergedError, StoppedError
 from fastalex.models import count_parameters
+from fastalex.runs.folder import DIGEST
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import versions
@@ -127,6 +128,7 @@ class Run:
             **trainer.state_dict(),
             "history": [asdict(epoch) for epoch in self.recorder.epochs],
             "train_images": len(self.splits.train),
+            DIGEST: self.splits.digest,
             "wall_seconds": self._wall_seconds,
             "startup_seconds": self._startup_seconds,
             "between_epochs_seconds": self._between_seconds,
@@ -149,6 +151,7 @@ class Run:
             "train_images": len(self.splits.train),
             "validation_images": len(self.splits.validation),
             "skipped_images": self.splits.skipped,
+            DIGEST: self.splits.digest,
             "epochs": trainer.epoch,
             "steps": trainer.step,
             "images_per_second": trainer.images_per_second,
@@ -170,6 +173,7 @@ class Run:
         trainer, runtime = self.trainer, self.trainer.runtime
         with trainer.evaluated() as network:
             final = evaluate_model(network, self.splits.test, self.config, runtime, trainer.world)
+        self._stop_if_asked()
         self.recorder.say(f"\n{final.table('test set, final weights')}")
         summary = final.as_dict()
         best = self.recorder.best()  # which rank 0 alone can read
@@ -180,6 +184,7 @@ class Run:
                 network = trainer.undivided(best and best[0])
                 trainer.world.copy_from_main(network.state_dict().values())
                 chosen = evaluate_model(network, self.splits.test, self.config, runtime, trainer.world)
+                self._stop_if_asked()
                 self.recorder.say(chosen.table(f"test set, best on validation (epoch {facts['epoch']})"))
             summary["best_on_validation"] = {
                 "epoch": facts["epoch"],
@@ -187,6 +192,12 @@ class Run:
                 **chosen.as_dict(),
             }
         return summary
+
+    def _stop_if_asked(self) -> None:
+        """Stop after a signal whose exception was lost: Python ignores those of the callbacks of a fork."""
+        received = self.signals.received
+        if received is not None:
+            raise StoppedError(f"stopped by {received.name}", received)
 
     @property
     def _wall_seconds(self) -> float:

@@ -28,6 +28,7 @@ from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runs.checkpoint import Checkpoint
+from fastalex.runs.folder import DIGEST
 from fastalex.runs.initial_weights import InitialWeights
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import Runtime, choose_runtime
@@ -160,6 +161,11 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, splits: DataSplits) -> Non
         raise CheckpointError(
             f"resume: the run was trained on {images} images of {len(checkpoint.classes)} classes, and "
             f"the data are now {len(splits.train)} of {len(splits.classes)} ({splits.source}); restore them"
+        )
+    if checkpoint.training.get(DIGEST, splits.digest) != splits.digest:  # older checkpoints have none
+        raise CheckpointError(
+            f"resume: the images are no longer those of the run ({splits.source}), so some that it was "
+            "trained on may now be for validation or for the test; restore them"
         )
     trainer.load_weights(checkpoint.model)
     trainer.load_state_dict(checkpoint.training, checkpoint.average)
