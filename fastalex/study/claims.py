@@ -293,20 +293,21 @@ def write(folder: Path, rows: Mapping[str, Any]) -> None:
 TEXT = (
     "# The claims\n\n"
     "Written by `python -m fastalex.reproduce rows=claims`: each claim as a difference of two rows, in which "
-    "one thing differs. A difference above 0 is for the claim. It *holds* where the whole 95% interval is "
-    "above 0, is *contradicted* where all of it is below, and otherwise the effect, if there is one, is *not "
-    "visible*."
+    "one thing differs. A difference above 0, or a ratio above 1, is for the claim. It *holds* where the "
+    "whole 95% interval is, is *contradicted* where none of it is, and otherwise the effect, if there is "
+    "one, is *not visible*."
 )
 NOTES = (
     "Errors are shares of the images: 0.01 is one of a hundred. ReLU and tanh are compared by the ratio of "
     "the epochs, counted with a fraction, after which the training error is 25%. An interval is Student's, "
     "from the spread over the generator's seeds, which draw the weights, the tenth of the images and their "
     "order; the spread is pooled over all rows of a length but those that have not learned. It does not "
-    "cover other test images, which are the same in all rows. Of twenty such intervals one leaves out the "
-    "true difference by chance.\n\n"
+    "cover other test images, which are the same in all rows. One in twenty such intervals is expected to "
+    "miss the true difference.\n\n"
     "The rows train for 40 epochs on a tenth of the images, 4,800, so that the network overfits, and what "
     "the paper adds against overfitting can show its effect. A *short run* is of 6 epochs on 40,000 images, "
-    "where the network still underfits (`ablation_base` and its rows)."
+    "where the network still underfits (`ablation_base` and its rows). ReLU and tanh are compared in a "
+    "four-layer network on 40,000 images, for 12 epochs."
 )
 
 

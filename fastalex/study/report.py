@@ -225,7 +225,8 @@ def _figures(entry: dict[str, Any], crops: str) -> str:
         figures = entry["statistics"][f"{crops}_{errors}"]
         deviation = figures["standard_deviation"]
         parts.append(f"{figures['mean']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}"))
-    missing = f" ({len(entry['runs'])} seed only)" if entry["status"] == "partial" else ""
+    count = len(entry["runs"])
+    missing = f" ({count} seed{'s' * (count > 1)} only)" if entry["status"] == "partial" else ""
     return " / ".join(parts) + missing
 
 
