@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -21,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config import schema
-from fastalex.config.plain import flat, one_line, to_dataclass
+from fastalex.config.plain import as_argument, flat, keys, one_line, to_dataclass
 from fastalex.distributed.launcher import is_main
 from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
@@ -76,6 +79,7 @@ def command(
             jobs: list[Job] = []
             started = False
             sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
+            _check_arguments(sys.argv[1:], config_class)
             before = _folders_before(sys.argv[1:])
 
             def task(composed: DictConfig) -> None:
@@ -94,8 +98,6 @@ def command(
                     sys.exit(error.exit_status)
                 except StoppedError as error:
                     _fail(str(error), error.exit_status, anywhere=True)
-                except KeyboardInterrupt:
-                    _fail("stopped by SIGINT", 128 + signal.SIGINT)
                 except FastalexError as error:
                     # Not handed to Hydra, which would print a line of its own about it.
                     statuses.append(error.exit_status)
@@ -128,6 +130,8 @@ def command(
                 hydra.main(version_base="1.3", config_path="pkg://fastalex.configs", config_name=config_name)(
                     task
                 )()
+            except KeyboardInterrupt:
+                _fail("stopped by SIGINT", 128 + signal.SIGINT)
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(_one_line(error))
             except (TypeError, ValueError) as error:
@@ -181,7 +185,7 @@ def explicit_overrides() -> dict[str, Any]:
             asked[key] = given[key]
         elif key == "recipe":
             others = [other for other in overrides if other != override]
-            for recipe in _recipes():
+            for recipe in _choices("recipe"):
                 instead = _composed(job.job.config_name, [*others, f"recipe={recipe}"])
                 changes = _changes(given, instead)
                 asked |= {name: value for name, value in changes.items() if name != "train.epochs"}
@@ -195,9 +199,9 @@ def explicit_overrides() -> dict[str, Any]:
     return asked
 
 
-def _recipes() -> list[str]:
-    """The choices of ``recipe=``."""
-    files = resources.files("fastalex.configs").joinpath("recipe").iterdir()
+def _choices(group: str) -> list[str]:
+    """Return the names of the configurations in a folder of ``configs/``."""
+    files = resources.files("fastalex.configs").joinpath(group).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
@@ -207,6 +211,34 @@ def _composed(name: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _changes(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != default.get(key)}
+
+
+def _check_arguments(arguments: Sequence[str], config_class: type) -> None:
+    """End the process with a line about arguments that Hydra would take wrongly, or answer with its usage."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            _, unknown = get_args_parser().parse_known_args(arguments)
+    except SystemExit as end:
+        if not end.code:  # --version
+            raise
+        _fail(printed.getvalue().strip().partition(": error: ")[2])
+    if unknown:
+        _fail(_unknown(unknown[0], config_class))
+    for key, equals, value in (argument.partition("=") for argument in arguments):
+        if key in _FOLDERS and equals and not value.strip("'\" "):
+            _fail(f"{key}: is empty; name a folder")
+
+
+def _unknown(argument: str, config_class: type) -> str:
+    """Return the message about an argument that Hydra's parser does not know."""
+    if not argument.startswith("-"):
+        return f"{argument}: has a flag between it and other settings; put flags in front of all settings"
+    flag, _, value = argument.lstrip("-").partition("=")
+    name = flag.replace("-", "_")
+    meant = [key for key in keys(config_class) if f".{key}".endswith(f".{name}")]
+    key = meant[0] if len(meant) == 1 else name
+    return f"{argument}: settings have no dashes in front: {key}={value or '...'} (--help lists every key)"
 
 
 def _folders_before(arguments: Sequence[str]) -> set[Path]:
@@ -265,9 +297,12 @@ def _one_line(error: Exception) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         options = sorted(option for option in error.options if not option.startswith("schema"))
         return f"{group}={choice}: there is no such choice; choose from {', '.join(options)}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        rows = ", ".join(f"row/{row}" for row in _choices("row"))
+        return f"--config-name={error.missing_cfg_file}: there is no such configuration; choose from {rows}"
     if isinstance(error, OverrideParseException):
-        key, equals, value = str(error.override).partition("=")
-        if equals and value.strip("'\""):
-            return f"{error.override}: Hydra reads this value otherwise; quote it: '{key}=\"{value}\"'"
+        key, _, value = str(error.override).partition("=")
+        if value.strip("'\"") and re.fullmatch(r"[\w./@+~-]+", key):
+            return f"{error.override}: Hydra reads this value otherwise; quote it: {as_argument(key, value)}"
         return f"{error.override}: is not of the form key=value; --help lists every key"
     return one_line(error)

@@ -528,8 +528,8 @@ def command(
             r"train.freeze=\[0,1,6\]: freezes every layer, .*; leave out the last one, 6",
         ),
         (["train.head_lr=0.1"], r"train.head_lr=0.1: .*give their weights with init_from"),
-        (["train.head_lr=0", "init_from=RUN"], r"train.head_lr=0.0: must lie between 0 and inf"),
-        (["train.head_lr=nan", "init_from=RUN"], r"train.head_lr=nan: must lie between 0 and inf"),
+        (["train.head_lr=0", "init_from=RUN"], r"train.head_lr=0: must be greater than 0"),
+        (["train.head_lr=nan", "init_from=RUN"], r"train.head_lr=nan: must be a finite number"),
         (
             ["train.head_lr=0.1", "train.freeze=[6]", "init_from=RUN"],
             r"train.head_lr=0.1: is the learning rate of the last layer, 6, which train.freeze=\[6\] freezes",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastalex import cli
+from fastalex import cli, train
+from tests.commands import outcome
 
 CONFIGS = Path(cli.__file__).parents[1] / "configs"
 
@@ -41,6 +42,24 @@ def test_it_lists_the_choices_that_there_are(
     listed = dict(line.split(": ", 1) for line in before.splitlines() if ": " in line)
     files = {name: sorted(file.stem for file in (CONFIGS / name).glob("*.yaml")) for name in groups}
     assert {name: choices.split(", ") for name, choices in listed.items()} == files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["--version"], "Hydra 1."),
+        (["--hydra-help"], "--multirun"),
+        (["--cfg", "job", "seed=5"], "seed: 5"),
+        (["-c", "job", "-cn", "row/alexnet_bn"], "norm: batch"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_flags_of_hydra_work(
+    arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = outcome(train.main, arguments, monkeypatch, capsys)
+    assert (status, err) == (0, "")
+    assert printed in out
 
 
 @pytest.mark.parametrize("argument", ["--help", "train.epoch=3"])

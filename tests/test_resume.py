@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
 from fastalex import train
@@ -28,6 +30,7 @@ from fastalex.config import (
     Stage,
     TrainConfig,
 )
+from fastalex.config.plain import as_argument
 from fastalex.data import CutMixLoader, Loader, StagedLoader, Views, load_splits
 from fastalex.errors import CheckpointError, OutputError
 from fastalex.models import load_weights
@@ -215,6 +218,27 @@ def signalled_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: 
         return take_step(self, *batch)
 
     monkeypatch.setattr(Trainer, "_step", with_signal)
+
+
+@pytest.mark.parametrize(
+    "path", ["/tmp/my run (1)", "it's", 'the "best"', "a=b,c", "ends with \\", '\\"', "~/run", "rün"]
+)
+def test_a_path_is_quoted_for_the_shell_and_hydra(path: str) -> None:
+    (argument,) = shlex.split(as_argument("resume", path))
+    assert OverridesParser.create().parse_override(argument).value() == path
+
+
+def test_a_plain_path_is_not_quoted() -> None:
+    assert as_argument("resume", "/tmp/2026-01-02/03-04-05_1") == "resume=/tmp/2026-01-02/03-04-05_1"
+
+
+def test_what_a_stopped_run_says_resumes_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        signalled_at(patch, signal.SIGTERM, 2)
+        _, _, err = command(*QUICK, 'hydra.run.dir="my run (1)"')
+    status, out, _ = command(*shlex.split(err.splitlines()[-1].rpartition("resume with ")[2]))
+    assert status == 0
+    assert "from step 3" in out
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:

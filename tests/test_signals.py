@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from PIL import Image, ImageFile
 
+from fastalex import train
 from fastalex.config import Config, DataConfig
 from fastalex.data import load_splits
 from fastalex.data.decode import decode_image
@@ -24,6 +26,7 @@ from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.run import Run
 from fastalex.runs.signals import SIGNALS, StopSignals
+from tests.commands import outcome
 
 
 def interrupted_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals) -> None:
@@ -74,6 +77,14 @@ def test_a_signal_is_not_taken_for_a_damaged_file(
     with StopSignals(), pytest.raises(StoppedError, match=f"stopped by {number.name}") as caught:
         read(tmp_path)
     assert caught.value.exit_status == 128 + number
+
+
+def test_ctrl_c_is_one_line_while_the_configuration_is_composed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_in(monkeypatch, ConfigLoaderImpl, "load_configuration", signal.SIGINT)
+    ended = outcome(train.main, ["data=digits"], monkeypatch, capsys)
+    assert ended == (130, "", "fastalex: error: stopped by SIGINT\n")
 
 
 @pytest.mark.parametrize(("rank", "error"), [(0, ReportedError), (1, RuntimeError)])

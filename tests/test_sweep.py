@@ -95,7 +95,7 @@ def test_the_table_has_each_run_and_its_figures(swept: Path) -> None:
         assert "data.resize" not in row  # which all runs have
     for row in rows[4:]:
         assert row["validation_top1_error"] == row["epochs"] == ""
-        assert row["error"] == "train.lr=-1.0: must lie between 0 and inf, both left out"
+        assert row["error"] == "train.lr=-1: must be greater than 0"
     with Image.open(swept / "sweep.png") as image:
         assert image.width > 600
 

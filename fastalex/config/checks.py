@@ -7,6 +7,8 @@ import math
 from fastalex.config.schema import Config, DataConfig, Optimizer, Schedule, Strategy, TrainConfig
 from fastalex.errors import ConfigError
 
+_WITHOUT_FILES = ("digits", "synthetic")  # data sets that have no use for data.root
+
 
 def validate(config: Config) -> None:
     """Refuse values that cannot work.
@@ -39,13 +41,11 @@ def validate(config: Config) -> None:
             f"train.accumulate={train.accumulate}: does not divide train.batch_size={train.batch_size}; "
             "choose one that does"
         )
-    for key, value, high in (
-        ("train.lr", train.lr, math.inf),
-        ("data.validation_fraction", data.validation_fraction, 1.0),
-        ("distributed.timeout", config.distributed.timeout, math.inf),
-    ):
-        if not 0 < value < high:
-            raise ConfigError(f"{key}={value}: must lie between 0 and {high:g}, both left out")
+    if not data.root and data.name not in _WITHOUT_FILES:
+        raise ConfigError("data.root: is empty; name a folder")
+    _validate_positive("train.lr", train.lr)
+    _validate_positive("data.validation_fraction", data.validation_fraction, 1.0)
+    _validate_positive("distributed.timeout", config.distributed.timeout)
     for key, value, low, high in (
         ("train.momentum", train.momentum, 0.0, 1.0),
         ("train.weight_decay", train.weight_decay, 0.0, math.inf),
@@ -60,7 +60,7 @@ def validate(config: Config) -> None:
         ("checkpoint.every_steps", float(config.checkpoint.every_steps), 0.0, math.inf),
     ):
         if not low <= value < high:
-            raise ConfigError(f"{key}={value:g}: must be at least {low:g} and below {high:g}")
+            raise _outside(key, value, f"at least {low:g}", high)
     _validate_cutmix("train", train.cutmix)
     _validate_head_lr(train.head_lr, config.init_from)
     if not 0 <= config.seed < 2**63:
@@ -114,8 +114,7 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
             continue
         if train.schedule is not Schedule.one_cycle:
             raise ConfigError(f"{where}.lr={stage.lr}: is for train.schedule=one_cycle; leave it out")
-        if not 0 < stage.lr < math.inf:
-            raise ConfigError(f"{where}.lr={stage.lr}: must be above 0")
+        _validate_positive(f"{where}.lr", stage.lr)
     before = sum(stage.epochs for stage in train.stages)
     if train.stages and before >= train.epochs:
         raise ConfigError(
@@ -127,8 +126,7 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
 def _validate_head_lr(head_lr: float | None, init_from: str) -> None:
     if head_lr is None:
         return
-    if not 0 < head_lr < math.inf:
-        raise ConfigError(f"train.head_lr={head_lr}: must lie between 0 and inf, both left out")
+    _validate_positive("train.head_lr", head_lr)
     if not init_from:
         raise ConfigError(
             f"train.head_lr={head_lr}: is the last layer's learning rate where the other layers are trained "
@@ -139,3 +137,16 @@ def _validate_head_lr(head_lr: float | None, init_from: str) -> None:
 def _validate_cutmix(where: str, share: float) -> None:
     if not 0 <= share <= 1:
         raise ConfigError(f"{where}.cutmix={share:g}: a share of the batches, so from 0 to 1")
+
+
+def _validate_positive(key: str, value: float, high: float = math.inf) -> None:
+    if not 0 < value < high:
+        raise _outside(key, value, "greater than 0", high)
+
+
+def _outside(key: str, value: float, low: str, high: float) -> ConfigError:
+    """Return the error of a value that is not ``low``, such as "at least 1", or not below ``high``."""
+    if not math.isfinite(value):
+        return ConfigError(f"{key}={value}: must be a finite number")
+    below = f" and below {high:g}" if math.isfinite(high) else ""
+    return ConfigError(f"{key}={value:g}: must be {low}{below}")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
 from enum import Enum, EnumMeta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,6 +21,13 @@ T = TypeVar("T")
 
 # The values of keys in a configuration that is older than they are, where those are not the defaults.
 _BEFORE = {"train": {"clip_norm": 0.0}}
+
+# What a value must be, by the words in which OmegaConf refuses it; the group is the value.
+_KINDS = {
+    r"Value '(.*)' of type '\w+' could not be converted to Float": "must be a number",
+    r"Value '(.*)' of type '\w+' could not be converted to Integer": "must be a whole number",
+    r"Value '(.*)' is not a valid bool": "must be true or false",
+}
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -49,6 +60,22 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration's dataclass."""
+    for name, kind in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from keys(cast(type, kind), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def as_argument(key: str, value: str) -> str:
+    """Return ``key=value`` to be pasted into a shell, in quotes where it or Hydra would read it otherwise."""
+    if re.fullmatch(r"[\w./:@%+-]+", value, re.ASCII):
+        return f"{key}={value}"
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
 def set_key(config: Config, key: str, value: Any) -> None:
@@ -119,5 +146,21 @@ def one_line(error: Exception) -> str:
     if full_key:
         if getattr(cause, "object_type", None) is Stage and "." not in full_key:
             full_key = f"a stage of train.stages: {full_key}"  # OmegaConf checks it before it has a place
+        refusal = _refusal(cause, full_key)
+        if refusal:
+            return refusal
         text = f"{full_key}: {text[0].lower()}{text[1:]}"
     return f"{text}; --help lists every key"
+
+
+def _refusal(error: Exception, key: str) -> str | None:
+    """Return what a value of another type must be; None if OmegaConf refuses something else."""
+    text = str(error)
+    if re.search("(is not a|with) ListConfig", text):
+        value = getattr(error, "value", None)
+        return f"{key}: takes a list: {key}=[{'...' if value is None else value}]"
+    for pattern, kind in _KINDS.items():
+        match = re.search(pattern, text, re.DOTALL)
+        if match:
+            return f"{key}={match[1]}: {kind}"
+    return None

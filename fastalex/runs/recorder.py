@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastalex.config import Config
-from fastalex.config.plain import plain
+from fastalex.config.plain import as_argument, plain
 from fastalex.errors import DivergedError, FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
 from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, save_weights
@@ -197,7 +197,8 @@ class FolderRecorder(Recorder):
     def stopped(self, received: signal.Signals) -> StoppedError | ReportedError:
         message = f"stopped by {received.name}"
         if self._writer.written is not None:
-            message += f"; step {self._writer.written} is saved, resume with resume={self._folder.path}"
+            again = as_argument("resume", str(self._folder.path))
+            message += f"; step {self._writer.written} is saved, resume with {again}"
         return StoppedError(message, received)
 
     def final_weights(self, weights: dict[str, Tensor]) -> None:
