@@ -204,7 +204,7 @@ SECTIONS = (
             column("batch", "batch"),
             column("gradient", "gradient"),
             *figures("ms"),
-            column("times the whole one's", "times_whole", ratio),
+            column("relative to the whole gradient", "times_whole", ratio),
         ],
     ),
 )
