@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastalex.cli import command
-from fastalex.config import PredictConfig
+from fastalex.config import OnError, PredictConfig
 from fastalex.data.paths import ImagePaths, printable
 from fastalex.errors import DataError
 from fastalex.runs.prediction import most_probable, predict_images
@@ -39,7 +39,7 @@ def run(config: PredictConfig) -> int:
         FastalexError: if the weights, the images or the file cannot be used.
     """
     trained = open_weights(config.weights)
-    paths = ImagePaths(config.images)
+    paths = ImagePaths(config.images, missing_ok=config.on_error is OnError.skip)
     top = min(TOP, len(trained.classes))
     few = len(paths) <= FEW
     output = config.output or (None if few else OUTPUT)
@@ -78,11 +78,11 @@ def run(config: PredictConfig) -> int:
             predicted += len(rows)
             bar.update(len(rows))
         if not predicted:
-            raise DataError(f"images={config.images}: each of the {skipped} images is damaged or missing")
+            raise DataError(f"images={config.images}: no image is left: {skipped} damaged or missing")
     seconds = time.perf_counter() - began
     if shown:
         print(_table(shown))
-    left_out = f", {skipped} damaged ones left out" if skipped else ""
+    left_out = f", {skipped} left out" if skipped else ""
     written = f"; {output}" if output is not None else ""
     print(f"{predicted:,} image{'s' * (predicted != 1)} in {seconds:.1f} s{left_out}{written}")
     return predicted

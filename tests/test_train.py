@@ -285,7 +285,7 @@ def test_damaged_images_are_skipped_and_counted_on_request(command: Command) -> 
     assert not Path("outputs").exists()
     status, out, _ = command(train.main, *overrides, "data.on_error=skip", "hydra.run.dir=run")
     assert status == 0
-    assert "1 damaged images skipped" in out
+    assert "1 damaged image skipped" in out
     assert json.loads(Path("run/summary.json").read_text())["skipped_images"] == 1
 
 

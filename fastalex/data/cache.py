@@ -18,8 +18,8 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def read_files(root: Path, paths: Sequence[str], *, progress: bool = True) -> Fi
     Args:
         root: the folder that holds all files; its path identifies the cache entry.
         paths: N files below ``root``.
-        progress: show a progress bar while the files are read.
+        progress: show a progress bar while the files are read, and a warning if they cannot be cached.
 
     Raises:
         DataError: a file cannot be opened.
@@ -75,21 +75,24 @@ def read_files(root: Path, paths: Sequence[str], *, progress: bool = True) -> Fi
     contents = _load(entry, len(paths))
     if contents is not None:
         return contents
-    with suppress(OSError):  # reported below, when the entry is stored
+    with suppress(OSError):  # raised again below, when the entry is stored
         entry.parent.mkdir(parents=True, exist_ok=True)
     with locked(entry.with_name(f"{source}.lock")):
         contents = _load(entry, len(paths))  # another process may have stored it meanwhile
         if contents is None:
             contents = read_uncached(paths, progress=str(root) if progress else "")
             try:
+                entry.parent.mkdir(parents=True, exist_ok=True)
                 _remove_other_entries(entry, source)
                 _store(entry, root, contents)
             except OSError as error:
-                warnings.warn(
-                    f"the decoded images are not cached for the next run: {entry.parent} cannot be written "
-                    f"({error.strerror or error}); set XDG_CACHE_HOME to a writable folder",
-                    stacklevel=2,
-                )
+                if progress:
+                    print(
+                        "fastalex: warning: the images will be read again by the next run: "
+                        f"{entry.parent} cannot be written ({error.strerror or error}); "
+                        "set XDG_CACHE_HOME to a writable folder",
+                        file=sys.stderr,
+                    )
     return contents
 
 

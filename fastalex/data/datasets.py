@@ -31,7 +31,7 @@ def load_splits(config: DataConfig, seed: int, *, progress: bool = True) -> Data
         config: names the data set and the folder of its files.
         seed: draws the validation images and those of ``train_fraction``, in proportion from each class; the
             test images never depend on it.
-        progress: show a progress bar while files are read for the first time.
+        progress: show a progress bar while files are read for the first time, and warnings.
 
     Raises:
         ConfigError: no such data set.
@@ -43,6 +43,14 @@ def load_splits(config: DataConfig, seed: int, *, progress: bool = True) -> Data
     splits = load(config, seed, progress=progress)
     if config.train_fraction < 1:
         what = f"data.train_fraction={config.train_fraction}"
-        train, _ = split(splits.train, 1 - config.train_fraction, seed, classes=splits.classes, what=what)
+        train, _ = split(
+            splits.train,
+            1 - config.train_fraction,
+            seed,
+            classes=splits.classes,
+            what=what,
+            use="to leave out",
+            key="data.train_fraction",
+        )
         splits = replace(splits, train=train)
     return splits if splits.source else replace(splits, source=f"{config.name} at {config.root}")

@@ -1,23 +1,28 @@
 """Folders of image files: class folders with or without splits, and Tiny ImageNet's layout.
 
-Each class is a folder; its images are all files below it. Names that begin with a dot and the files of file
-managers (Thumbs.db, desktop.ini) are ignored. Any other file that is not an image is an error, or with
-``data.on_error=skip`` is skipped and counted. Classes are numbered in the order of their names.
+Each class is a folder; its images are all files below it that :func:`fastalex.data.decode.is_image` takes for
+one, by their names or else by their first bytes. Names that begin with a dot and the files of file managers
+(Thumbs.db, desktop.ini) are ignored; other files are left out with a warning. A damaged image is an error, or
+with ``data.on_error=skip`` is skipped and counted. Classes are numbered in the order of their names.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fastalex.config import DataConfig, OnError
 from fastalex.data.cache import read_files
+from fastalex.data.decode import is_image
 from fastalex.data.imageset import DataSplits, ImageSet
-from fastalex.data.splits import TEST_FRACTION, split
+from fastalex.data.splits import TEST_FRACTION, check_counts, split
 from fastalex.errors import DataError
 
 _IGNORED = {"thumbs.db", "desktop.ini"}
@@ -31,10 +36,12 @@ class LabelledFiles:
     Attributes:
         paths: the files. Strings, which take half the time and less memory than Path objects.
         labels: the class of each file.
+        left_out: files beside them that are not images.
     """
 
-    paths: list[str]
-    labels: list[int]
+    paths: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def find_root(config: DataConfig) -> Path:
@@ -104,8 +111,13 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
     parts = {name: scan_classes(folder, classes, config) for name, folder in found.items()}
     images, skipped = read_parts(root, parts, classes, config, progress=progress)
     what = f"data.root={config.root}"
+    drawn = {"validation": "for validation", "test": "for testing"}
+    uses = ["for training", *(use for part, use in drawn.items() if part not in images)]
+    check_counts(images["train"], uses, classes=classes, what=what)
     if "test" not in images:
-        images["train"], images["test"] = split(images["train"], TEST_FRACTION, 0, classes=classes, what=what)
+        images["train"], images["test"] = split(
+            images["train"], TEST_FRACTION, 0, classes=classes, what=what, use=drawn["test"], key=None
+        )
     if "validation" not in images:
         images["train"], images["validation"] = split(
             images["train"], config.validation_fraction, seed, classes=classes, what=what
@@ -134,10 +146,10 @@ def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> Data
                 "published, or use data=imagefolder for class folders"
             )
     wnids = class_names(root / "train", config)
-    train = LabelledFiles([], [])
+    train = LabelledFiles()
     for label, wnid in enumerate(wnids):
         folder = root / "train" / wnid / "images"
-        files = list(image_files(folder)) if folder.is_dir() else []
+        files = list(image_files(folder, train.left_out)) if folder.is_dir() else []
         if not files:
             raise DataError(
                 f"data.root={config.root}: {folder} holds no images; add them or remove class {wnid}"
@@ -167,7 +179,7 @@ def class_names(folder: Path, config: DataConfig) -> tuple[str, ...]:
     names = tuple(sub.name for sub in subfolders(folder))
     if len(names) < 2:
         raise DataError(
-            f"data.root={config.root}: {folder} has {len(names)} class folders; "
+            f"data.root={config.root}: {folder} has {len(names)} class folder{'s' * (len(names) != 1)}; "
             "put the images of each class into a folder of its own, at least two classes"
         )
     return names
@@ -191,13 +203,17 @@ def scan_classes(folder: Path, classes: tuple[str, ...], config: DataConfig) -> 
         raise DataError(
             f"data.root={config.root}: {folder} has {problem} {name!r}; every split needs the same classes"
         )
-    files = LabelledFiles([], [])
+    files = LabelledFiles()
     for label, name in enumerate(classes):
-        paths = list(image_files(folder / name))
+        others: list[str] = []
+        paths = list(image_files(folder / name, others))
         if not paths:
+            instead = f" but other files, such as {others[0]}" if others else ""
             raise DataError(
-                f"data.root={config.root}: class folder {folder / name} holds no images; fill or remove it"
+                f"data.root={config.root}: class folder {folder / name} holds no images{instead}; "
+                "fill or remove it"
             )
+        files.left_out += others
         files.paths += paths
         files.labels += [label] * len(paths)
     return files
@@ -211,14 +227,14 @@ def read_parts(
     *,
     progress: bool,
 ) -> tuple[dict[str, ImageSet], int]:
-    """Read the files of all splits through the cache.
+    """Read the files of all splits through the cache, and warn of those that were left out.
 
     Args:
         root: the folder that holds all files.
         parts: the files of each split, by the split's name.
         classes: names of the classes, in the order of the labels.
         config: says whether damaged files are skipped.
-        progress: show a progress bar while files are read.
+        progress: show a progress bar while files are read, and warnings.
 
     Returns:
         The images of each split by its name, and the number of files skipped.
@@ -226,6 +242,8 @@ def read_parts(
     Raises:
         DataError: a file is damaged and ``data.on_error`` is not ``skip``, or a class has no whole images.
     """
+    if progress:
+        _warn_of_left_out([path for part in parts.values() for path in part.left_out], config)
     paths = [path for part in parts.values() for path in part.paths]
     contents = read_files(root, paths, progress=progress)
     if contents.damaged and config.on_error is not OnError.skip:
@@ -269,10 +287,14 @@ def subfolders(folder: Path) -> list[Path]:
     return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
-def image_files(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder that could be images, sorted folder by folder.
+def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
+    """Yield the paths of all images below a folder, whole or damaged, sorted folder by folder.
 
-    Symbolic links are followed; hidden files, hidden folders and file managers' files are left out.
+    Symbolic links are followed; hidden files, hidden folders and file managers' files are ignored.
+
+    Args:
+        folder: the folder.
+        others: a list that receives the paths of the files that are not images.
 
     Raises:
         DataError: a folder cannot be read.
@@ -281,12 +303,40 @@ def image_files(folder: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
+    extensions = _image_extensions()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = os.path.join(parent, "")  # noqa: PTH118
         for name in sorted(names):
-            if not name.startswith(".") and name.lower() not in _IGNORED:
+            lower = name.lower()
+            if name.startswith(".") or lower in _IGNORED:
+                continue
+            # is_image alone would take longer than the listing
+            if lower.endswith(extensions) or is_image(Path(here + name)):
                 yield here + name
+            elif others is not None:
+                others.append(here + name)
+
+
+@cache
+def _image_extensions() -> tuple[str, ...]:
+    """Return the extensions of names that make a file an image, whatever is in it."""
+    nowhere = Path(os.devnull)  # a file below it does not exist, so that its name decides
+    return tuple(end for end in Image.registered_extensions() if is_image(nowhere / f"image{end}"))
+
+
+def _warn_of_left_out(files: list[str], config: DataConfig) -> None:
+    if files:
+        count = (
+            "1 file that is not an image is"
+            if len(files) == 1
+            else f"{len(files):,} files that are not images are"
+        )
+        more = ", ..." if len(files) > 1 else ""
+        print(
+            f"fastalex: warning: data.root={config.root}: {count} left out ({files[0]}{more})",
+            file=sys.stderr,
+        )
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -300,7 +350,7 @@ def _annotated_files(val: Path, wnids: tuple[str, ...], config: DataConfig) -> L
     """Return the images of ``val`` with their classes from ``val_annotations.txt``."""
     annotations = val / "val_annotations.txt"
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    files = LabelledFiles([], [])
+    files = LabelledFiles()
     for number, line in enumerate(_read_lines(annotations), 1):
         where = f"data.root={config.root}: {annotations} line {number}"
         fields = line.split("\t")

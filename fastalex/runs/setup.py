@@ -238,7 +238,8 @@ def _loader(
 
 
 def _describe(config: Config, splits: DataSplits) -> str:
-    skipped = f", {splits.skipped} damaged images skipped" if splits.skipped else ""
+    count = f"{splits.skipped} damaged image{'s' * (splits.skipped != 1)}"
+    skipped = f", {count} skipped" if splits.skipped else ""
     kept = ", their shape kept" if config.data.fit is Fit.shorter_side else ""
     shifted = ", colours shifted" if config.data.color is Color.pca else ""
     return (

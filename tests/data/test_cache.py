@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -188,27 +189,48 @@ def test_the_source_is_not_written_to(tmp_path: Path) -> None:
     assert (tmp_path / "images").stat().st_mtime_ns == folder_time
 
 
-def test_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system")]
+)
+def test_without_a_writable_cache(
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reads: list[int],
+    number: int,
+    reason: str,
+) -> None:
     paths = write_images(tmp_path / "images")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
-            contents = read(tmp_path, paths)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:  # chmod would not do: tests may run as root
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for progress in (True, False):  # the process that shows progress is the only one that warns
+        contents = read_files(tmp_path, list(map(str, paths)), progress=progress)
         assert np.array_equal(contents.pixels, np.stack([decode_image(path) for path in paths]))
     assert len(reads) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == [
+        "fastalex: warning: the images will be read again by the next run: "
+        f"{folder} cannot be written ({reason}); set XDG_CACHE_HOME to a writable folder"
+    ]
 
 
-def test_a_full_disk_leaves_no_entry(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_entry(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = write_images(tmp_path / "images")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.warns(UserWarning, match="No space left"):
-        contents = read(tmp_path, paths)
+    contents = read_files(tmp_path, list(map(str, paths)), progress=True)
     assert contents.pixels is not None
+    assert f"{folder} cannot be written (No space left on device)" in capsys.readouterr().err
     assert entries(folder) == []
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from fastalex.config import DataConfig, OnError
 from fastalex.data import DataSplits, ImageSet, load_splits
 from fastalex.data.cifar import CLASSES
 from fastalex.data.decode import decode_image
+from fastalex.data.folders import image_files
 from fastalex.errors import ConfigError, DataError
 
 CIFAR10_COPY = Path(__file__).parents[3] / "shared/data/cifar10"
@@ -118,8 +120,12 @@ def test_a_fraction_of_the_training_images() -> None:
     assert same_images(part.validation, whole.validation)
     assert same_images(part.test, whole.test)
     assert not same_images(part.train, load("digits", seed=2, train_fraction=0.2).train)
-    with pytest.raises(DataError, match=r"data.train_fraction=0.005: 1149 images cannot be split into 5 and"):
+    with pytest.raises(DataError) as caught:
         load("digits", train_fraction=0.005)
+    assert str(caught.value) == (
+        "data.train_fraction=0.005: 1149 images cannot be split into 5 for training and 1144 to leave out "
+        "with all 10 classes in both; add images, or change data.train_fraction"
+    )
 
 
 def test_synthetic() -> None:
@@ -206,6 +212,56 @@ def test_nested_files_count_and_hidden_files_do_not(root: Path) -> None:
     assert sum(map(len, (splits.train, splits.validation, splits.test))) == 25
 
 
+def test_files_that_are_not_images_are_left_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file is opened to find out what it is if its name says so."""
+    write_tree(root / "train", ["cat", "dog"], 10)
+    write_tree(root / "test", ["cat", "dog"], 10)
+    (root / "train" / "cat" / "003.png").rename(root / "train" / "cat" / "noname")
+    (root / "train" / "cat" / "004.png").rename(root / "train" / "cat" / "004.JPEG")
+    opened = []
+    real = Image.open
+
+    def open_(path: Path, *args: Any, **options: Any) -> Image.Image:
+        opened.append(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Image, "open", open_)
+    assert {Path(path).name for path in image_files(root)} == {
+        "noname",
+        "004.JPEG",
+        *(f"{i:03}.png" for i in range(10)),
+    }
+    assert opened == [root / "train" / "cat" / "noname"]
+    sizes = (16, 4, 20)
+    check_splits(load_splits(DataConfig("imagefolder", str(root)), 0), sizes)
+    assert "warning" not in capsys.readouterr().err
+
+    (root / "train" / "cat" / "notes.txt").write_text("cats")
+    line = f"fastalex: warning: data.root={root}: 1 file that is not an image is left out "
+    line += f"({root / 'train' / 'cat' / 'notes.txt'})"
+    check_splits(load_splits(DataConfig("imagefolder", str(root)), 0), sizes)
+    assert line in capsys.readouterr().err.splitlines()
+    (root / "test" / "dog" / "empty").touch()
+    check_splits(load_splits(DataConfig("imagefolder", str(root)), 0), sizes)
+    line = line.replace("1 file that is not an image is", "2 files that are not images are")
+    assert f"{line[:-1]}, ...)" in capsys.readouterr().err.splitlines()
+    load("imagefolder", root)
+    assert not capsys.readouterr().err
+
+
+def test_a_class_folder_of_other_files(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 10)
+    (root / "eel").mkdir()
+    (root / "eel" / "1.heic").write_text("another format")
+    refused(
+        "imagefolder",
+        root,
+        f"{root / 'eel'} holds no images but other files, such as {root}/eel/1.heic; fill",
+    )
+
+
 def test_root_errors(root: Path) -> None:
     for name in ("imagefolder", "tiny_imagenet"):
         refused(name, root, "does not exist", "data=digits")
@@ -219,7 +275,7 @@ def test_root_errors(root: Path) -> None:
 
 def test_a_folder_without_classes(root: Path) -> None:
     write_tree(root, ["cat"], 10)
-    refused("imagefolder", root, "1 class folders")
+    refused("imagefolder", root, "1 class folder;")
     write_tree(root / "images", ["a", "b"], 3)
     refused("imagefolder", root / "cat", "0 class folders")
 
@@ -247,27 +303,71 @@ def test_ambiguous_splits(root: Path) -> None:
     refused("imagefolder", root, "no train folder")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_too_few_images_to_split(root: Path, count: int) -> None:
+@pytest.mark.parametrize(
+    ("beside", "found", "needed"),
+    [
+        ((), "1 image", "one for training, one for validation and one for testing"),
+        ((), "2 images", "one for training, one for validation and one for testing"),
+        (("test",), "1 image", "one for training and one for validation"),
+        (("val",), "1 image", "one for training and one for validation"),
+    ],
+)
+def test_too_few_images_to_split(root: Path, beside: tuple[str, ...], found: str, needed: str) -> None:
+    write_tree(root / "train", ["cat", "dog"], 20)
+    write_tree(root / "train", ["eel"], int(found[0]))
+    for folder in beside:
+        write_tree(root / folder, ["cat", "dog", "eel"], 1)
+    problem = f"class 'eel' has {found} to split; each class needs at least {needed}: "
+    refused("imagefolder", root, problem + "add images of it, or remove the class")
+    write_tree(root / "train", ["eel"], 3 - len(beside))
+    load("imagefolder", root)
+
+
+def test_one_image_for_each_part_is_enough(root: Path) -> None:
     write_tree(root, ["cat", "dog"], 20)
-    write_tree(root, ["eel"], count)
-    refused("imagefolder", root, "class 'eel' has", "at least two")
+    for folder in ("train", "val", "test"):
+        write_tree(root / "whole" / folder, ["cat", "dog"], 1)
+    check_splits(load("imagefolder", root / "whole"), (2, 2, 2))
+
+
+def test_too_few_images_for_a_fraction_of_them(root: Path) -> None:
+    write_tree(root / "train", ["cat", "dog"], 4)
+    write_tree(root / "train", ["eel"], 2)
+    write_tree(root / "test", ["cat", "dog", "eel"], 1)
+    with pytest.raises(DataError) as caught:
+        load("imagefolder", root, train_fraction=0.5, validation_fraction=0.3)
+    problem = "data.train_fraction=0.5: class 'eel' has 1 image to split; each class needs at least "
+    assert str(caught.value).startswith(f"{problem}one for training and one to leave out: ")
+
+
+def test_a_class_of_which_none_is_in_the_test_set(root: Path) -> None:
+    """A fifth is rounded down; no key changes it."""
+    write_tree(root, [f"class{i}" for i in range(9)], 14)
+    write_tree(root, ["eel"], 3)
+    problem = (
+        "class 'eel' has 3 of the 129 images to split, in proportion too few for one of the 26 for testing; "
+    )
+    with pytest.raises(DataError) as caught:
+        load("imagefolder", root)
+    message = str(caught.value)
+    assert message == f"data.root={root}: {problem}add images of it, or remove the class"
 
 
 def test_more_classes_than_validation_images(root: Path) -> None:
     for folder in ("train", "test"):
         write_tree(root / folder, [f"class{i}" for i in range(5)], 3)
-    refused("imagefolder", root, "into 12 and 3", "5 classes")
+    refused("imagefolder", root, "into 12 for training and 3 for validation with all 5 classes in both")
 
 
-@pytest.mark.parametrize(("fraction", "parts"), [(0.1, "91 and 11"), (0.95, "5 and 97")])
-def test_a_class_too_small_for_both_parts(root: Path, fraction: float, parts: str) -> None:
+@pytest.mark.parametrize(("fraction", "part"), [(0.1, "11 for validation"), (0.95, "5 for training")])
+def test_a_class_too_small_for_both_parts(root: Path, fraction: float, part: str) -> None:
     """In proportion, one part would have none of the class's two images."""
     write_tree(root / "train", ["cat"], 100)
     write_tree(root / "train", ["eel"], 2)
     write_tree(root / "test", ["cat", "eel"], 1)
-    problem = f"class 'eel' has 2 images, too few for both parts, of {parts}"
-    refused("imagefolder", root, problem, validation_fraction=fraction)
+    problem = "class 'eel' has 2 of the 102 images to split, in proportion too few for one of the "
+    remedy = f"{part}; add images of it, or remove the class, or change data.validation_fraction"
+    refused("imagefolder", root, problem + remedy, validation_fraction=fraction)
 
 
 @pytest.mark.parametrize("sizes", [False, True])
