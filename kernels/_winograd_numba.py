@@ -1,14 +1,17 @@
-"""What Winograd's Numba kernels with constant matrices share: one side of a transform, as machine code."""
+"""What Winograd's Numba kernels with constant matrices share: one side of a transform, and the gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba.core import types
+from torch import Tensor
 
 from . import winograd_reference as reference
+from ._column_sums import column_sums
 from ._numba_simd import LANES, _call, _every
 
 
@@ -40,3 +43,24 @@ def combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) 
             scale = _every(ir.FloatType(), factor)
             total = _call(builder, f"llvm.fmuladd.v{LANES}f32", value, scale, total)
     return total
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    of_x: bool,
+    of_weight: bool,
+    convolve: Callable[[Tensor, Tensor, Tensor], Tensor],
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """As `winograd_reference.winograd_conv2d_backward`, from a kernel's convolution and weight's gradient.
+
+    The gradient of x is a convolution too, of `grad` and the weight turned by 180 degrees.
+    """
+    d_x = None
+    if of_x:
+        rotated = weight.flip(2, 3).transpose(0, 1)
+        d_x = convolve(grad, rotated, rotated.new_zeros(len(rotated)))
+    d_weight = weight_gradient(grad, x, weight) if of_weight else None
+    return d_x, d_weight, column_sums(reference.pixels(grad))

@@ -36,9 +36,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import winograd_reference as reference
-from ._column_sums import column_sums
 from ._numba_simd import LANES, _every, bits, emit_load, emit_store, jit, pointer, run
-from ._winograd_numba import combination, literal_matrix
+from ._winograd_numba import combination, gradients, literal_matrix
 
 MOST_OUTPUTS = 4  # of a tile: with more it is not faster, and rounds more
 # Positions of all tiles at a time: the tiles take 17 MB for 256 channels. With fewer the products lose speed;
@@ -255,12 +254,7 @@ def winograd_conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
-    d_x = None
-    if of_x:
-        rotated = weight.flip(2, 3).transpose(0, 1)
-        d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
-    d_weight = _weight_gradient(grad, x, weight) if of_weight else None
-    return d_x, d_weight, column_sums(reference.pixels(grad))
+    return gradients(grad, x, weight, of_x, of_weight, winograd_conv2d, _weight_gradient)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -30,9 +30,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import winograd_reference as reference
-from ._column_sums import column_sums
 from ._numba_simd import _FLOATS, LANES, _address, bits, jit, pointer, run
-from ._winograd_numba import combination, literal_matrix
+from ._winograd_numba import combination, gradients, literal_matrix
 
 ROWS = 200  # enough for full speed of the products; twice as many only take twice the memory
 
@@ -206,17 +205,13 @@ def winograd_conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
-    d_x = None
-    if of_x:
-        rotated = weight.flip(2, 3).transpose(0, 1)
-        d_x = winograd_conv2d(grad, rotated, rotated.new_zeros(len(rotated)))
-    d_weight = _weight_gradient(grad, x, weight.shape) if of_weight else None
-    return d_x, d_weight, column_sums(reference.pixels(grad))
+    return gradients(grad, x, weight, of_x, of_weight, winograd_conv2d, _weight_gradient)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-    tiling = _Tiling(x, shape[2])
-    d_transformed = torch.zeros(tiling.positions, *shape[:2], dtype=torch.float32)
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    out_channels, channels, taps, _ = weight.shape
+    tiling = _Tiling(x, taps)
+    d_transformed = torch.zeros(tiling.positions, out_channels, channels, dtype=torch.float32)
     for part, part_grads in reference.parts(tiling.images, x, grad):
         d_transformed.baddbmm_(tiling.gradient(part_grads).transpose(1, 2), tiling.input(part))
-    return reference.weight_gradient(d_transformed, tiling.outputs, shape[2])
+    return reference.weight_gradient(d_transformed, tiling.outputs, taps)
