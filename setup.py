@@ -22,6 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastalex",
+        "fastalex.commands",
         "fastalex.config",
         "fastalex.configs",
         "fastalex.data",

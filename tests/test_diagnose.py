@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalex import diagnose as command
+from fastalex.commands.diagnose import Layer, conclude, diagnose, initialisations
 from fastalex.config import AlexNetConfig, Init, ModelConfig, Precision, RuntimeConfig
-from fastalex.diagnose import Layer, conclude, diagnose, initialisations
 from fastalex.runtime import choose_runtime
 
 RUNTIME = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32, channels_last=False))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV3
 
 from fastalex import diagnose, evaluate, train
+from fastalex.commands import evaluate as evaluating
 from fastalex.config import (
     Config,
     DataConfig,
@@ -178,8 +179,8 @@ def test_out_of_memory_in_other_commands_is_a_one_line_error(
     monkeypatch.setattr(sys, "argv", ["fastalex", *QUICK])
     train.main()
     capsys.readouterr()
-    whole = evaluate.run(EvaluateConfig(weights="run"))
-    fewer = evaluate.run(EvaluateConfig(weights="run", batch_size=100, loader=EvaluateLoader(workers=0)))
+    whole = evaluating.run(EvaluateConfig(weights="run"))
+    fewer = evaluating.run(EvaluateConfig(weights="run", batch_size=100, loader=EvaluateLoader(workers=0)))
     assert fewer.ten_crop.images == whole.ten_crop.images
     assert torch.allclose(fewer.probabilities, whole.probabilities)
     capsys.readouterr()
@@ -345,7 +346,7 @@ def test_a_shortage_in_another_place_is_one_line(
     def load(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(evaluate, "open_weights", load)
+    monkeypatch.setattr(evaluating, "open_weights", load)
     assert end_of(evaluate.main, ["weights=run"], monkeypatch) == 1
     assert capsys.readouterr().err.startswith("fastalex: error: out of memory -- free some")
 

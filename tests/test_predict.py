@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from fastalex import evaluate, predict
+from fastalex import predict
+from fastalex.commands import evaluate as evaluating
+from fastalex.commands import predict as predicting
 from fastalex.config import (
     Config,
     DataConfig,
@@ -119,7 +121,7 @@ def probabilities(run: Path, views: int) -> tuple[list[Path], Tensor]:
 
 
 def test_probabilities_are_those_of_the_evaluation(trained: Path) -> None:
-    expected = evaluate.run(EvaluateConfig(weights=str(trained)))
+    expected = evaluating.run(EvaluateConfig(weights=str(trained)))
     paths, found = probabilities(trained, views=10)
     assert paths == sorted(test_images(trained).rglob("*.png"))
     assert torch.equal(found, expected.probabilities)
@@ -326,7 +328,7 @@ def test_a_stop_leaves_no_half_file(
         os.kill(os.getpid(), number)
         yield [Path("b.png")], torch.tensor([[0.5, 0.25, 0.25]])
 
-    monkeypatch.setattr(predict, "predict_images", stopped)
+    monkeypatch.setattr(predicting, "predict_images", stopped)
     status, _, err = command(f"weights={trained}", f"images={test_images(trained)}")
     assert status == 128 + number
     assert err.splitlines()[-1] == f"fastalex: error: stopped by {number.name}"

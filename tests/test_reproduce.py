@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fastalex import reproduce, train
+from fastalex.commands import reproduce as reproducing
 from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, schema
 from fastalex.config.checks import validate
 from fastalex.config.plain import plain, to_dataclass
@@ -51,7 +52,7 @@ TINY = (
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """Run the command in an empty folder; return its exit status, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    monkeypatch.setattr(reproducing, "QUICK", TINY)
 
     def run(*arguments: str, main: Any = reproduce.main) -> tuple[int, str, str]:
         return outcome(main, arguments, monkeypatch, capsys)
@@ -256,8 +257,8 @@ def test_the_committed_runs_are_the_rows() -> None:
     assert results is not None
     schema.register()
     with initialize_config_module("fastalex.configs", version_base="1.3"):
-        jobs = reproduce.plan(ReproduceConfig(), results)
-        claims_jobs = reproduce.plan(ReproduceConfig(rows=[CLAIMS]), results)
+        jobs = reproducing.plan(ReproduceConfig(), results)
+        claims_jobs = reproducing.plan(ReproduceConfig(rows=[CLAIMS]), results)
     assert {job.status for job in jobs} == {"complete"}
     assert {job.status for job in claims_jobs} <= {"complete", "not run"}
     assert json.loads((results / "reproduction.json").read_text()) == report.collect(results, False)
@@ -267,7 +268,7 @@ def test_a_row_named_twice_is_run_once() -> None:
     schema.register()
     asked = ReproduceConfig(rows=["resnet18", "alexnet", "resnet18"])
     with initialize_config_module("fastalex.configs", version_base="1.3"):
-        jobs = reproduce.plan(asked, Path("nowhere"))
+        jobs = reproducing.plan(asked, Path("nowhere"))
     assert [job.row for job in jobs] == ["resnet18", "alexnet"]
 
 
@@ -325,7 +326,7 @@ def test_an_interrupted_row_finds_its_images_where_they_are_now(
     command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(reproduce, "QUICK", ("data=imagefolder", *TINY[1:]))
+    monkeypatch.setattr(reproducing, "QUICK", ("data=imagefolder", *TINY[1:]))
     for split, count in (("train", 100), ("test", 10)):
         for number, name in enumerate(("a", "b")):
             folder = tmp_path / "before" / split / name
@@ -366,7 +367,7 @@ def test_a_diverged_row_does_not_stop_the_others(command: Any, monkeypatch: pyte
         if len(ran) == 1:
             raise DivergedError("the loss became nan at step 3 with learning rate 0.1; lower train.lr")
 
-    monkeypatch.setattr(reproduce, "train", diverges)
+    monkeypatch.setattr(reproducing, "train", diverges)
     status, _, err = command("budget=quick", "rows=alexnet_paper_init,resnet18")
     assert status == 1
     assert ran == ["alexnet_paper_init", "resnet18"]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastalex import evaluate, plots, train
+from fastalex.commands import evaluate as evaluating
 from fastalex.config import Config, DataConfig, LoaderConfig, ModelConfig, RuntimeConfig
 from fastalex.data import CutMixLoader
 from fastalex.data.resident import ResidentLoader
@@ -496,7 +497,7 @@ def test_what_the_user_did_is_one_line(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "run", refuse)
+    monkeypatch.setattr(evaluating, "run", refuse)
     assert command(evaluate.main, "checkpoint=x") == (status, "", f"fastalex: error: {line}\n")
 
 
