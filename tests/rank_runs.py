@@ -135,7 +135,7 @@ def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
         world: the ranks; with one process, ``distributed`` has its defaults.
 
     Returns:
-        What the run returned; after an error, its class and exit status.
+        The folder that the run returned; after an error, its class and exit status.
     """
     register()
     config = a_config(images)
@@ -146,7 +146,7 @@ def run(name: str, images: Path, folder: Path, world: World) -> dict[str, Any]:
     try:
         # Half of a run's time would be the measurement of the peak rate, by products of this size.
         with mock.patch.dict(flops.MATMUL_SIZE, cpu=64), StopSignals() as signals:
-            return train_on(world, request, signals, time.perf_counter())
+            return {"folder": str(train_on(world, request, signals, time.perf_counter()))}
     except (FastalexError, StoppedError) as error:
         return {"error": type(error).__name__, "status": error.exit_status}
 

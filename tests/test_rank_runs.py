@@ -32,18 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    """The return values of the runs, by rank."""
+    """How the runs ended, by rank."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", COMPLETING)
 def test_only_rank_0_writes_and_reports(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
-    zero, one = (rank[name] for rank in ranks)
+    assert [rank[name]["folder"] for rank in ranks] == [str(folder / name), str(folder / "other" / name)]
     written = json.loads((folder / name / "summary.json").read_text())
-    assert zero == written
-    assert 0 <= zero["top1_error"] <= 1
+    assert 0 <= written["top1_error"] <= 1
     assert (folder / name / "checkpoint.pt").is_file()
-    assert one == {}
     assert not (folder / "other").exists()
 
 
@@ -65,7 +63,7 @@ def test_losses_match_one_process(name: str, folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["hybrid", "initial weights and frozen layers"])
 def test_all_ranks_evaluate_the_best_network(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
     """It is that of the first epoch, so that it is evaluated beside the final one; here by one process."""
-    best = ranks[0][name]["best_on_validation"]
+    best = json.loads((folder / name / "summary.json").read_text())["best_on_validation"]
     assert best["epoch"] == 1
     assert [rank["evaluations"][name] for rank in ranks] == [2, 2]
     rank_runs.register()
@@ -88,11 +86,9 @@ def test_a_hybrid_run_resumes_by_the_command_line(folder: Path, ranks: list[dict
     ).stat().st_mtime_ns
 
 
-def test_rank_0_writes_its_trace(folder: Path, ranks: list[dict[str, Any]]) -> None:
+def test_rank_0_writes_its_trace(folder: Path) -> None:
     """The collectives are in it. The other ranks take the same steps, or rank 0 would wait for them."""
-    zero, one = (rank[rank_runs.PROFILED] for rank in ranks)
-    assert set(zero["profile"]["ranges"]) == {"input", "forward", "backward", "optimizer"}
-    assert one == {}
+    assert not (folder / "other").exists()
     names = {
         event["name"] for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
     }

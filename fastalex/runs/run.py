@@ -58,11 +58,8 @@ class Run:
         self._trained = time.perf_counter()
         trainer.on_step = self._on_step
 
-    def execute(self) -> dict[str, Any]:
-        """Train and evaluate.
-
-        Returns:
-            The content of ``summary.json``; on other ranks than 0, nothing.
+    def execute(self) -> None:
+        """Train and evaluate; write ``summary.json``.
 
         Raises:
             StoppedError: on rank 0, after a signal on any rank; ReportedError on the others.
@@ -74,7 +71,7 @@ class Run:
                 received = next(filter(None, self.trainer.world.gather(self.signals.received)), None)
             if received is not None:
                 raise self.recorder.stopped(received)
-            return self._report()
+            self._report()
         except (StoppedError, DataError, RuntimeError) as error:
             if self.signals.received is None:
                 raise
@@ -135,13 +132,13 @@ class Run:
         }
         self.recorder.save(trainer.weights(), trainer.averaged_weights(), training)
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self) -> None:
         """Evaluate what was learnt, and write the summary."""
         trainer, runtime = self.trainer, self.trainer.runtime
         self.recorder.final_weights(self._final_weights())
         summary = self._evaluate() if self.splits.is_measurable else {}
         if not trainer.world.main:
-            return {}
+            return
         if not self.splits.is_measurable:
             self.recorder.say(
                 "\nsynthetic data: the throughput is real, an error would mean nothing and none is reported"
@@ -166,7 +163,6 @@ class Run:
             "versions": versions(),
         }
         self.recorder.summary(summary)
-        return summary
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the final weights on the test set, and those best on validation; collective."""
