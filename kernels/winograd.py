@@ -100,9 +100,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, plain_output: bool) -> Tensor:
 
 @custom_op("fastalex::winograd_conv2d_backward", mutates_args=())
 def _winograd_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool = True, of_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias; what is not asked for is empty."""
+    """The gradients of x, weight and bias; what is not asked for is empty.
+
+    The defaults are for graphs that torch.compile has cached with an older version, which has no such choice.
+    """
     _check_gradient(grad, x, weight)
     with torch.autocast(x.device.type, enabled=False):
         backward = _implementation(x, weight).winograd_conv2d_backward
@@ -115,7 +118,9 @@ def _winograd_backward(
 
 
 @_winograd_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool = True, of_weight: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_gradient(grad, x, weight)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     taps = weight.new_empty((*weight.shape[2:], *weight.shape[:2]))
