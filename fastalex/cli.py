@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config import schema
-from fastalex.config.plain import as_argument, flat, keys, one_line, to_dataclass
+from fastalex.config.plain import as_argument, flat, one_line, to_dataclass
 from fastalex.distributed.launcher import is_main
 from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
@@ -236,7 +236,8 @@ def _unknown(argument: str, config_class: type) -> str:
         return f"{argument}: has a flag between it and other settings; put flags in front of all settings"
     flag, _, value = argument.lstrip("-").partition("=")
     name = flag.replace("-", "_")
-    meant = [key for key in keys(config_class) if f".{key}".endswith(f".{name}")]
+    keys = flat(OmegaConf.to_container(OmegaConf.structured(config_class)))
+    meant = [key for key in keys if f".{key}".endswith(f".{name}")]
     key = meant[0] if len(meant) == 1 else name
     return f"{argument}: settings have no dashes in front: {key}={value or '...'} (--help lists every key)"
 

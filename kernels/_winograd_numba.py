@@ -46,13 +46,13 @@ def combination(builder: ir.IRBuilder, factors: list[float], values: list[Any]) 
 
 
 def gradients(
+    convolve: Callable[[Tensor, Tensor, Tensor], Tensor],
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     of_x: bool,
     of_weight: bool,
-    convolve: Callable[[Tensor, Tensor, Tensor], Tensor],
-    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `winograd_reference.winograd_conv2d_backward`, from a kernel's convolution and weight's gradient.
 

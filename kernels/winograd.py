@@ -27,7 +27,7 @@ from . import winograd_reference as reference
 from ._checks import check_fits, check_parameters, refuse_second_derivative
 
 TAPS = 3, 5
-CHANNELS = 16  # the fast implementations take multiples of so many channels, in and out
+CHANNELS = 16  # the fast implementations take multiples of their vectors' length, in and out
 # In bf16, from so many input channels on, 3x3 taps are faster with tiles along both axes than along one
 MANY_CHANNELS = 256
 

@@ -24,7 +24,7 @@ even for 3x3 taps where there are few channels, whose products cost little besid
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numba
@@ -250,13 +250,6 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def winograd_conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
-    return gradients(grad, x, weight, of_x, of_weight, winograd_conv2d, _weight_gradient)
-
-
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     out_channels, channels, taps, _ = weight.shape
     tiling = _Tiling(x, taps)
@@ -267,3 +260,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         d_products = tiling.gradient(part_grad)
         d_transformed += tiling.transformed_gradient(d_products, tiling.input(part), like)
     return tiling.weight_gradient(d_transformed)
+
+
+winograd_conv2d_backward = partial(gradients, winograd_conv2d, _weight_gradient)
+"""As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""

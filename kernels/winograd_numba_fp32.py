@@ -19,7 +19,7 @@ result's gradient with the rotated weight, so it needs no kernel of its own.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numba
@@ -201,13 +201,6 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def winograd_conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""
-    return gradients(grad, x, weight, of_x, of_weight, winograd_conv2d, _weight_gradient)
-
-
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     out_channels, channels, taps, _ = weight.shape
     tiling = _Tiling(x, taps)
@@ -215,3 +208,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     for part, part_grads in reference.parts(tiling.images, x, grad):
         d_transformed.baddbmm_(tiling.gradient(part_grads).transpose(1, 2), tiling.input(part))
     return reference.weight_gradient(d_transformed, tiling.outputs, taps)
+
+
+winograd_conv2d_backward = partial(gradients, winograd_conv2d, _weight_gradient)
+"""As `winograd_reference.winograd_conv2d_backward`, for the tensors that `winograd_conv2d` takes."""

@@ -92,7 +92,7 @@ def test_rank_0_writes_its_trace(folder: Path) -> None:
     names = {
         event["name"] for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
     }
-    assert {"forward", "backward", "optimizer"} <= names
+    assert {"input", "forward", "backward", "optimizer"} <= names
     assert any("allreduce" in name or "all_reduce" in name for name in names)
     assert "rank 0 of 2" in (folder / "profile" / "profile.txt").read_text()
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
 from enum import Enum, EnumMeta
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -60,15 +59,6 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
-
-
-def keys(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a configuration's dataclass."""
-    for name, kind in get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(kind):
-            yield from keys(cast(type, kind), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def as_argument(key: str, value: str) -> str:

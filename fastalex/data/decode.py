@@ -97,11 +97,10 @@ def is_image(path: Path) -> bool:
     Args:
         path: the file, which may be damaged.
     """
-    formats = _formats()
-    if Image.registered_extensions().get(path.suffix.lower()) in formats:
+    if path.suffix.lower() in image_extensions():
         return True
     try:
-        with Image.open(path, formats=formats):
+        with Image.open(path, formats=_formats()):
             return True
     except Exception:  # as in _decode: Pillow's readers raise many types
         return False
@@ -146,6 +145,13 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         raise ValueError(f"{'integer' if image.mode == 'I' else 'float'} pixels of 32 bits")
     image.info.pop("transparency", None)  # dropped as alpha is; convert() would warn about it
     return np.array(image.convert("RGB"))
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Return the extensions, in small letters, of names that make a file an image."""
+    formats = _formats()
+    return tuple(end for end, name in Image.registered_extensions().items() if name in formats)
 
 
 @cache

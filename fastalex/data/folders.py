@@ -12,15 +12,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastalex.config import DataConfig, OnError
 from fastalex.data.cache import read_files
-from fastalex.data.decode import is_image
+from fastalex.data.decode import image_extensions, is_image
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.splits import TEST_FRACTION, check_counts, split
 from fastalex.errors import DataError
@@ -303,7 +301,7 @@ def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
-    extensions = _image_extensions()
+    extensions = image_extensions()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = os.path.join(parent, "")  # noqa: PTH118
@@ -316,13 +314,6 @@ def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
                 yield here + name
             elif others is not None:
                 others.append(here + name)
-
-
-@cache
-def _image_extensions() -> tuple[str, ...]:
-    """Return the extensions of names that make a file an image, whatever is in it."""
-    nowhere = Path(os.devnull)  # a file below it does not exist, so that its name decides
-    return tuple(end for end in Image.registered_extensions() if is_image(nowhere / f"image{end}"))
 
 
 def _warn_of_left_out(files: list[str], config: DataConfig) -> None:

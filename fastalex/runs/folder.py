@@ -81,6 +81,11 @@ def _holds_run(folder: Path) -> bool:
     return any(path for name in names for path in folder.glob(name))
 
 
+def _is_free(folder: Path, restart: bool) -> bool:
+    """Whether a new run may write to a folder; the arguments are those of :func:`check_free`."""
+    return not _holds_run(folder) or (restart and not is_finished(folder))
+
+
 def check_free(folder: Path, *, restart: bool) -> None:
     """Refuse a folder that holds a run, before a new run reads its images.
 
@@ -91,7 +96,7 @@ def check_free(folder: Path, *, restart: bool) -> None:
     Raises:
         ConfigError: it holds a run.
     """
-    if _holds_run(folder) and (is_finished(folder) or not restart):
+    if not _is_free(folder, restart):
         raise _in_use(folder)
 
 
@@ -275,12 +280,13 @@ def _claim(path: Path, given: bool, restart: bool) -> tuple[Path, RunLock]:
         candidate.mkdir(parents=True, exist_ok=True)
         lock = RunLock.take(candidate)
         if lock is not None:
-            if not _holds_run(candidate):
-                with suppress(FileExistsError):
+            if _is_free(candidate, restart):
+                try:
                     (candidate / TENSORBOARD).mkdir()  # exactly one process succeeds
                     return candidate, lock
-            elif restart and not is_finished(candidate):
-                return candidate, lock
+                except FileExistsError:
+                    if restart:
+                        return candidate, lock
             lock.release()
         if given:
             break

@@ -36,8 +36,9 @@ class TrainedNetwork:
     weights: dict[str, Tensor]
 
     def runtime(self, device: str = "auto", precision: Precision | None = None) -> Runtime:
-        """Choose how to compute with the network here: as its run did, on another device if need be, with all
-        threads.
+        """Choose how to compute with the network here: as its run did, on another device if need be.
+
+        All threads are used, however many the run used.
 
         Args:
             device: auto, cpu, cuda, ...

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fastalex.kernels import winograd, winograd_conv2d, winograd_numba_bf16, winograd_numba_bf16_one_axis
 from fastalex.kernels import winograd_reference as reference
-from fastalex.kernels.winograd import TAPS, _implementation, _winograd
+from fastalex.kernels._numba_simd import LANES
+from fastalex.kernels.winograd import CHANNELS, TAPS, _implementation, _winograd
 from tests.tolerances import HALF, SAFETY, assert_as_accurate, assert_near, unit_roundoff, usual_sum_error
 
 SIZES = [(13, 13), (5, 7), (6, 4), (2, 3), (1, 1), (1, 8)]
@@ -347,6 +348,10 @@ def test_a_gradient_that_does_not_fit_is_refused(grad: Tensor) -> None:
     x, weight = torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3)
     with pytest.raises(ValueError, match=r"gradient does not fit.* expected torch.float32 \(2, 4, 5, 5\)"):
         torch.ops.fastalex.winograd_conv2d_backward(grad, x, weight)
+
+
+def test_the_number_of_channels_fills_the_vectors() -> None:
+    assert CHANNELS % LANES == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
