@@ -25,7 +25,7 @@ from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.dropout import Dropout
 from fastalex.models.factored_linear import factored_layers
 from fastalex.runtime import Runtime
-from fastalex.training.optim import FactoredSGD
+from fastalex.training.factored_sgd import FactoredSGD
 from fastalex.training.taps import Taps
 
 

@@ -198,7 +198,7 @@ SECTIONS = (
         "The update of the hidden layers",
         "`make bench-kernels`; fc6 and fc7 alone: the product of gradient and input, clipping and the "
         "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
-        "(`ROWS` of `fastalex/training/optim.py`); the norm of factors takes products of all images with "
+        "(`ROWS` of `kernels/factored_sgd_reference.py`); the norm of factors takes products of all images with "
         "each other.",
         [
             column("batch", "batch"),

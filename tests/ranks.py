@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fastalex.config import (
     Compression,
     DistributedConfig,
+    Optimizer,
     Precision,
     RuntimeConfig,
     Schedule,
@@ -79,6 +80,8 @@ CASES = {
     "clipped and in parts, hybrid": Case(recipe(clip_norm=0.5, accumulate=2), {}, 4, HYBRID),
     # Nine steps: the average is updated after every eighth.
     "averaged, ddp": Case(recipe(ema_decay=0.5), {}, 9, DDP),
+    "Muon, ddp": Case(recipe(optimizer=Optimizer.muon, muon_lr=1e-3), {"groups": 2}, 4, DDP),
+    "Muon, hybrid": Case(recipe(optimizer=Optimizer.muon, muon_lr=1e-3), {}, 4, HYBRID),
     "compressed, ddp": Case(recipe(), {}, 4, DistributedConfig(compression=Compression.bf16), torch.float32),
     "frozen with batch normalisation, ddp": Case(
         recipe(freeze=["conv1", "norm_pool1", "fc6"], head_lr=1e-3), {"norm": "batch"}, 4, DDP

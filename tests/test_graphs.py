@@ -28,6 +28,7 @@ from fastalex.config import (
     Graph,
     LoaderConfig,
     ModelConfig,
+    Optimizer,
     Precision,
     RuntimeConfig,
     TrainConfig,
@@ -172,6 +173,7 @@ def trained(
         ({"clip_norm": 0.0, "weight_decay": 0.0}, True),
         ({"accumulate": 2}, True),
         ({"ema_decay": 0.5, "momentum": 0.0}, True),
+        ({"optimizer": Optimizer.muon}, True),
     ],
     ids=str,
 )

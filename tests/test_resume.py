@@ -24,6 +24,7 @@ from fastalex.config import (
     Flip,
     LoaderConfig,
     OnWriteError,
+    Optimizer,
     Precision,
     RuntimeConfig,
     Schedule,
@@ -72,6 +73,7 @@ RECIPES = {
     "frozen layers and a rate of the last one": TrainConfig(
         epochs=3, batch_size=230, freeze=["0", "1"], head_lr=0.2, ema_decay=0.9, accumulate=2
     ),
+    "Muon": TrainConfig(epochs=3, batch_size=230, optimizer=Optimizer.muon, ema_decay=0.9),
     "stages": TrainConfig(epochs=3, batch_size=230, stages=[Stage(2, 16, 12)]),
     "stages with rates": TrainConfig(
         epochs=3, batch_size=230, lr=0.05, stages=[Stage(1, 16, 12, lr=0.1), Stage(1, 18, 14)]

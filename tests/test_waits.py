@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastalex.config import DataConfig, LoaderConfig, Precision, RuntimeConfig, TrainConfig
+from fastalex.config import DataConfig, LoaderConfig, Optimizer, Precision, RuntimeConfig, TrainConfig
 from fastalex.data import CutMixLoader, ImageSet, Loader, Views
 from fastalex.data.loader import PlannedLoader, sent
 from fastalex.runtime import Runtime, choose_runtime
@@ -114,6 +114,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clipped": {"clip_norm": 1e-3},
     "in parts": {"accumulate": 3},
     "averaged": {"ema_decay": 0.9},
+    "Muon": {"optimizer": Optimizer.muon, "clip_norm": 1e-3},
     "all of it": {"clip_norm": 1e-3, "accumulate": 2, "ema_decay": 0.9, "label_smoothing": 0.1},
 }
 

@@ -44,6 +44,7 @@ def validate(config: Config) -> None:
     if not data.root and data.name not in _WITHOUT_FILES:
         raise ConfigError("data.root: is empty; name a folder")
     _validate_positive("train.lr", train.lr)
+    _validate_positive("train.muon_lr", train.muon_lr)
     _validate_positive("data.validation_fraction", data.validation_fraction, 1.0)
     _validate_positive("distributed.timeout", config.distributed.timeout)
     for key, value, low, high in (

@@ -79,6 +79,7 @@ class Optimizer(Enum):
     """The optimizer."""
 
     sgd = "sgd"
+    muon = "muon"  # sgd, except that a step of a convolution goes equally far in all directions
     lars = "lars"  # for batches of thousands: scales each layer's step to the norm of its weights
 
 
@@ -228,6 +229,7 @@ class TrainConfig:
     batch_size: int = 128  # images a step, over all processes
     optimizer: Optimizer = Optimizer.sgd
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
+    muon_lr: float = 0.01  # as lr, of the convolutions' weights with optimizer=muon
     lr_scaling: Scaling = Scaling.none
     momentum: float = 0.9
     weight_decay: float = 5e-4

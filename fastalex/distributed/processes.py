@@ -149,9 +149,18 @@ class World:
         Args:
             tensors: on this rank's device; of the same shapes and dtypes, in the same order, on every rank.
         """
+        for tensor in tensors:
+            self.copy_from(0, tensor)
+
+    def copy_from(self, rank: int, tensor: Tensor) -> None:
+        """Overwrite a tensor with that of one rank.
+
+        Args:
+            rank: the rank.
+            tensor: on this rank's device; contiguous, of the same shape and dtype on every rank.
+        """
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=rank)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -41,6 +41,15 @@ def head_learning_rate(config: TrainConfig) -> float:
     return learning_rate(config) if config.head_lr is None else config.head_lr * _scale(config)
 
 
+def muon_learning_rate(config: TrainConfig) -> float:
+    """Return the peak rate of Muon's convolutions: ``train.muon_lr``, scaled like ``train.lr``.
+
+    Args:
+        config: the recipe.
+    """
+    return config.muon_lr * _scale(config)
+
+
 def _scale(config: TrainConfig) -> float:
     return 1.0 if config.lr_scaling is Scaling.none else config.batch_size / LR_BATCH
 

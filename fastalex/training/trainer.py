@@ -25,11 +25,13 @@ from fastalex.errors import CheckpointError, DivergedError
 from fastalex.kernels import LazyBatch
 from fastalex.models import load_weights
 from fastalex.runtime import Runtime
+from fastalex.training.average import WeightAverage
+from fastalex.training.factored_sgd import FactoredSGD
 from fastalex.training.flops import training_flops
 from fastalex.training.freezing import freeze, frozen_norms
 from fastalex.training.graphs import CudaRecorder, Recorder, StepGraphs
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
-from fastalex.training.optim import FactoredSGD, WeightAverage, create_optimizer
+from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from fastalex.training.taps import Taps
 from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
@@ -199,7 +201,8 @@ class Trainer:
         )
         self._evaluation_network = compiled(model)
         self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
-        self.optimizer = create_optimizer(model, config)
+        products = None if runtime.dtype == torch.float32 else runtime.dtype
+        self.optimizer = create_optimizer(model, config, products, self.world)
         # Several ranks, and other optimizers, need the gradient itself.
         is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
         # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
