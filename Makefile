@@ -56,9 +56,9 @@ format: $(STAMP)
 bench: bench-kernels bench-loaders bench-step bench-ranks
 
 # Times of the kernels beside PyTorch's: benchmarks/results/lrn_*, augment_*, folded_conv_*, folded_block_*,
-# winograd_*, pooled_linear_*, factored_sgd_*
+# winograd_*, pooled_linear_*, factored_sgd_*, muon_*
 KERNEL_BENCHMARKS := $(addprefix benchmarks/test_,lrn.py augment.py folded_conv.py folded_block.py winograd.py \
-	pooled_linear.py factored_sgd.py)
+	pooled_linear.py factored_sgd.py muon.py)
 bench-kernels: $(STAMP)
 	$(RUN) -m pytest $(KERNEL_BENCHMARKS) --benchmark-enable -s $(ARGS)
 	$(RUN) -m benchmarks.docs

@@ -198,13 +198,25 @@ SECTIONS = (
         "The update of the hidden layers",
         "`make bench-kernels`; fc6 and fc7 alone: the product of gradient and input, clipping and the "
         "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
-        "(`ROWS` of `kernels/factored_sgd_reference.py`); the norm of factors takes products of all images with "
-        "each other.",
+        "(`ROWS` of `kernels/factored_sgd_reference.py`); the norm of factors takes products of all images "
+        "with each other.",
         [
             column("batch", "batch"),
             column("gradient", "gradient"),
             *figures("ms"),
             column("relative to the whole gradient", "times_whole", ratio),
+        ],
+    ),
+    Section(
+        "muon",
+        "Muon",
+        "`make bench-kernels`; one step of the weights of AlexNet's five convolutions, for random gradients. "
+        "PyTorch's Muon multiplies in bf16; fastalex's in the dtype that the machine trains in, and in an "
+        "order that takes about half as many operations (`fastalex/training/muon.py`).",
+        [
+            column("optimizer", "optimizer"),
+            *figures("ms"),
+            column("relative to fastalex's Muon", "times_ours", ratio),
         ],
     ),
 )

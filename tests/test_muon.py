@@ -16,7 +16,7 @@ from fastalex.training.schedule import LearningRate
 from tests.tolerances import assert_as_accurate, assert_same_in_float64, usual_sum_error
 
 A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's polynomial
-RATE, MOMENTUM = 0.03, 0.95
+RATE, DECAY, MOMENTUM = 0.03, 0.2, 0.95
 
 
 def from_svd(matrix: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def give_gradients(network: nn.Module, seed: int) -> None:
 
 
 def muon(network: nn.Module, **recipe: Any) -> Muon:
-    config = TrainConfig(optimizer=Optimizer.muon, lr=0.1, muon_lr=RATE, **recipe)
+    config = TrainConfig(optimizer=Optimizer.muon, lr=0.1, muon_lr=RATE, muon_weight_decay=DECAY, **recipe)
     optimizer = create_optimizer(network, config)
     assert isinstance(optimizer, Muon)
     return optimizer
@@ -136,6 +136,7 @@ def test_steps_of_convolutions_are_those_of_the_formula(memory_format: torch.mem
             for rows in torch.arange(layer.out_channels).chunk(layer.groups):
                 update = from_svd(direction[rows].flatten(1))
                 scale = math.sqrt(max(1, update.shape[0] / update.shape[1]))
+                weights[number][rows] *= 1 - RATE * DECAY
                 weights[number][rows] -= RATE * scale * update.view_as(direction[rows])
             assert_same_in_float64(layer.weight.detach(), weights[number])
 
@@ -162,8 +163,8 @@ def test_a_step_is_that_of_pytorchs_muon() -> None:
     layer = nn.Conv2d(16, 24, 3, bias=False)
     matrix = nn.Parameter(layer.weight.detach().flatten(1).clone())
     before = matrix.detach().clone()
-    ours = create_optimizer(nn.Sequential(layer), TrainConfig(optimizer=Optimizer.muon, muon_lr=RATE))
-    theirs = torch.optim.Muon([matrix], lr=RATE, weight_decay=0.0, momentum=MOMENTUM)
+    ours = muon(nn.Sequential(layer))
+    theirs = torch.optim.Muon([matrix], lr=RATE, weight_decay=DECAY, momentum=MOMENTUM)
     for _ in range(3):
         layer.weight.grad = torch.randn_like(layer.weight)
         matrix.grad = layer.weight.grad.flatten(1).clone()

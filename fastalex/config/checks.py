@@ -50,6 +50,7 @@ def validate(config: Config) -> None:
     for key, value, low, high in (
         ("train.momentum", train.momentum, 0.0, 1.0),
         ("train.weight_decay", train.weight_decay, 0.0, math.inf),
+        ("train.muon_weight_decay", train.muon_weight_decay, 0.0, math.inf),
         ("train.clip_norm", train.clip_norm, 0.0, math.inf),
         ("train.label_smoothing", train.label_smoothing, 0.0, 1.0),
         ("train.ema_decay", train.ema_decay, 0.0, 1.0),

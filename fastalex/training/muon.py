@@ -44,6 +44,8 @@ class Muon(FactoredSGD):
         momentum: as for :class:`FactoredSGD`, of the other parameters; that of the convolutions is
             :data:`MOMENTUM`, in Nesterov's form.
         weight_decay: as for :class:`FactoredSGD`, of the other parameters.
+        muon_weight_decay: that of the convolutions, decoupled (Loshchilov and Hutter, 2019): a step first
+            takes this multiple of ``muon_lr`` off a weight.
         dtype: dtype of the matrix products; None for that of the weights.
         world: the ranks that take this step. Each orthogonalises some of the matrices and sends them to the
             others.
@@ -59,13 +61,16 @@ class Muon(FactoredSGD):
         muon_lr: float,
         momentum: float,
         weight_decay: float,
+        muon_weight_decay: float,
         dtype: torch.dtype | None = None,
         world: World = ALONE,
     ) -> None:
         weights = [layer.weight for layer in convolutions]
         # "fused" is for SGD's kernel, which finds no gradients in this group.
-        group = {"params": weights, "lr": muon_lr, "momentum": MOMENTUM, "weight_decay": 0.0, "fused": True}
-        super().__init__([*groups, group], layers, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        own = {"lr": muon_lr, "momentum": MOMENTUM, "weight_decay": muon_weight_decay, "fused": True}
+        super().__init__(
+            [*groups, {"params": weights, **own}], layers, lr=lr, momentum=momentum, weight_decay=weight_decay
+        )
         self._convolutions = convolutions
         self._dtype = dtype
         self._world = world
@@ -93,23 +98,24 @@ class Muon(FactoredSGD):
         return loss
 
     def _step_convolutions(self) -> None:
-        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        group = self.param_groups[-1]
         trained = [layer for layer in self._convolutions if layer.weight.grad is not None]
-        directions = [self._direction(layer, groups[layer.weight]["momentum"]) for layer in trained]
+        directions = [self._direction(layer, group["momentum"]) for layer in trained]
         # Each rank computes some of them. Computed by all, they would differ where ranks round differently.
         for number, direction in enumerate(directions):
             if number % self._world.size == self._world.rank:
                 direction.copy_(orthogonalized(direction, self._dtype or direction.dtype))
         for number, direction in enumerate(directions):
             self._world.copy_from(number % self._world.size, direction)
+        rate = group["lr"]
         skip: Tensor | None = getattr(self, "found_inf", None)
         for layer, direction in zip(trained, directions, strict=True):
             out, within, height, width = layer.weight.shape
             update = direction.view(out, height, width, within).permute(0, 3, 1, 2)
             # A matrix of more rows than columns has columns of a norm above 1: each output changes as much.
             scale = max(1.0, direction.shape[-2] / direction.shape[-1]) ** 0.5
-            rate = groups[layer.weight]["lr"]
-            layer.weight.sub_(update * (rate * scale if skip is None else rate * scale * (1 - skip)))
+            change = update * (rate * scale) + layer.weight * (rate * group["weight_decay"])
+            layer.weight.sub_(change if skip is None else change * (1 - skip))
             layer.weight.grad = None  # so that SGD leaves it as it is
 
     def _direction(self, layer: nn.Conv2d, momentum: float) -> Tensor:

@@ -29,8 +29,8 @@ def create_optimizer(
 
     Args:
         model: the network whose parameters are updated, except those that need no gradient.
-        config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``muon_lr``, ``momentum`` and ``weight_decay``
-            are used.
+        config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``momentum``, ``weight_decay``,
+            ``muon_lr`` and ``muon_weight_decay`` are used.
         dtype: dtype of Muon's matrix products; None for that of the weights.
         world: the ranks that train together.
 
@@ -55,9 +55,8 @@ def create_optimizer(
     sgd = {"lr": rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if not convolutions:
         return FactoredSGD(groups, layers, **sgd)
-    return Muon(
-        groups, layers, convolutions, **sgd, muon_lr=muon_learning_rate(config), dtype=dtype, world=world
-    )
+    muon = {"muon_lr": muon_learning_rate(config), "muon_weight_decay": config.muon_weight_decay}
+    return Muon(groups, layers, convolutions, **sgd, **muon, dtype=dtype, world=world)
 
 
 def _convolutions(model: nn.Module, head: list[nn.Parameter]) -> list[nn.Conv2d]:
