@@ -377,6 +377,8 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
             ["train.stages=[{epochs: 1, resize: 36, crop: 32, cutmix: -1}]"],
             r"train.stages\[0\].cutmix=-1: a share of the batches",
         ),
+        (["train.muon_lr=0"], r"train.muon_lr=0: must be greater than 0"),
+        (["train.muon_weight_decay=-1"], r"train.muon_weight_decay=-1: must be at least 0"),
         (["train.ema_decay=1"], r"train.ema_decay=1: must be at least 0 and below 1"),
         (
             ["train.stages=[{epochs: 2, resize: 36, crop: 32}]"],

@@ -233,7 +233,7 @@ class TrainConfig:
     lr_scaling: Scaling = Scaling.none
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    muon_weight_decay: float = 0.1  # of the convolutions' weights with optimizer=muon, times muon_lr
+    muon_weight_decay: float = 0.2  # of the convolutions' weights with optimizer=muon, times muon_lr
     clip_norm: float = 5.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: none
     schedule: Schedule = Schedule.one_cycle
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
