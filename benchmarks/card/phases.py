@@ -146,6 +146,7 @@ PHASES = {
     "throughput": Phase(200, module("throughput")),
     "tiling": Phase(90, module("tiling")),
     "alexnet": Phase(240, row("alexnet", rehearsed=True), cold=True),
+    "alexnet_muon": Phase(150, row("alexnet_muon")),
     "kernels": Phase(150, kernels),
     "profile": Phase(60, profile),
     "recipe": Phase(300, recipe),
