@@ -136,9 +136,11 @@ def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], co
         f"checkpoint={folder / 'checkpoint.pt'}",
         "runtime.device=cpu",
         "runtime.precision=fp16",
+        "output=elsewhere",
     )
     assert status == 2
     assert "runtime.precision=fp16: is for GPUs; on a CPU use bf16 or fp32" in err
+    assert not Path("elsewhere").exists()
     for name in ("confusion_matrix.png", "mistakes.png"):
         with Image.open(folder / name) as image:
             assert np.asarray(image.convert("L")).std() > 5
@@ -153,6 +155,23 @@ def test_evaluation_repeats_the_figures_and_draws(finished: tuple[Path, str], co
     assert re.search(r"^most confused: true +predicted +images +of the class$", out, re.MULTILINE)
     for name in ("evaluation.json", "per_class.csv"):
         (folder / name).unlink()
+
+
+def test_an_evaluation_is_written_to_another_folder(finished: tuple[Path, str], command: Command) -> None:
+    """Whether that is possible is known before the network is evaluated."""
+    folder, _ = finished
+    before = set(folder.iterdir())
+    status, out, _ = command(evaluate.main, f"weights={folder}", "output=a/new/folder")
+    assert status == 0
+    assert set(folder.iterdir()) == before
+    names = {"evaluation.json", "per_class.csv", "confusion_matrix.png", "mistakes.png"}
+    assert {path.name for path in Path("a/new/folder").iterdir()} == names
+    assert "are in a/new/folder" in out
+    Path("file").touch()
+    status, out, err = command(evaluate.main, f"weights={folder}", "output=file/folder")
+    assert status == 2
+    assert "top-1" not in out
+    assert "file/folder: nothing can be written to it (Not a directory); name another with" in err
 
 
 def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], command: Command) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import astuple, fields
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from fastalex import plots
 from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
-from fastalex.errors import CheckpointError, ConfigError
+from fastalex.errors import CheckpointError, ConfigError, OutputError
 from fastalex.files import write_csv, write_text
 from fastalex.runs.folder import DIGEST, SUMMARY
 from fastalex.runs.weights import open_weights
@@ -36,13 +37,13 @@ CONFUSED_PAIRS = 10
 
 
 def run(config: EvaluateConfig) -> Evaluation:
-    """Evaluate trained weights on their data set's test images and write the figures beside them.
+    """Evaluate trained weights on their data set's test images.
 
     Writes ``evaluation.json``, ``per_class.csv``, ``confusion_matrix.png`` and ``mistakes.png`` to the folder
-    of the weights.
+    of the weights, or to ``output``, which is created.
 
     Raises:
-        FastalexError: if the weights or the data cannot be used.
+        FastalexError: if the weights or the data cannot be used, or nothing can be written to the folder.
     """
     trained = open_weights(*_given(config))
     run_config = trained.loading(config.batch_size, config.loader.workers)
@@ -65,6 +66,7 @@ def run(config: EvaluateConfig) -> Evaluation:
             "errors are too low if some that it was trained on are now in the test set",
             file=sys.stderr,
         )
+    folder = _output(config, trained.source.parent)
     if run_config.loader.name == "resident":  # the images may be of other sizes than the run's
         run_config.loader.name = "auto"
     with explained(run_config, training=False):
@@ -78,7 +80,6 @@ def run(config: EvaluateConfig) -> Evaluation:
     if confused:
         print(_confused_table(confused, splits.classes))
 
-    folder = trained.source.parent
     figures = {"weights": trained.source.name, **evaluation.as_dict()}
     write_text(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     _write_per_class(
@@ -88,6 +89,20 @@ def run(config: EvaluateConfig) -> Evaluation:
     _draw_mistakes(splits.test, trained.classes, evaluation.probabilities, folder / "mistakes.png")
     print(f"evaluation.json, per_class.csv, confusion_matrix.png and mistakes.png are in {folder}")
     return evaluation
+
+
+def _output(config: EvaluateConfig, beside: Path) -> Path:
+    """Return the folder to write to, after checking that this is possible: an evaluation may take hours."""
+    folder = beside if config.output is None else Path(config.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: nothing can be written to it ({error.strerror}); name another with output=FOLDER"
+        ) from None
+    return folder
 
 
 def _digest_of_run(folder: Path) -> str | None:

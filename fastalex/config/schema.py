@@ -337,6 +337,7 @@ class EvaluateConfig:
 
     weights: str = ""  # a run's folder, checkpoint.pt, model.safetensors or best.safetensors
     checkpoint: str = ""  # another name of weights
+    output: str | None = None  # folder of what is written; null: that of the weights
     batch_size: int | None = None  # null: that of the run
     data: EvaluateData = field(default_factory=EvaluateData)
     loader: EvaluateLoader = field(default_factory=EvaluateLoader)
