@@ -114,7 +114,8 @@ class Muon(FactoredSGD):
             update = direction.view(out, height, width, within).permute(0, 3, 1, 2)
             # A matrix of more rows than columns has columns of a norm above 1: each output changes as much.
             scale = max(1.0, direction.shape[-2] / direction.shape[-1]) ** 0.5
-            change = update * (rate * scale) + layer.weight * (rate * group["weight_decay"])
+            # The rate is a factor by itself, so that a rate in a tensor gives the same bits.
+            change = (update * scale + layer.weight * group["weight_decay"]) * rate
             layer.weight.sub_(change if skip is None else change * (1 - skip))
             layer.weight.grad = None  # so that SGD leaves it as it is
 
