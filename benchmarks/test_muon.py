@@ -36,9 +36,8 @@ def test_step_of_the_convolutions(benchmark: Any) -> None:
     for layer in layers:
         layer.bias = None
     network = runtime.place(nn.Sequential(*layers))
-    products = None if runtime.dtype == torch.float32 else runtime.dtype
     sgd = create_optimizer(network, TrainConfig())
-    ours = create_optimizer(network, TrainConfig(optimizer=Optimizer.muon), products)
+    ours = create_optimizer(network, TrainConfig(optimizer=Optimizer.muon), runtime.dtype)
     matrices = [nn.Parameter(layer.weight.detach().flatten(1).clone()) for layer in layers]
     theirs = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ def test_singular_values_become_nearly_one() -> None:
     matrix = with_spectrum(20, 50, 30.0)
     assert torch.linalg.svdvals(matrix).min() > 0.01 * matrix.norm()
     values = torch.linalg.svdvals(orthogonalized(matrix, torch.float64))
-    assert 0.6 < values.min() < values.max() < 1.3
+    assert 0.68 < values.min() < values.max() < 1.14
 
 
 def plain(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,8 +110,8 @@ def give_gradients(network: nn.Module, seed: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
-def muon(network: nn.Module, **recipe: Any) -> Muon:
-    config = TrainConfig(optimizer=Optimizer.muon, lr=0.1, muon_lr=RATE, muon_weight_decay=DECAY, **recipe)
+def muon(network: nn.Module) -> Muon:
+    config = TrainConfig(optimizer=Optimizer.muon, lr=0.1, muon_lr=RATE, muon_weight_decay=DECAY)
     optimizer = create_optimizer(network, config)
     assert isinstance(optimizer, Muon)
     return optimizer
@@ -156,7 +155,6 @@ def test_all_other_parameters_take_the_steps_of_sgd() -> None:
     assert changed == {"first.weight", "grouped.weight", "depthwise.weight", "tall.weight"}
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
 def test_a_step_is_that_of_pytorchs_muon() -> None:
     """PyTorch's is for matrices, and in bf16, where Jordan's five products err by several hundredths."""
     torch.manual_seed(0)

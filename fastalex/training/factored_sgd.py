@@ -66,11 +66,23 @@ class FactoredSGD(torch.optim.SGD):
         Returns:
             The closure's loss; None without a closure.
         """
-        loss = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         # A gradient scaler sets these for the step: the factor of the loss, unless the gradients have been
         # divided by it, and whether a gradient is infinite or NaN, in which case nothing may change.
-        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        skip: Tensor | None = getattr(self, "found_inf", None)
+        self._step_apart(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        super().step()
+        return loss
+
+    def _step_apart(self, loss_scale: Tensor | None, skip: Tensor | None) -> None:
+        """Update what PyTorch's SGD is not to update: it leaves parameters without ``grad`` as they are.
+
+        Args:
+            loss_scale: what the gradients have to be divided by, fp32 ``()``; None means 1.
+            skip: fp32 ``()``; nothing may change where it is not 0. None means 0.
+        """
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for layer in self._layers:
             gradient = layer.gradient
@@ -95,7 +107,6 @@ class FactoredSGD(torch.optim.SGD):
             )
             if layer.copy is not None:
                 layer.mark_copied()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and those that layers keep as factors."""

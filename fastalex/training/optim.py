@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastalex.config import Optimizer, TrainConfig
@@ -19,7 +19,7 @@ from fastalex.training.schedule import head_learning_rate, learning_rate, muon_l
 
 
 def create_optimizer(
-    model: nn.Module, config: TrainConfig, dtype: torch.dtype | None = None, world: World = ALONE
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32, world: World = ALONE
 ) -> torch.optim.Optimizer:
     """Create SGD with momentum and weight decay; Muon; or timm's LARS (You, Gitman and Ginsburg, 2017).
 
@@ -31,7 +31,7 @@ def create_optimizer(
         model: the network whose parameters are updated, except those that need no gradient.
         config: the recipe; ``optimizer``, ``lr``, ``head_lr``, ``momentum``, ``weight_decay``,
             ``muon_lr`` and ``muon_weight_decay`` are used.
-        dtype: dtype of Muon's matrix products; None for that of the weights.
+        dtype: dtype of Muon's matrix products, as in :class:`Muon`.
         world: the ranks that train together.
 
     Raises:
@@ -39,8 +39,9 @@ def create_optimizer(
     """
     rate, head_rate = learning_rate(config), head_learning_rate(config)
     head = [] if config.head_lr is None else list(model.get_submodule(last_layer(model)).parameters())
-    convolutions = _convolutions(model, head) if config.optimizer is Optimizer.muon else []
-    apart = {*head, *(layer.weight for layer in convolutions)}
+    apart: set[Tensor] = set(head)
+    convolutions = _convolutions(model, apart) if config.optimizer is Optimizer.muon else []
+    apart.update(layer.weight for layer in convolutions)
     parameters = [p for p in model.parameters() if p.requires_grad and p not in apart]
     if config.optimizer is Optimizer.lars:
         return _lars(config, parameters, head)
@@ -59,9 +60,8 @@ def create_optimizer(
     return Muon(groups, layers, convolutions, **sgd, **muon, dtype=dtype, world=world)
 
 
-def _convolutions(model: nn.Module, head: list[nn.Parameter]) -> list[nn.Conv2d]:
-    """Return the convolutions that are trained, except the last layer if it has a rate of its own."""
-    apart = set(head)
+def _convolutions(model: nn.Module, apart: set[Tensor]) -> list[nn.Conv2d]:
+    """Return the convolutions whose weights are trained and not among ``apart``."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return [layer for layer in layers if layer.weight.requires_grad and layer.weight not in apart]
 

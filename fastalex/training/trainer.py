@@ -201,8 +201,7 @@ class Trainer:
         )
         self._evaluation_network = compiled(model)
         self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
-        products = None if runtime.dtype == torch.float32 else runtime.dtype
-        self.optimizer = create_optimizer(model, config, products, self.world)
+        self.optimizer = create_optimizer(model, config, runtime.dtype, self.world)
         # Several ranks, and other optimizers, need the gradient itself.
         is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
         # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
