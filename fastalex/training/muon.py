@@ -134,7 +134,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         As ``matrices``, in ``dtype``.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices
+    x = matrices.reshape(-1, *matrices.shape[-2:])  # for baddbmm
+    x = x.mT if is_tall else x
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).to(dtype)
     # An application is p @ x, where p is a polynomial of x @ x.mT. As polynomials of one matrix, those of a
     # block commute, and the next Gram matrix is p @ gram @ p: only the block's last product is as wide as x.
@@ -146,12 +147,12 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
             step = _polynomial(gram)
             factor = step @ factor
         x = factor @ x
-    return x.mT if is_tall else x
+    return (x.mT if is_tall else x).reshape(matrices.shape)
 
 
 def _polynomial(gram: Tensor) -> Tensor:
-    """Return p for a Gram matrix: one application multiplies x by it."""
+    """Return p for Gram matrices: one application multiplies x by it."""
     a, b, c = POLYNOMIAL
-    polynomial = b * gram + c * (gram @ gram)
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
     return polynomial
