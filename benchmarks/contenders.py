@@ -111,7 +111,9 @@ class Stock(Reference):
 
 
 class Fastalex:
-    """What `python -m fastalex.train data.root=ROOT` runs: `Trainer`, with one epoch per turn.
+    """What `python -m fastalex.train recipe=one_cycle data.root=ROOT` runs: a `Trainer`, an epoch per turn.
+
+    That recipe has the same work in a step as the other programs: SGD, and batches that are not mixed.
 
     Args:
         root: of CIFAR-10.
@@ -129,7 +131,7 @@ class Fastalex:
     ) -> None:
         register()
         with initialize_config_module("fastalex.configs", version_base="1.3"):
-            config = to_dataclass(compose("config", list(overrides)), Config)
+            config = to_dataclass(compose("config", ["recipe=one_cycle", *overrides]), Config)
         config.data.root = str(root)
         config.train.batch_size = batch_size
         config.train.epochs = 1_000_000  # the schedule needs a length; no turn may be the last epoch

@@ -255,7 +255,8 @@ def step(measurements: Sequence[Measurement], kind: str) -> list[str]:
         "turns each (`make bench-step`). "
         "*reference* is `benchmarks/reference.py`, plain eager PyTorch in fp32; *stock* is the same network "
         f"under torch.compile, {ARITHMETIC[KINDS[kind]]}, channels-last, with fused SGD; *fastalex* is "
-        "`python -m fastalex.train`. A ratio is the median of the ratios within the turns.",
+        "`python -m fastalex.train recipe=one_cycle`: all three update by SGD. A ratio is the median of the "
+        "ratios within the turns.",
         "",
         render([*TRAINING, column("GFLOP/s", "gflop_per_s", number), OF_MATMUL], training),
         "",
@@ -309,7 +310,7 @@ def profile(text: str) -> list[str]:
     return [
         "### The operators of a step",
         "",
-        "`python -m fastalex.train profile=true`, which also writes the trace, prints:",
+        "`python -m fastalex.train recipe=one_cycle profile=true`, which also writes the trace, prints:",
         "",
         "```",
         text.rstrip(),

@@ -5,7 +5,8 @@
 - reference: `benchmarks/reference.py`, plain eager PyTorch in fp32, with its own DataLoader;
 - stock: the same network and data as a careful user of stock PyTorch runs them: torch.compile, bf16 autocast
   where the machine computes in bf16, channels-last, fused SGD;
-- fastalex: what `python -m fastalex.train` runs, from its loader to its optimizer.
+- fastalex: what `python -m fastalex.train recipe=one_cycle` runs, from its loader to its optimizer, which is
+  SGD as in the other two.
 
 Each has a process of its own (`contenders.py`), is stopped between its turns (`turns.py`), and is warmed up
 untimed. In every round the machine's matrix products and copies are timed as well, in a process of their own.
@@ -15,7 +16,7 @@ which includes PyTorch itself, plus the private memory of the processes it start
 torch.compile's; on a GPU also PyTorch's peak of allocated and of reserved memory, which includes the pools of
 CUDA graphs. The time by part is torch.profiler's, from separate steps; a part's share is its share of the
 profiled step. Writes results/step_cpu.csv, or step_cuda.csv on a GPU and step_cpu_fp32.csv on a CPU without
-bf16, and the operators that `python -m fastalex.train profile=true` prints, profile_cpu.txt.
+bf16, and the operators that `python -m fastalex.train recipe=one_cycle profile=true` prints, profile_cpu.txt.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def test_parts(bench: StepBench, benchmark: Any) -> None:
 
 
 def test_profile(root: Path, tmp_path: Path, benchmark: Any) -> None:
-    program = [sys.executable, "-m", "fastalex.train", "profile=true"]
+    program = [sys.executable, "-m", "fastalex.train", "recipe=one_cycle", "profile=true"]
     program += [f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}"]
     benchmark.pedantic(subprocess.run, args=(program,), kwargs={"check": True}, rounds=1)
     write_text(RESULTS / f"profile_{KIND}.txt", (tmp_path / "run" / "profile.txt").read_text())

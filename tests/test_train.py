@@ -365,7 +365,7 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["checkpoint.every_seconds=nan"], r"checkpoint.every_seconds=nan: must be a finite number"),
         (["checkpoint.every_steps=-1"], r"checkpoint.every_steps=-1: must be at least 0"),
         (["resume=nowhere"], r"resume=nowhere: there is no such run or checkpoint"),
-        (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, paper, study"),
+        (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, one_cycle, paper, study"),
         (["train.lr"], r"train.lr: is not of the form key=value"),
         (["train lr=1"], r"train lr=1: is not of the form key=value"),
         (["data.root=~/images"], r"""data.root=~/images: .*; quote it: 'data.root="~/images"'"""),

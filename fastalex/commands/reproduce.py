@@ -18,6 +18,7 @@ from fastalex.config import Budget, Config, ReproduceConfig
 from fastalex.config.plain import from_plain, load_config, plain, to_dataclass
 from fastalex.errors import ConfigError, DivergedError
 from fastalex.runs.launch import train
+from fastalex.runs.setup import resize_progressively
 from fastalex.study import committed, comparison, report
 from fastalex.study.estimate import Estimator
 from fastalex.study.results import NOT_RUN, read_run
@@ -30,6 +31,7 @@ QUICK = (
     "data.flip=none",
     "train.epochs=2",
     "train.stages=[]",
+    "train.progressive_resizing=0",
 )
 COMPLETE, INTERRUPTED = "complete", "interrupted"
 
@@ -62,6 +64,7 @@ def plan(config: ReproduceConfig, runs: Path) -> list[Job]:
         for seed in ROWS[name].seeds:
             overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
             run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)
+            resize_progressively(run)
             run.runtime.device = config.runtime.device
             if config.data.root is not None:
                 run.data.root = config.data.root

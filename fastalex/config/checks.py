@@ -55,6 +55,7 @@ def validate(config: Config) -> None:
         ("train.label_smoothing", train.label_smoothing, 0.0, 1.0),
         ("train.ema_decay", train.ema_decay, 0.0, 1.0),
         ("train.warmup", train.warmup, 0.0, 1.0),
+        ("train.progressive_resizing", train.progressive_resizing, 0.0, 1.0),
         ("train.patience", float(train.patience), 0.0, math.inf),
         ("runtime.threads", float(config.runtime.threads), 0.0, 4096.0),
         ("loader.workers", float(config.loader.workers), -1.0, math.inf),

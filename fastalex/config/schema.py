@@ -147,7 +147,7 @@ class Precision(Enum):
 class ModelConfig:
     """A network by name, as :func:`fastalex.models.create_model` knows it."""
 
-    name: str = MISSING
+    name: str = MISSING  # as model=NAME sets it, with the options of that network
 
 
 @dataclass
@@ -155,11 +155,11 @@ class AlexNetConfig(ModelConfig):
     """Options of AlexNet; see :class:`fastalex.models.alexnet.AlexNet`."""
 
     name: str = "alexnet"
-    groups: int = 1
-    norm: Norm = Norm.lrn
-    overlapping_pool: bool = True
-    dropout: float = 0.5
-    init: Init = Init.he
+    groups: int = 1  # 2: the paper's two towers
+    norm: Norm = Norm.lrn  # after the first two convolutions
+    overlapping_pool: bool = True  # windows of 3x3 with stride 2; false: 2x2
+    dropout: float = 0.5  # probability that a unit of the hidden layers is dropped
+    init: Init = Init.he  # of the weights
 
 
 @dataclass
@@ -167,7 +167,7 @@ class FourLayerConfig(ModelConfig):
     """Options of the four-layer network; see :class:`fastalex.models.four_layer.FourLayer`."""
 
     name: str = "four_layer"
-    activation: Activation = Activation.relu
+    activation: Activation = Activation.relu  # the non-linear function
 
 
 # Networks with options of their own; the others take a ModelConfig.
@@ -179,25 +179,26 @@ class DataConfig:
     """A data set, and the geometry of the views that are cut from its images."""
 
     name: str = MISSING  # cifar10, digits, imagefolder, tiny_imagenet, synthetic
-    root: str = "data"
-    download: bool = True
+    root: str = "data"  # the folder of the images
+    download: bool = True  # CIFAR-10, if it is not there
     resize: int = 256  # each image becomes a square of resize x resize pixels ...
     crop: int = 224  # ... and a crop x crop square is cut from it
-    fit: Fit = Fit.square
+    fit: Fit = Fit.square  # how an image that is not square becomes one
     random_crop: bool = True  # of the training images; false: their centre crop, as in validation
-    flip: Flip = Flip.random
-    color: Color = Color.none
+    flip: Flip = Flip.random  # when training images are mirrored
+    color: Color = Color.none  # how the colours of training images are changed
     # of the colours, for color=pca; where they are empty, they are computed from the training images
     color_eigenvalues: list[float] = field(default_factory=list)
     color_eigenvectors: list[list[float]] = field(default_factory=list)  # a row for each eigenvalue
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406]
+    )  # of pixels in 0 to 1; subtracted
+    std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # by which they are then divided
     validation_fraction: float = 0.2  # of the training images, where the data set has no split of its own
     train_fraction: float = 1.0  # of the training images that are left, drawn from each class alike
-    on_error: OnError = OnError.fail
-    # synthetic only
-    images: int = 2048
-    classes: int = 10
+    on_error: OnError = OnError.fail  # what happens at a damaged image
+    images: int = 2048  # synthetic only: how many
+    classes: int = 10  # synthetic only
 
 
 @dataclass
@@ -223,26 +224,31 @@ class Stage:
 
 @dataclass
 class TrainConfig:
-    """The recipe. The defaults are those of ``recipe=fast``."""
+    """The recipe. The defaults are those of ``recipe=one_cycle``."""
 
-    epochs: int = 30
+    epochs: int = 30  # passes over the training images
     batch_size: int = 128  # images a step, over all processes
-    optimizer: Optimizer = Optimizer.sgd
+    optimizer: Optimizer = Optimizer.sgd  # muon: of the convolutions' weights, and sgd of everything else
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
     muon_lr: float = 0.015  # as lr, of the convolutions' weights with optimizer=muon
-    lr_scaling: Scaling = Scaling.none
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr_scaling: Scaling = (
+        Scaling.none
+    )  # linear: lr and muon_lr are for a batch of 128, and grow in proportion
+    momentum: float = 0.9  # of all weights that Muon does not update
+    weight_decay: float = 5e-4  # as momentum
     muon_weight_decay: float = 0.2  # of the convolutions' weights with optimizer=muon, times muon_lr
     clip_norm: float = 5.0  # the gradient's greatest Euclidean norm, beyond which it is scaled down; 0: none
-    schedule: Schedule = Schedule.one_cycle
+    schedule: Schedule = Schedule.one_cycle  # plateau: divided by ten when validation error stops improving
     warmup: float = 0.15  # one_cycle: the share of the steps in which the rate rises
     patience: int = 3  # plateau: the rate is divided after more epochs than this without improvement
     label_smoothing: float = 0.0  # fraction of each label that is spread over all classes
     cutmix: float = 0.0  # fraction of the batches in which each image has a rectangle of another
     ema_decay: float = 0.0  # decay a step of an average of the weights, which is then evaluated; 0: none
     accumulate: int = 1  # parts that a batch is computed in, one after another, to use less memory
-    stages: list[Stage] = field(default_factory=list)  # in order; the remaining epochs are at data.crop
+    # share of the epochs, the first ones, with images half as large and no CutMix, unless stages are given
+    progressive_resizing: float = 0.0
+    # [{epochs: 4, resize: 128, crop: 112}]: first epochs at another size; the others are at data.crop
+    stages: list[Stage] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)  # layers, by name or prefix, that keep their weights
     head_lr: float | None = None  # with init_from: as lr, for the last layer; null: lr
 
@@ -252,8 +258,8 @@ class RuntimeConfig:
     """The device and the arithmetic of the network."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    precision: Precision = Precision.auto
-    channels_last: bool = True
+    precision: Precision = Precision.auto  # of the network; its weights are always kept in fp32
+    channels_last: bool = True  # memory format of images and convolutions
     compile: bool | None = None  # torch.compile; null: on a GPU, where it is faster
     graph: Graph = Graph.network  # GPU: what is recorded as a CUDA graph
     winograd: bool = True  # CPU: Winograd convolutions, with under half the products and more rounding
@@ -268,7 +274,7 @@ class RuntimeConfig:
 class DistributedConfig:
     """How the processes that torchrun starts share the work; without torchrun there is one process."""
 
-    strategy: Strategy = Strategy.ddp
+    strategy: Strategy = Strategy.ddp  # hybrid: each has a part of the units of AlexNet's hidden layers
     compression: Compression = Compression.none  # of gradients, not of the hybrid's activations
     # seconds that a process waits for the others before it gives up; on resume, give it again
     timeout: float = 600.0
@@ -281,7 +287,7 @@ class CheckpointConfig:
     every_seconds: float = 120.0  # at most one checkpoint in this time, after the first step that ends later
     every_steps: int = 0  # additionally, after each multiple of this number of steps; 0: none
     keep: int = 2  # how many of the newest to keep; if the newest is damaged, the one before is used
-    on_error: OnWriteError = OnWriteError.stop
+    on_error: OnWriteError = OnWriteError.stop  # what happens when one cannot be written
 
 
 @dataclass
@@ -297,7 +303,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init_from: str = ""  # start from the weights of a run or a file; empty: from random ones
     resume: str = ""  # auto: the newest unfinished run, or the one in hydra.run.dir; or a checkpoint or run
-    seed: int = 0
+    seed: int = 0  # of the weights, the validation images, and the order and augmentation of the images
     log_every: int = 20  # steps between two reads of the loss, each of which waits for the device
     profile: bool = False  # run a few steps under torch.profiler instead of training
 
@@ -306,7 +312,7 @@ class Config:
 class EvaluateData:
     """The folder of the images, if they have moved since the run."""
 
-    root: str | None = None
+    root: str | None = None  # where they are now; null: where the settings have them
 
 
 @dataclass
@@ -320,7 +326,7 @@ class EvaluateLoader:
 class EvaluateRuntime:
     """The device and the arithmetic of the evaluation."""
 
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Precision | None = None  # null: that of the run; where that was auto, the fastest here
 
 
@@ -328,7 +334,7 @@ class EvaluateRuntime:
 class ReproduceRuntime:
     """The device of the trainings."""
 
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
 @dataclass
@@ -387,7 +393,7 @@ class BetonConfig:
 
     data: DataConfig = MISSING
     loader: LoaderConfig = MISSING
-    seed: int = 0
+    seed: int = 0  # of the validation images
 
 
 def register() -> None:

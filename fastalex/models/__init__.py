@@ -21,6 +21,7 @@ __all__ = [
     "count_parameters",
     "create_model",
     "load_weights",
+    "smallest_crop",
 ]
 
 # Each callable returns a network; it takes num_classes and the network's options as keywords. Two optional
@@ -74,7 +75,7 @@ def check_crop(name: str, key: str, crop: int) -> None:
     Raises:
         ConfigError: if the crop is too small, naming the smallest that works; or if there is no such network.
     """
-    smallest = _min_crop(name)
+    smallest = smallest_crop(name)
     if crop < smallest:
         raise ConfigError(f"{key}={crop}: {name} needs a crop of at least {smallest}")
 
@@ -91,7 +92,7 @@ def check_batch(name: str, images: int, crop: int) -> None:
         ConfigError: naming the keys to change; or if there is no such network.
     """
     trains_on_one_image = getattr(_find(name), "trains_on_one_image", _TRAINS_ON_ONE_IMAGE)
-    if images == 1 and crop <= _min_crop(name) and not trains_on_one_image:
+    if images == 1 and crop <= smallest_crop(name) and not trains_on_one_image:
         raise ConfigError(
             f"train.batch_size: {name} gets one image at a time, a crop of {crop} leaves one pixel of it, "
             "and batch normalisation takes two; raise train.batch_size, or lower train.accumulate"
@@ -126,7 +127,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def _min_crop(name: str) -> int:
+def smallest_crop(name: str) -> int:
+    """Return the side of the smallest crop that a network takes, in pixels.
+
+    Args:
+        name: one of ``MODELS``.
+
+    Raises:
+        ConfigError: if there is no such network.
+    """
     return getattr(_find(name), "min_crop", _MIN_CROP)
 
 

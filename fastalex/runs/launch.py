@@ -68,7 +68,12 @@ def train(
     """
     started = time.perf_counter()
     request = Request(config, run_dir, run_dir_given, overrides or {})
-    processes.alike(lambda: validate(config))  # before the processes wait for each other
+
+    def prepare() -> None:
+        validate(config)
+        setup.resize_progressively(config)
+
+    processes.alike(prepare)  # before the processes wait for each other
     with StopSignals() as signals, processes.joined(config.distributed.timeout) as world, world.watched():
         # In a function of its own: what it made is out of reach when the processes part.
         return train_on(world, request, signals, started)

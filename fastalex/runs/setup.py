@@ -26,7 +26,7 @@ from fastalex.data.sampling import mix
 from fastalex.distributed.processes import World
 from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
-from fastalex.models import check_batch, check_crop, create_model
+from fastalex.models import check_batch, check_crop, create_model, smallest_crop
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.folder import DIGEST
 from fastalex.runs.initial_weights import InitialWeights
@@ -37,6 +37,25 @@ from fastalex.training.freezing import freeze
 from fastalex.training.memory import room_for_images
 from fastalex.training.profiling import STEPS
 from fastalex.training.trainer import Trainer
+
+
+def resize_progressively(config: Config) -> None:
+    """Put the stage that ``train.progressive_resizing`` means into ``train.stages``, unless that has stages.
+
+    Its number of epochs is rounded, and its images are half as large. There is none if such a crop is too
+    small for the network, nor under the profiler, whose few steps are those at ``data.crop``.
+
+    Args:
+        config: that :func:`fastalex.config.checks.validate` has passed.
+
+    Raises:
+        ConfigError: if there is no such network.
+    """
+    train, data = config.train, config.data
+    epochs = min(round(train.progressive_resizing * train.epochs), train.epochs - 1)
+    crop = data.crop // 2
+    if epochs and not train.stages and not config.profile and crop >= smallest_crop(config.model.name):
+        train.stages = [Stage(epochs, resize=data.resize // 2, crop=crop, cutmix=0.0)]
 
 
 def check(config: Config, world: World) -> None:
@@ -242,9 +261,14 @@ def _describe(config: Config, splits: DataSplits) -> str:
     skipped = f", {count} skipped" if splits.skipped else ""
     kept = ", their shape kept" if config.data.fit is Fit.shorter_side else ""
     shifted = ", colours shifted" if config.data.color is Color.pca else ""
+    sizes = [
+        f"{stage.crop}x{stage.crop} crops of {stage.resize}x{stage.resize} for "
+        f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}, then "
+        for stage in config.train.stages
+    ]
     return (
         f"{splits.source}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images in {len(splits.classes)} classes{skipped}; "
-        f"{config.loader.name} loader, {config.data.crop}x{config.data.crop} crops of "
+        f"{config.loader.name} loader, {''.join(sizes)}{config.data.crop}x{config.data.crop} crops of "
         f"{config.data.resize}x{config.data.resize}{kept}{shifted}"
     )

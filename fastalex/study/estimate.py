@@ -93,7 +93,7 @@ class Estimator:
     def _rate(self, config: Config, crop: int) -> float:
         """Training images/s on random pixels."""
         options = model_options(config.model)
-        key = (config.model.name, *options.values(), crop, config.train.batch_size)
+        key = (config.model.name, *options.values(), crop, config.train.batch_size, config.train.optimizer)
         if key in self._rates:
             return self._rates[key]
         with explained(config):
@@ -116,7 +116,7 @@ class Estimator:
             )
             runtime.place(model)
             # A rate at which no network diverges.
-            recipe = replace(config.train, epochs=1, stages=[], lr=1e-6)
+            recipe = replace(config.train, epochs=1, stages=[], lr=1e-6, muon_lr=1e-6)
             ends: list[float] = []
 
             def ended(step: int, loss: float | None) -> None:
