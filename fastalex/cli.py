@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config import schema
+from fastalex.config.meanings import with_meanings
 from fastalex.config.plain import as_argument, flat, one_line, to_dataclass
 from fastalex.distributed.launcher import is_main
 from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
@@ -127,9 +128,14 @@ def command(
             # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                hydra.main(version_base="1.3", config_path="pkg://fastalex.configs", config_name=config_name)(
-                    task
-                )()
+                with (
+                    _explained(config_class)
+                    if set(sys.argv[1:]) & {"--help", "-h"}
+                    else contextlib.nullcontext()
+                ):
+                    hydra.main(
+                        version_base="1.3", config_path="pkg://fastalex.configs", config_name=config_name
+                    )(task)()
             except KeyboardInterrupt:
                 _fail("stopped by SIGINT", 128 + signal.SIGINT)
             except (HydraException, OmegaConfBaseException) as error:
@@ -152,6 +158,18 @@ def command(
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _explained(config_class: type) -> Iterator[None]:
+    """Context in which what is printed appears at the end, with the meanings of the keys in it."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        sys.stdout.write(with_meanings(printed.getvalue(), config_class))
+        sys.stdout.flush()
 
 
 def _renamed(argument: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastalex import cli, train
+from fastalex.config import Config
+from fastalex.config.meanings import with_meanings
 from tests.commands import outcome
 
 CONFIGS = Path(cli.__file__).parents[1] / "configs"
@@ -91,3 +95,35 @@ def test_an_old_name_still_works_with_a_warning(
 def test_other_arguments_are_left_alone(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli._renamed(argument) == argument
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("module", ["fastalex.train", "fastalex.evaluate", "fastalex.reproduce"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_it_says_what_each_key_means(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    text = capsys.readouterr().out.partition("Every key, to be set by key=value:")[2]
+    values = [line for line in text.splitlines() if re.fullmatch(r" *\w+: .+", line)]
+    assert values
+    assert [line for line in values if "  # " not in line] == []
+    if module == "fastalex.train":
+        assert (
+            "  overlapping_pool: true  # windows of 3x3 with stride 2; false: 2x2\n" in text
+        )  # of AlexNet only
+        assert re.search(r"\n  optimizer: muon  # .*: sgd, muon or lars\n", text)
+        assert re.search(r"\n  progressive_resizing: 0.33  # share of the epochs", text)  # in a line above
+        assert yaml.safe_load(text)["train"]["epochs"] == 12
+
+
+def test_a_key_has_the_meaning_of_its_section() -> None:
+    """``epochs``, ``on_error`` and ``root`` mean something else in each section that has them."""
+    text = with_meanings("data:\n  on_error: fail\ncheckpoint:\n  on_error: stop\n", Config)
+    assert text.splitlines() == [
+        "data:",
+        "  on_error: fail  # what happens at a damaged image: fail or skip",
+        "checkpoint:",
+        "  on_error: stop  # what happens when one cannot be written: stop or warn",
+    ]
