@@ -182,7 +182,9 @@ def test_trainings(results: Path) -> None:
     run(folder / "runs" / "resnet18", [0.2, 0.19])
     run(folder / "runs" / "alexnet_seed1", [0.2, 0.13])
     (folder / "runs" / "profile").mkdir()
-    assert {"alexnet", "alexnet_muon", "resnet18", "alexnet_study_recipe", "profile"} == alone(folder)
+    assert {"alexnet", "alexnet_fast", "one_size", "resnet18", "alexnet_study_recipe", "profile"} == alone(
+        folder
+    )
     lines = section(results).splitlines()
     errors = "CIFAR-10 | 2 | 0.1234 / 0.0056 | 0.1234 / 0.0056"
     assert f"| alexnet | {errors} | 250 | 205 |" in lines
