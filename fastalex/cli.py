@@ -128,11 +128,7 @@ def command(
             # Hydra would reduce an exception to a line of its own and exit with 1; this lets it through.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                with (
-                    _explained(config_class)
-                    if set(sys.argv[1:]) & {"--help", "-h"}
-                    else contextlib.nullcontext()
-                ):
+                with _help_explained(config_class):
                     hydra.main(
                         version_base="1.3", config_path="pkg://fastalex.configs", config_name=config_name
                     )(task)()
@@ -161,8 +157,11 @@ def command(
 
 
 @contextlib.contextmanager
-def _explained(config_class: type) -> Iterator[None]:
-    """Context in which what is printed appears at the end, with the meanings of the keys in it."""
+def _help_explained(config_class: type) -> Iterator[None]:
+    """Context in which the text of ``--help`` gets the meanings of the keys, and appears at the end."""
+    if not {"--help", "-h"} & set(sys.argv[1:]):
+        yield
+        return
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -109,6 +109,8 @@ def test_it_says_what_each_key_means(
     values = [line for line in text.splitlines() if re.fullmatch(r" *\w+: .+", line)]
     assert values
     assert [line for line in values if "  # " not in line] == []
+    lists = [line for line in text.splitlines() if re.match(r"  (mean|std):", line)]
+    assert all("  # " in line for line in lists)
     if module == "fastalex.train":
         assert (
             "  overlapping_pool: true  # windows of 3x3 with stride 2; false: 2x2\n" in text

@@ -190,9 +190,8 @@ class DataConfig:
     # of the colours, for color=pca; where they are empty, they are computed from the training images
     color_eigenvalues: list[float] = field(default_factory=list)
     color_eigenvectors: list[list[float]] = field(default_factory=list)  # a row for each eigenvalue
-    mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406]
-    )  # of pixels in 0 to 1; subtracted
+    # of pixels in 0 to 1, for each colour: subtracted from them
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # by which they are then divided
     validation_fraction: float = 0.2  # of the training images, where the data set has no split of its own
     train_fraction: float = 1.0  # of the training images that are left, drawn from each class alike
@@ -231,9 +230,7 @@ class TrainConfig:
     optimizer: Optimizer = Optimizer.sgd  # muon: of the convolutions' weights, and sgd of everything else
     lr: float = 0.02  # the peak rate of one_cycle, the first rate of plateau
     muon_lr: float = 0.015  # as lr, of the convolutions' weights with optimizer=muon
-    lr_scaling: Scaling = (
-        Scaling.none
-    )  # linear: lr and muon_lr are for a batch of 128, and grow in proportion
+    lr_scaling: Scaling = Scaling.none  # linear: the rates are for a batch of 128, and grow in proportion
     momentum: float = 0.9  # of all weights that Muon does not update
     weight_decay: float = 5e-4  # as momentum
     muon_weight_decay: float = 0.2  # of the convolutions' weights with optimizer=muon, times muon_lr
