@@ -18,7 +18,17 @@ from PIL import Image
 
 from fastalex import reproduce, train
 from fastalex.commands import reproduce as reproducing
-from fastalex.config import AlexNetConfig, Config, DataConfig, LoaderConfig, ReproduceConfig, schema
+from fastalex.config import (
+    AlexNetConfig,
+    Config,
+    DataConfig,
+    LoaderConfig,
+    ModelConfig,
+    Optimizer,
+    ReproduceConfig,
+    TrainConfig,
+    schema,
+)
 from fastalex.config.checks import validate
 from fastalex.config.plain import plain, to_dataclass
 from fastalex.errors import ConfigError, DivergedError, OutputError
@@ -216,6 +226,17 @@ def test_estimate_counts_images_views_and_stages(monkeypatch: pytest.MonkeyPatch
     training = 2 * 1149 * (2 / 100 + 3 / 10)
     evaluation = (5 * 288 + 2 * 11 * 360) / 3 / 10
     assert Estimator().seconds(config) == pytest.approx(training + evaluation)
+
+
+def test_estimate_measures_each_optimizer() -> None:
+    """A step of Muon takes longer than one of SGD."""
+    data = DataConfig("synthetic", resize=32, crop=32)
+    estimator = Estimator()
+    for optimizer in (Optimizer.sgd, Optimizer.muon, Optimizer.sgd):
+        recipe = TrainConfig(batch_size=4, optimizer=optimizer)
+        rate = estimator._rate(Config(ModelConfig("tiny"), data, LoaderConfig("auto"), recipe), 32)
+        assert rate > 0
+    assert len(estimator._rates) == 2
 
 
 def test_estimate_without_the_images_counts_cifar10s_own(monkeypatch: pytest.MonkeyPatch) -> None:

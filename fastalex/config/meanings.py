@@ -15,7 +15,7 @@ from typing import Any
 
 from fastalex.config import schema
 
-_LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*)")
+_LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):.*")
 
 
 def with_meanings(text: str, config_class: type) -> str:

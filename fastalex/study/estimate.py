@@ -28,7 +28,9 @@ EVALUATION_COST = 1 / 3
 
 
 class Estimator:
-    """Estimates the times of runs; measures each network, crop and batch once, and counts each data set once.
+    """Estimates the times of runs.
+
+    Measures each network, crop, batch and optimizer once, and counts each data set once.
 
     Attributes:
         machine: the runtime of the last measurement, in words; empty before the first.
