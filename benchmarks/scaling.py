@@ -52,12 +52,21 @@ def hybrid_bytes(devices: int, shared: int, inputs: int, outputs: int, batch: in
 
 @dataclass(frozen=True)
 class Sizes:
-    """AlexNet's parameters, those of its hidden layers, and the activations per image at their ends."""
+    """Numbers of AlexNet.
+
+    Attributes:
+        parameters: of all layers.
+        hidden: parameters of the two hidden layers.
+        inputs: activations per image that the first hidden layer reads.
+        outputs: activations per image that the second hidden layer writes.
+        kernels: weights of the convolutions.
+    """
 
     parameters: int
     hidden: int
     inputs: int
     outputs: int
+    kernels: int
 
 
 @cache
@@ -66,7 +75,8 @@ def alexnet() -> Sizes:
     with torch.device("meta"):
         model = AlexNet()
     hidden = count_parameters(model.fc6) + count_parameters(model.fc7)
-    return Sizes(count_parameters(model), hidden, model.fc6.in_features, model.fc7.out_features)
+    kernels = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
+    return Sizes(count_parameters(model), hidden, model.fc6.in_features, model.fc7.out_features, kernels)
 
 
 def network_bytes(devices: int, batch: int = BATCH) -> tuple[float, float]:
@@ -110,6 +120,10 @@ overlapped.
 The hybrid sends less up to about {_crossing()} devices, and more beyond:
 gradients weigh the same however many devices there are, but each device must see the activations of all
 images. `distributed.compression=bf16` halves ddp's column.
+
+The table is of an update by SGD. Muon, the default, shares out the convolutions, and their steps are sent as
+well: {sizes.kernels:,} weights in fp32, {4 * sizes.kernels / 1e6:.1f} MB, each computed by one device and
+received by the others.
 {_measured()}"""
 
 
