@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastalex.files import replacing
 from fastalex.text import shortened, wrapped
+from fastalex.training.epoch import Epoch
 from fastalex.training.per_class import confused_classes
-from fastalex.training.trainer import Epoch
 
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
 ALL_CLASSES = 40  # the most classes of which a confusion matrix is drawn in full

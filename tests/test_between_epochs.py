@@ -23,7 +23,8 @@ from fastalex.runs import folder as run_folder
 from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter
 from fastalex.runs.folder import RunFolder
-from fastalex.training.trainer import Epoch, Trainer
+from fastalex.training.epoch import Epoch
+from fastalex.training.trainer import Trainer
 from tests.commands import outcome
 
 pytestmark = pytest.mark.usefixtures("tiny_network")

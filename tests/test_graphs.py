@@ -43,6 +43,7 @@ from fastalex.models.pooled_linear import PooledLinear
 from fastalex.runs.weights import TrainedNetwork
 from fastalex.runtime import _check_step_graph, choose_runtime
 from fastalex.training.graphs import WARMUP_STEPS, StepGraphs
+from fastalex.training.step import TrainingStep
 from fastalex.training.trainer import Trainer
 from tests.listed import Listed
 from tests.runtimes import a_runtime, loader_on
@@ -159,7 +160,7 @@ def trained(
     runtime = replace(a_runtime(), factored=factored)
     trainer = Trainer(network, config, loader or Batches(), None, runtime, log_every=1)
     if recorder is not None:
-        trainer.record_steps(recorder)
+        trainer.training_step.record(recorder)
     torch.manual_seed(1)
     found = [trainer.run_epoch() for _ in range(epochs)]
     return [(e.train_loss, e.train_top1_error, e.learning_rate) for e in found], trainer
@@ -228,7 +229,7 @@ def test_batches_are_written_where_the_recorded_step_reads_them(fit: Fit) -> Non
 def test_a_rate_that_is_no_tensor_would_stay_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the comparison above notices what a graph would repeat."""
     expected, _ = trained(TrainConfig(epochs=EPOCHS, lr=0.05), None)
-    monkeypatch.setattr(Trainer, "_rates_on_device", lambda self: nullcontext())
+    monkeypatch.setattr(TrainingStep, "_rates_on_device", lambda self: nullcontext())
     found, _ = trained(TrainConfig(epochs=EPOCHS, lr=0.05), TapeRecorder())
     assert found != expected
 

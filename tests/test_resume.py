@@ -39,7 +39,8 @@ from fastalex.runs.checkpoint import Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import CheckpointWriter, OutputPolicy, load_newest
 from fastalex.runs.folder import RunLock
 from fastalex.runtime import choose_runtime
-from fastalex.training.trainer import Epoch, StopTraining, Trainer
+from fastalex.training.epoch import Epoch
+from fastalex.training.trainer import StopTraining, Trainer
 from tests.commands import outcome
 from tests.runtimes import loader_on
 

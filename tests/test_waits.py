@@ -81,7 +81,7 @@ def between_checks(
     config = TrainConfig(epochs=2, lr=1e-3, batch_size=BATCH, **recipe)
     trainer = Trainer(network(runtime.device), config, loader, None, runtime, log_every=1000, on_step=on_step)
     if scaled:
-        trainer.scaler = torch.amp.GradScaler(runtime.device.type)
+        trainer.training_step.scaler = torch.amp.GradScaler(runtime.device.type)
     with pytest.raises(Stopped):
         trainer.run_epoch()
 
@@ -155,7 +155,7 @@ def test_a_step_with_an_overflowing_gradient_is_skipped(clip_norm: float) -> Non
     trainer = Trainer(
         model, config, RandomBatches(CPU, poison=4), None, runtime, log_every=1000, on_step=on_step
     )
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.training_step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with pytest.raises(Stopped):
         trainer.run_epoch()
     before, poisoned, after = states[3:]
@@ -163,7 +163,7 @@ def test_a_step_with_an_overflowing_gradient_is_skipped(clip_norm: float) -> Non
     assert all(torch.equal(a, b) for a, b in zip(before, poisoned, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(poisoned, after, strict=True))
     assert all(tensor.isfinite().all() for tensor in after)
-    assert trainer.scaler.get_scale() == 512.0
+    assert trainer.training_step.scaler.get_scale() == 512.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -174,7 +174,7 @@ def test_loss_scaling_gives_the_same_step(scale: float) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
         runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.fp32))
         trainer = Trainer(model, TrainConfig(epochs=1, lr=1e-2), RandomBatches(CPU), None, runtime)
-        trainer.scaler = scaler or trainer.scaler
+        trainer.training_step.scaler = scaler or trainer.training_step.scaler
         trainer.run_epoch()
         weights.append(model[1].weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)

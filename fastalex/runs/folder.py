@@ -24,7 +24,7 @@ from fastalex.errors import ConfigError, OutputError
 from fastalex.files import remove_partial, write_text
 from fastalex.runs.background import Background
 from fastalex.runs.checkpoint import FINAL_WEIGHTS
-from fastalex.training.trainer import Epoch
+from fastalex.training.epoch import Epoch
 
 SUMMARY, METRICS, TENSORBOARD = "summary.json", "metrics.jsonl", "tensorboard"
 DIGEST = "images_digest"  # key of the digest of the run's images, in its summary and its checkpoints

@@ -19,7 +19,7 @@ from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, save_weights
 from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
 from fastalex.runs.folder import RunFolder
 from fastalex.runs.resume import UnfinishedRun
-from fastalex.training.trainer import Epoch
+from fastalex.training.epoch import Epoch
 
 
 class Recorder:

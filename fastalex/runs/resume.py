@@ -14,8 +14,8 @@ from fastalex.files import remove_empty
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.checkpoint_writer import NEWEST, load_newest, older
 from fastalex.runs.folder import RunLock, is_finished
+from fastalex.training.epoch import Epoch
 from fastalex.training.schedule import has_ended
-from fastalex.training.trainer import Epoch
 
 # What may change on resume: where the data lie, and what does not change the result.
 CHANGEABLE = (

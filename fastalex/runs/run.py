@@ -17,8 +17,9 @@ from fastalex.runs.folder import DIGEST
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import versions
+from fastalex.training.epoch import Epoch
 from fastalex.training.evaluation import evaluate_model
-from fastalex.training.trainer import Epoch, StopTraining, Trainer
+from fastalex.training.trainer import StopTraining, Trainer
 
 
 class Run:

@@ -4,129 +4,40 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
-from fastalex.config import DistributedConfig, Graph, TrainConfig
+from fastalex.config import DistributedConfig, TrainConfig
 from fastalex.data import Loader
 from fastalex.data.sampling import mix
 from fastalex.distributed import strategies
 from fastalex.distributed.processes import ALONE, World
-from fastalex.errors import CheckpointError, DivergedError
+from fastalex.errors import CheckpointError
 from fastalex.kernels import LazyBatch
 from fastalex.models import load_weights
 from fastalex.runtime import Runtime
 from fastalex.training.average import WeightAverage
-from fastalex.training.factored_sgd import FactoredSGD
+from fastalex.training.epoch import Epoch, EpochState
 from fastalex.training.flops import training_flops
 from fastalex.training.freezing import freeze, frozen_norms
-from fastalex.training.graphs import CudaRecorder, Recorder, StepGraphs
+from fastalex.training.losses import LossWindow, diverged
 from fastalex.training.metrics import EVALUATION_PASSES, Errors, errors, predict
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
-from fastalex.training.taps import Taps
+from fastalex.training.step import TrainingStep
 from fastalex.training.timing import WARMUP_STEPS, Clock, Spent
 
 # Variants that torch.compile may need at each crop. Training has batches of three sizes: a batch or a part of
 # one, a part of the epoch's last batch, and that batch's smaller last part. Each comes both lazy and
 # materialized where CutMix mixes some batches. Validation has two sizes: a batch and the last one.
 PASSES_AT_A_CROP = 8
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The figures of one epoch, over all ranks.
-
-    Attributes:
-        epoch: number of the epoch, from 1.
-        step: optimizer steps since the start of the run.
-        train_loss: mean cross-entropy over the epoch's batches, in nats, with label smoothing.
-        train_top1_error: fraction of the augmented training samples that were misclassified in their training
-            step. For a CutMix image, the class with the larger area counts as correct.
-        validation_loss: mean cross-entropy of the centre crops, in nats, with the averaged weights if there
-            are any; None without a validation loader, like the next two.
-        validation_top1_error: fraction of the centre crops whose most probable class is wrong.
-        validation_top5_error: fraction of the centre crops whose class is not among the five most probable.
-        learning_rate: the rate of the epoch's last step.
-        images_per_second: training samples per second of training time, without warm-up steps.
-        input_wait_fraction: fraction of the training time spent waiting for the loader.
-        flops_per_second: forward and backward FLOPs of convolutions and matrix products per second of
-            training time.
-        flops_utilization: ``flops_per_second`` as a fraction of the peak rate; None if the peak is unknown.
-        warmup_seconds: duration of the warm-up steps, which compile kernels and allocate memory.
-        seconds: wall time of the epoch, including warm-up and validation.
-    """
-
-    epoch: int
-    step: int
-    train_loss: float
-    train_top1_error: float
-    validation_loss: float | None
-    validation_top1_error: float | None
-    validation_top5_error: float | None
-    learning_rate: float
-    images_per_second: float
-    input_wait_fraction: float
-    flops_per_second: float
-    flops_utilization: float | None
-    warmup_seconds: float
-    seconds: float
-
-
-@dataclass
-class EpochState:
-    """Mid-epoch state that a resumed process cannot recompute.
-
-    Attributes:
-        batches: batches trained on so far.
-        samples: samples in those batches.
-        loss: sum of the batches' losses, in nats; fp64 ``()`` on the device while training.
-        wrong: number of misclassified samples; int64 ``()`` on the device while training.
-        rate: learning rate of the last step.
-        spent: images, FLOPs and time of the epoch's steps in earlier processes.
-        seconds: wall time of the epoch in earlier processes.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    loss: Tensor | float = 0.0
-    wrong: Tensor | int = 0
-    rate: float = 0.0
-    spent: Spent = field(default_factory=Spent)
-    seconds: float = 0.0
-
-    def over(self, world: World) -> EpochState:
-        """Return the state summed over all ranks; collective, and waits for the device."""
-        loss, wrong, samples = world.sum(float(self.loss), int(self.wrong), self.samples)
-        return replace(self, loss=loss / world.size, wrong=int(wrong), samples=int(samples))
-
-
-class Sums(NamedTuple):
-    """Sums over an epoch's batches on this rank, on its device.
-
-    Attributes:
-        loss: of the losses, fp64 ``()``.
-        wrong: number of misclassified samples, int64 ``()``.
-    """
-
-    loss: Tensor
-    wrong: Tensor
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> Sums:
-        return cls(
-            torch.zeros((), dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-        )
 
 
 class StopTraining(Exception):
@@ -179,10 +90,10 @@ class Trainer:
         self.world = world
         freeze(model, config)
         self._template = copy.deepcopy(model).to("meta")  # the network before it is parallelized
-        self._parallel: DistributedDataParallel | None = None
+        parallel: DistributedDataParallel | None = None
         if self.world.size > 1:
             strategy = distributed or DistributedConfig()
-            self._parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
+            parallel = strategies.parallelize(model, strategy, self.world, runtime.device)
         self.model = model
         self._frozen_norms = frozen_norms(model, config)
         self.config = config
@@ -200,43 +111,28 @@ class Trainer:
             graphs=config.accumulate == 1 and world.size == 1,
         )
         self._evaluation_network = compiled(model)
-        self.network = self._evaluation_network if self._parallel is None else compiled(self._parallel)
+        self.network = self._evaluation_network if parallel is None else compiled(parallel)
         self.optimizer = create_optimizer(model, config, runtime.dtype, self.world)
-        # Several ranks, and other optimizers, need the gradient itself.
-        is_factored = runtime.factored and world.size == 1 and isinstance(self.optimizer, FactoredSGD)
-        # A CPU casts a weight as fast as it reads it, so that a copy would only take memory.
-        copies = runtime.device.type == "cuda"
-        self._taps = Taps(model, self._template, runtime, copies=copies) if is_factored else None
-        self._graphs: StepGraphs | None = None
-        if runtime.graph is Graph.step:
-            self.record_steps(CudaRecorder(runtime.device))
+        self.training_step = TrainingStep(
+            model,
+            self.network,
+            self.optimizer,
+            config,
+            runtime,
+            template=self._template,
+            parallel=parallel,
+        )
         self.steps = config.epochs * len(train_loader)  # of the whole run
         self.learning_rate = LearningRate(self.optimizer, config, self.steps)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_loss_scaling)
         self.epoch = 0
         self.step = 0
         self.spent = Spent()  # total of the completed epochs
         self._progress = EpochState()
         self._clock = Clock()
-        self._window = _Window(self.world)
+        self._window = LossWindow(self.world)
         self._gathered: dict[str, Tensor] | None = None  # the weights after the last step, of all ranks
         self._flops: dict[torch.Size, int] = {}  # FLOPs of a step, by the shape of its batch
-
-    @cached_property
-    def _sums(self) -> Sums:
-        """The sums of the current epoch, at the same addresses in all epochs."""
-        return Sums.zeros(self.runtime.device)
-
-    def record_steps(self, recorder: Recorder) -> None:
-        """Take all later steps by recording one for each shape of batch and repeating it.
-
-        Args:
-            recorder: records a step.
-        """
-        self._graphs = StepGraphs(self._update, recorder)
-        device = self.runtime.device
-        self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
 
     @property
     def finished(self) -> bool:
@@ -303,9 +199,9 @@ class Trainer:
         for norm in self._frozen_norms:
             norm.eval()
         if not first:
-            self._sums.loss.zero_()
-            self._sums.wrong.zero_()
-        progress.loss, progress.wrong = self._sums
+            self.training_step.sums.loss.zero_()
+            self.training_step.sums.wrong.zero_()
+        progress.loss, progress.wrong = self.training_step.sums
         warm_at = first
         for images, labels in self._clock.timing(self.train_loader):
             progress.rate = self.learning_rate.current
@@ -336,7 +232,7 @@ class Trainer:
             batches = self._watched(self.validation_loader)
             validation = errors(*predict(network, batches, self.runtime, self.world))
         if not math.isfinite(validation.loss):
-            raise _diverged("validation loss", validation.loss, self.step, self._progress.rate)
+            raise diverged("validation loss", validation.loss, self.step, self._progress.rate)
         self.learning_rate.after_validation(validation.top1_error, self.epoch)
         return validation
 
@@ -370,7 +266,7 @@ class Trainer:
         return {
             "optimizer": strategies.gathered(self.optimizer.state_dict()),
             "learning_rate": self.learning_rate.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.training_step.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "progress": progress,
@@ -397,7 +293,7 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(strategies.scatter_optimizer(state["optimizer"], self.optimizer))
             self.learning_rate.load_state_dict(state["learning_rate"])
-            self.scaler.load_state_dict(state["scaler"])
+            self.training_step.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.spent = Spent(**state["spent"])
             progress = state["progress"]
@@ -406,9 +302,9 @@ class Trainer:
                 main = self.world.main  # takes the sums over all ranks, which are later summed again
                 loss, wrong = (progress["loss"] * self.world.size, progress["wrong"]) if main else (0.0, 0)
                 self._progress.samples = progress["samples"] if main else 0
-                self._sums.loss.fill_(loss)
-                self._sums.wrong.fill_(wrong)
-                self._progress.loss, self._progress.wrong = self._sums
+                self.training_step.sums.loss.fill_(loss)
+                self.training_step.sums.wrong.fill_(wrong)
+                self._progress.loss, self._progress.wrong = self.training_step.sums
             if self.average:
                 self.average.load(average)
             self._restore_generators(state["generators"])
@@ -489,135 +385,9 @@ class Trainer:
             labels: int64 ``(B,)``, or fp32 ``(B, classes)``.
         """
         self._gathered = None
-        if self._graphs is None:
-            loss = self._update(images, labels)
-        else:
-            for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
-                rate.fill_(group["lr"])
-            if self._taps:
-                self._taps.of(images.shape)  # makes copies of weights anew if something else changed these
-            loss = self._graphs(images, labels).clone()
+        loss = self.training_step(images, labels)
         self.learning_rate.after_step()
         self.step += 1
         if self.average:
             self.average.after_step(self.step)
         return loss
-
-    def _update(self, images: Tensor | LazyBatch, labels: Tensor) -> Tensor:
-        """Update the weights, and add to the epoch's sums; return the loss, fp32 ``()``.
-
-        A CUDA graph may repeat this without running its Python code: whatever changes from step to step has
-        to be a tensor.
-        """
-        chunks: Sequence[Tensor | LazyBatch] = images.chunk(self.config.accumulate)
-        parts = []
-        for number, part in enumerate(zip(chunks, labels.chunk(self.config.accumulate), strict=True), 1):
-            with nullcontext() if number == len(chunks) else self._no_sync():
-                parts.append(self._backward(*part, len(labels)))
-        with record_function("optimizer"):
-            if self.config.clip_norm:
-                self.scaler.unscale_(self.optimizer)  # clip by the norm of the unscaled gradient
-                strategies.clip_gradients(self.model, self.config.clip_norm, self._loss_scale())
-            with self._rates_on_device():
-                self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-        losses, logits = zip(*parts, strict=True)
-        loss = torch.stack(losses).sum()
-        classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
-        self._sums.loss.add_(loss)
-        self._sums.wrong.add_((torch.cat(logits).argmax(dim=1) != classes).sum())
-        return loss
-
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """Context in which a recorded step reads its rates from tensors, filled before each step."""
-        if self._graphs is None:
-            yield
-            return
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for rate, group in zip(self._rates, groups, strict=True):
-            group["lr"] = rate
-        try:
-            yield
-        finally:
-            for number, group in zip(rates, groups, strict=True):
-                group["lr"] = number
-
-    def _loss_scale(self) -> Tensor | None:
-        """Return the scaler's factor of the loss, ``()`` on the device; None without scaling."""
-        if not self.scaler.is_enabled():
-            return None
-        factor: Tensor = self.scaler.scale(torch.ones((), device=self.runtime.device))
-        return factor
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        """Context in which backward passes accumulate gradients without averaging them over ranks."""
-        return self._parallel.no_sync() if self._parallel is not None else nullcontext()
-
-    def _backward(self, images: Tensor | LazyBatch, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Run the forward and backward pass over a part of a batch, and accumulate its gradients.
-
-        Args:
-            images: ``(N, 3, crop, crop)`` in the runtime's dtype, or a lazy batch.
-            labels: int64 ``(N,)``, or fp32 ``(N, classes)``.
-            batch: number of images in the whole batch.
-
-        Returns:
-            The part's share of the batch's loss, fp32 ``()``, and its logits ``(N, classes)``, both detached.
-        """
-        taps = self._taps.of(images.shape) if self._taps else []
-        with record_function("forward"), self.runtime.autocast():
-            logits, inputs = self.network(images, taps) if taps else (self.network(images), [])
-            # Without autocast, cross-entropy of bf16 logits would be computed with eight bits.
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(wide, labels, label_smoothing=self.config.label_smoothing)
-            loss = loss * (len(labels) / batch)  # by its size: the last part may be smaller
-        with record_function("backward"):
-            self.scaler.scale(loss).backward()
-        if self._taps:
-            self._taps.collect(taps, inputs)
-        return loss.detach(), logits.detach()
-
-
-class _Window:
-    """The losses since the last check, kept on the device until the next one.
-
-    Args:
-        world: the ranks whose losses are averaged.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._losses: list[Tensor] = []
-        self._steps: list[tuple[int, float]] = []
-
-    def add(self, loss: Tensor, step: int, rate: float) -> None:
-        self._losses.append(loss)
-        self._steps.append((step, rate))
-
-    def check(self) -> list[float]:
-        """Wait for the device and return each step's loss, averaged over ranks; collective.
-
-        Raises:
-            DivergedError: a loss is NaN or infinite.
-        """
-        losses = torch.stack(self._losses).tolist() if self._losses else []
-        losses = [loss / self._world.size for loss in self._world.sum(*losses)]
-        for loss, (step, rate) in zip(losses, self._steps, strict=True):
-            if not math.isfinite(loss):
-                raise _diverged("loss", loss, step, rate)
-        return losses
-
-    def close(self) -> float | None:
-        """Check the losses and clear them; return their mean, or None if there were none."""
-        losses = self.check()
-        self._losses, self._steps = [], []
-        return sum(losses) / len(losses) if losses else None
-
-
-def _diverged(what: str, value: float, step: int, rate: float) -> DivergedError:
-    return DivergedError(
-        f"the {what} became {value} at step {step} with learning rate {rate:.3g}; lower train.lr"
-    )
