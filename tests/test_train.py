@@ -215,7 +215,7 @@ def test_a_stage_may_have_a_share_of_its_own(command: Command, monkeypatch: pyte
 
 
 def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(command: Command) -> None:
-    status, out, _ = command(
+    status, out, err = command(
         train.main,
         *TINY,
         "train.ema_decay=0.9",
@@ -230,12 +230,15 @@ def test_a_run_with_everything_switched_on_can_be_repeated_by_its_evaluation(com
     )
     assert status == 0
     assert re.search(r"\d+ GFLOP/s \(\d+%\)", out)
+    bars = re.findall(r"(\w+): 100%.* (\d+)/\2 ", err)
+    assert [size for size, _ in bars] == ["32x32", "48x48"]
     assert command(evaluate.main, "checkpoint=run/checkpoint.pt")[0] == 0
     summary, evaluation = (
         json.loads(Path(f"run/{name}.json").read_text()) for name in ("summary", "evaluation")
     )
     assert evaluation["ten_crop"] == summary["ten_crop"]
     assert summary["flops_utilization"] > 0
+    assert sum(int(steps) for _, steps in bars) == summary["steps"]
 
 
 def test_a_profile_names_the_parts_of_the_loop_and_the_operators(command: Command) -> None:

@@ -118,10 +118,9 @@ def _validate_stages(train: TrainConfig, data: DataConfig) -> None:
         if train.schedule is not Schedule.one_cycle:
             raise ConfigError(f"{where}.lr={stage.lr}: is for train.schedule=one_cycle; leave it out")
         _validate_positive(f"{where}.lr", stage.lr)
-    before = sum(stage.epochs for stage in train.stages)
-    if train.stages and before >= train.epochs:
+    if train.stages and train.staged_epochs >= train.epochs:
         raise ConfigError(
-            f"train.stages: take {before} of train.epochs={train.epochs} and leave none at "
+            f"train.stages: take {train.staged_epochs} of train.epochs={train.epochs} and leave none at "
             f"data.crop={data.crop}; raise train.epochs or shorten a stage"
         )
 

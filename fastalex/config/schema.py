@@ -249,6 +249,11 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)  # layers, by name or prefix, that keep their weights
     head_lr: float | None = None  # with init_from: as lr, for the last layer; null: lr
 
+    @property
+    def staged_epochs(self) -> int:
+        """The number of epochs in stages, before those at the crop of the data."""
+        return sum(stage.epochs for stage in self.stages)
+
 
 @dataclass
 class RuntimeConfig:
@@ -303,6 +308,12 @@ class Config:
     seed: int = 0  # of the weights, the validation images, and the order and augmentation of the images
     log_every: int = 20  # steps between two reads of the loss, each of which waits for the device
     profile: bool = False  # run a few steps under torch.profiler instead of training
+
+    def epochs_by_crop(self) -> list[tuple[int, int]]:
+        """Return the number of epochs and their crop in pixels, of each stage and of what follows."""
+        train = self.train
+        last = train.epochs - train.staged_epochs, self.data.crop
+        return [*((stage.epochs, stage.crop) for stage in train.stages), last]
 
 
 @dataclass

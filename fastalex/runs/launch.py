@@ -17,6 +17,7 @@ from fastalex.runs import setup
 from fastalex.runs.checkpoint import Checkpoint
 from fastalex.runs.folder import RunFolder, check_free
 from fastalex.runs.initial_weights import InitialWeights
+from fastalex.runs.progress import by_crop
 from fastalex.runs.recorder import FolderRecorder, Recorder
 from fastalex.runs.resume import UnfinishedRun, find, resume_again
 from fastalex.runs.run import Run
@@ -112,9 +113,9 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
             recorder, folder = Recorder(request.run_dir), None
             if world.main:
                 folder = _open_folder(request, config, resumed, trainer)
-                steps = STEPS if config.profile else trainer.steps
+                parts = [("", STEPS)] if config.profile else by_crop(config, trainer.steps)
                 classes = list(splits.classes)
-                recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, steps)
+                recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, parts)
             try:
                 if config.profile:
                     _profile(trainer, recorder, folder)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from fastalex.config import Config
 from fastalex.config.plain import as_argument, plain
@@ -18,6 +16,7 @@ from fastalex.files import remove_empty
 from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, save_weights
 from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
 from fastalex.runs.folder import RunFolder
+from fastalex.runs.progress import ProgressBar
 from fastalex.runs.resume import UnfinishedRun
 from fastalex.training.epoch import Epoch
 
@@ -107,7 +106,7 @@ class FolderRecorder(Recorder):
         classes: class names, in the order of the network's outputs.
         resumed: the run that is resumed; None for a new one.
         step: the number of steps taken so far.
-        steps: the number of steps of the whole run, for the progress bar.
+        parts: of the run, as :class:`ProgressBar` shows them.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class FolderRecorder(Recorder):
         classes: list[str],
         resumed: UnfinishedRun | None,
         step: int,
-        steps: int,
+        parts: Sequence[tuple[str, int]],
     ) -> None:
         super().__init__(folder.path)
         self._folder = folder
@@ -128,13 +127,7 @@ class FolderRecorder(Recorder):
         self._writer = CheckpointWriter(folder.path, config.checkpoint, self._policy, newest)
         self._best = BestWeights(folder.path / "best.safetensors", plain(config), classes)
         self._find_best_so_far()
-        self._bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 20,
-        )
+        self._bar = ProgressBar(parts, step)
 
     def say(self, text: str) -> None:
         print(text)
@@ -156,15 +149,15 @@ class FolderRecorder(Recorder):
         if loss is not None:
             with self._policy.applied():
                 self._folder.loss(step, loss)
-            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self._bar.show_loss(loss)
         self._writer.check()
 
     def epoch(self, epoch: Epoch) -> bool:
         with self._policy.applied():
             self._folder.epoch(epoch)
-        self._bar.write(_line(epoch, self._config.train.epochs), file=sys.stdout)
+        self._bar.write(_line(epoch, self._config.train.epochs))
         # Errors at another resolution do not compare with those at the one that is asked for.
-        early = epoch.epoch <= sum(stage.epochs for stage in self._config.train.stages)
+        early = epoch.epoch <= self._config.train.staged_epochs
         error = epoch.validation_top1_error
         return error is not None and not early and self._best.improved_by(error)
 
@@ -229,8 +222,8 @@ class FolderRecorder(Recorder):
 
     def _find_best_so_far(self) -> None:
         """Take up the best validation error of a resumed run, if its weights are still there."""
-        staged = sum(stage.epochs for stage in self._config.train.stages)
-        if not any(epoch.validation_top1_error is not None for epoch in self.epochs[staged:]):
+        late = self.epochs[self._config.train.staged_epochs :]
+        if not any(epoch.validation_top1_error is not None for epoch in late):
             return
         kept = self._best.read("the best on validation is sought among the epochs to come")
         if kept is not None:

@@ -55,9 +55,8 @@ class Estimator:
         training, validation, test = self._numbers_of_images(config)
         views = 2 if config.data.flip is Flip.both else 1
         train = config.train
-        before = sum(stage.epochs for stage in train.stages)
-        parts = [*((s.epochs, s.crop) for s in train.stages), (train.epochs - before, config.data.crop)]
-        seconds = sum(epochs * views * training / self._rate(config, crop) for epochs, crop in parts)
+        parts = ((epochs, self._rate(config, crop)) for epochs, crop in config.epochs_by_crop())
+        seconds = sum(epochs * views * training / rate for epochs, rate in parts)
         evaluated = train.epochs * validation + 2 * TEST_VIEWS * test
         return seconds + EVALUATION_COST * evaluated / self._rate(config, config.data.crop)
 
