@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex.config import Optimizer, TrainConfig
 from fastalex.training.muon import Muon, orthogonalized
@@ -16,6 +18,12 @@ from tests.tolerances import assert_as_accurate, assert_same_in_float64, usual_s
 
 A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's polynomial
 RATE, DECAY, MOMENTUM = 0.03, 0.2, 0.95
+
+
+def alone(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthogonalise one matrix."""
+    ((found,),) = orthogonalized([matrix[None]], dtype)
+    return found
 
 
 def from_svd(matrix: Tensor) -> Tensor:
@@ -44,7 +52,7 @@ SHAPES = [(12, 40), (40, 12), (16, 16), (1, 9), (9, 1), (1, 1)]
 def test_singular_values_are_those_of_the_polynomial(rows: int, columns: int, condition: float) -> None:
     torch.manual_seed(0)
     matrix = with_spectrum(rows, columns, condition)
-    assert_same_in_float64(orthogonalized(matrix, torch.float64), from_svd(matrix))
+    assert_same_in_float64(alone(matrix, torch.float64), from_svd(matrix))
 
 
 def test_singular_values_become_nearly_one() -> None:
@@ -52,7 +60,7 @@ def test_singular_values_become_nearly_one() -> None:
     torch.manual_seed(0)
     matrix = with_spectrum(20, 50, 30.0)
     assert torch.linalg.svdvals(matrix).min() > 0.01 * matrix.norm()
-    values = torch.linalg.svdvals(orthogonalized(matrix, torch.float64))
+    values = torch.linalg.svdvals(alone(matrix, torch.float64))
     assert 0.68 < values.min() < values.max() < 1.14
 
 
@@ -73,17 +81,50 @@ def test_products_of_few_digits_are_as_accurate_as_the_usual_form(
     torch.manual_seed(0)
     matrix = with_spectrum(96, 363, condition).float()
     exact = {"x": from_svd(matrix)}
-    ours, theirs = {"x": orthogonalized(matrix, dtype)}, {"x": plain(matrix, dtype)}
+    ours, theirs = {"x": alone(matrix, dtype)}, {"x": plain(matrix, dtype)}
     assert ours["x"].dtype == dtype
     assert_as_accurate(ours, [theirs], exact, floor=usual_sum_error(dtype, 363))
 
 
-def test_matrices_of_a_stack_are_independent_and_zero_stays_zero() -> None:
+def test_matrices_of_stacks_are_independent_and_zero_stays_zero() -> None:
+    """Some stacks are computed together: those of 6 rows or columns, whichever are fewer."""
     torch.manual_seed(0)
-    stack = torch.stack([with_spectrum(6, 10, 5.0), torch.zeros(6, 10, dtype=torch.float64)])
-    found = orthogonalized(stack, torch.float64)
-    assert_same_in_float64(found[0], from_svd(stack[0]))
-    assert found[1].abs().max() == 0
+    zeros = torch.zeros(6, 10, dtype=torch.float64)
+    stacks = [
+        torch.stack([with_spectrum(6, 10, 5.0), zeros]),
+        with_spectrum(9, 4, 5.0)[None],
+        torch.stack([with_spectrum(20, 6, 100.0) for _ in range(3)]),
+        with_spectrum(6, 6, 5.0)[None],
+    ]
+    found = orthogonalized(stacks, torch.float64)
+    assert found[0][1].abs().max() == 0
+    pairs = [pair for both in zip(stacks, found, strict=True) for pair in zip(*both, strict=True)]
+    assert len(pairs) == 7
+    for matrix, result in pairs:
+        if matrix.any():
+            assert_same_in_float64(result, from_svd(matrix))
+
+
+class Products(TorchDispatchMode):
+    """Counts the operators that multiply matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_layers_of_one_size_share_the_products_of_their_gram_matrices() -> None:
+    """More layers add only those that are as wide as their matrix: two for each of the two blocks."""
+    shapes = [(1, 6, 10), (2, 6, 20), (1, 30, 6)]
+    counts = []
+    for number in (1, 2, 3):
+        with Products() as products:
+            orthogonalized([torch.ones(shape) for shape in shapes[:number]], torch.float32)
+        counts.append(products.count)
+    assert counts == [counts[0], counts[0] + 4, counts[0] + 8]
+    assert counts[0] > 4
 
 
 class Network(nn.Module):

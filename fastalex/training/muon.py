@@ -81,78 +81,115 @@ class Muon(FactoredSGD):
 
     def _step_apart(self, loss_scale: Tensor | None, skip: Tensor | None) -> None:
         super()._step_apart(loss_scale, skip)
-        group = self.param_groups[-1]
         trained = [layer for layer in self._convolutions if layer.weight.grad is not None]
-        directions = [self._direction(layer, group["momentum"], loss_scale, skip) for layer in trained]
+        if trained:
+            self._step_convolutions(trained, loss_scale, skip)
+            for layer in trained:
+                layer.weight.grad = None  # so that SGD leaves it as it is
+
+    def _step_convolutions(
+        self, layers: Sequence[nn.Conv2d], loss_scale: Tensor | None, skip: Tensor | None
+    ) -> None:
+        group = self.param_groups[-1]
+        weights = [layer.weight for layer in layers]
+        directions = self._directions(layers, group["momentum"], loss_scale, skip)
         dtype = group["params"][0].dtype if self._dtype == torch.float32 else self._dtype
         # Each rank computes some of them. Computed by all, they would differ where ranks round differently.
-        for number, direction in enumerate(directions):
-            if number % self._world.size == self._world.rank:
-                direction.copy_(orthogonalized(direction, dtype))
+        own = directions[self._world.rank :: self._world.size]
+        if own:
+            torch._foreach_copy_(own, orthogonalized(own, dtype))
         for number, direction in enumerate(directions):
             self._world.copy_from(number % self._world.size, direction)
-        rate = group["lr"]
-        for layer, direction in zip(trained, directions, strict=True):
-            out, within, height, width = layer.weight.shape
-            update = direction.view(out, height, width, within).permute(0, 3, 1, 2)
-            # A matrix of more rows than columns has columns of a norm above 1: each output changes as much.
-            scale = max(1.0, direction.shape[-2] / direction.shape[-1]) ** 0.5
-            # The rate is a factor by itself, so that a rate in a tensor gives the same bits.
-            change = (update * scale + layer.weight * group["weight_decay"]) * rate
-            layer.weight.sub_(change if skip is None else change * (1 - skip))
-            layer.weight.grad = None  # so that SGD leaves it as it is
-
-    def _direction(
-        self, layer: nn.Conv2d, momentum: float, loss_scale: Tensor | None, skip: Tensor | None
-    ) -> Tensor:
-        """Update the momentum; return Nesterov's direction, ``(groups, out / groups, columns)``."""
-        gradient = layer.weight.grad
-        velocity = self._velocity(layer.weight, momentum)
-        assert gradient is not None
-        assert velocity is not None
-        if loss_scale is not None:
-            gradient = gradient / loss_scale
+        changes = [
+            direction.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+            for direction, weight in zip(directions, weights, strict=True)
+        ]
+        # A matrix of more rows than columns has columns of a norm above 1: each output changes as much.
+        scales = [max(1.0, direction.shape[1] / direction.shape[2]) ** 0.5 for direction in directions]
+        torch._foreach_mul_(changes, scales)
+        torch._foreach_add_(changes, weights, alpha=group["weight_decay"])
+        # The rate is a factor by itself, so that a rate in a tensor gives the same bits.
+        torch._foreach_mul_(changes, group["lr"])
         if skip is not None:
-            gradient = torch.where(skip == 0, gradient, velocity)  # with which the velocity stays as it is
-        velocity.lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(velocity, momentum)
+            torch._foreach_mul_(changes, 1 - skip)
+        torch._foreach_sub_(weights, changes)
+
+    def _directions(
+        self,
+        layers: Sequence[nn.Conv2d],
+        momentum: float,
+        loss_scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> list[Tensor]:
+        """Update the momenta; return Nesterov's directions, each ``(groups, out / groups, columns)``."""
+        gradients, velocities = [], []
+        for layer in layers:
+            gradient, velocity = layer.weight.grad, self._velocity(layer.weight, momentum)
+            assert gradient is not None
+            assert velocity is not None
+            gradients.append(gradient)
+            velocities.append(velocity)
+        if loss_scale is not None:
+            gradients = list(torch._foreach_div(gradients, loss_scale))
+        if skip is not None:  # with the velocity as the gradient it stays as it is
+            gradients = [torch.where(skip == 0, *pair) for pair in zip(gradients, velocities, strict=True)]
+        torch._foreach_lerp_(velocities, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, velocities, momentum)
         # The order of the columns means nothing here. This one is that of channels-last memory.
-        return direction.permute(0, 2, 3, 1).reshape(layer.groups, len(direction) // layer.groups, -1)
+        return [
+            direction.permute(0, 2, 3, 1).reshape(layer.groups, len(direction) // layer.groups, -1)
+            for layer, direction in zip(layers, directions, strict=True)
+        ]
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalized(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return matrices with the same singular vectors, whose singular values are nearly 1.
 
     They are between 0.68 and 1.14 where they were at least 0.01 of the matrix's Frobenius norm, and smaller
     where they were less.
 
     Args:
-        matrices: ``(..., m, n)``, fp32 or float64.
+        stacks: each ``(k, m, n)``, fp32 or float64, of any size.
         dtype: dtype of the products.
 
     Returns:
-        As ``matrices``, in ``dtype``.
+        As ``stacks``, in ``dtype``.
     """
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.reshape(-1, *matrices.shape[-2:])  # for baddbmm
-    x = x.mT if is_tall else x
-    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).to(dtype)
-    # An application is p @ x, where p is a polynomial of x @ x.mT. As polynomials of one matrix, those of a
-    # block commute, and the next Gram matrix is p @ gram @ p: only the block's last product is as wide as x.
+    by_size: dict[int, list[int]] = {}
+    for number, stack in enumerate(stacks):
+        by_size.setdefault(min(stack.shape[1:]), []).append(number)
+    found = list(stacks)
+    for numbers in by_size.values():
+        results = _of_one_size([stacks[number] for number in numbers], dtype)
+        for number, result in zip(numbers, results, strict=True):
+            found[number] = result
+    return found
+
+
+def _of_one_size(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """:func:`orthogonalized` of matrices whose Gram matrices have one size: a GPU starts fewer products."""
+    are_tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
+    xs = [stack.mT if is_tall else stack for stack, is_tall in zip(stacks, are_tall, strict=True)]
+    xs = [(x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).to(dtype) for x in xs]
+    # An application is (a + q) @ x, where q is a polynomial of x @ x.mT. As polynomials of one matrix, those
+    # of a block commute, and the next Gram matrix is (a + q) @ gram @ (a + q): only the block's last product
+    # is as wide as x.
+    a = POLYNOMIAL[0]
     for count in BLOCKS:
-        gram = x @ x.mT
-        factor = step = _polynomial(gram)
+        gram = torch.cat([x @ x.mT for x in xs])
+        q = _without_a(gram)
+        block = q.clone()
+        block.diagonal(dim1=-2, dim2=-1).add_(a)
         for _ in range(count - 1):
-            gram = step @ gram @ step
-            step = _polynomial(gram)
-            factor = step @ factor
-        x = factor @ x
-    return (x.mT if is_tall else x).reshape(matrices.shape)
+            half = torch.baddbmm(gram, q, gram, beta=a)
+            gram = torch.baddbmm(half, half, q, beta=a)
+            q = _without_a(gram)
+            block = torch.baddbmm(block, q, block, beta=a)
+        xs = [part @ x for part, x in zip(block.split([len(x) for x in xs]), xs, strict=True)]
+    return [x.mT if is_tall else x for x, is_tall in zip(xs, are_tall, strict=True)]
 
 
-def _polynomial(gram: Tensor) -> Tensor:
-    """Return p for Gram matrices: one application multiplies x by it."""
-    a, b, c = POLYNOMIAL
-    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-    return polynomial
+def _without_a(gram: Tensor) -> Tensor:
+    """Return q for Gram matrices: one application multiplies x by a + q."""
+    _, b, c = POLYNOMIAL
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
