@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.parts import INPUT, OPTIMIZER, part_of
-from fastalex.config import Graph
+from fastalex.config import Graph, Optimizer, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
 from fastalex.models.dropout import Dropout
-from fastalex.models.factored_linear import factored_layers
 from fastalex.runtime import Runtime
-from fastalex.training.factored_sgd import FactoredSGD
+from fastalex.training.optim import create_optimizer
 from fastalex.training.taps import Taps
 
 
@@ -47,8 +46,9 @@ def count_step(
     crop: int = 224,
     clip_norm: float = 0.0,
     factored: bool = False,
+    optimizer: Optimizer = Optimizer.sgd,
 ) -> list[Operation]:
-    """The operators of a step: forward, backward, clipping, fused SGD with momentum.
+    """The operators of a step: forward, backward, clipping, update.
 
     The input counts as the writing of the batch; reading the source images adds 1% to that.
 
@@ -59,6 +59,7 @@ def count_step(
         crop: pixels per side.
         clip_norm: clips gradients if it is not 0.
         factored: leaves gradients as factors in the layers that can, as fastalex does (`training/taps.py`).
+        optimizer: fused SGD with momentum, or Muon for the convolutions' weights.
     """
     with FakeTensorMode():
         model = network()
@@ -67,13 +68,7 @@ def count_step(
                 # As on a GPU: these tensors count as the CPU's.
                 module.__class__ = nn.Dropout  # type: ignore[assignment]
         images, labels = torch.empty(batch_size, 3, crop, crop, dtype=dtype), torch.zeros(batch_size).long()
-        optimizer = FactoredSGD(
-            [{"params": list(model.parameters()), "fused": True}],
-            factored_layers(model),
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=5e-4,
-        )
+        update = create_optimizer(model, TrainConfig(optimizer=optimizer), dtype)
         runtime = Runtime(
             device=torch.device("cpu"),
             dtype=dtype,
@@ -102,8 +97,8 @@ def count_step(
                 counter.within = "optimizer"
                 if clip_norm:
                     clip_gradients(model, clip_norm)
-                optimizer.step()
-            optimizer.zero_grad()
+                update.step()
+            update.zero_grad()
     return [Operation("batch", INPUT, 0, _bytes(images)), *counter.operations]
 
 
@@ -132,7 +127,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.name()
-        if func.is_view or "empty" in name or name.startswith(("prim", "profiler")):
+        if func.is_view or any(word in name for word in ("empty", "unsafe_view", "prim", "profiler")):
             return result  # accesses no element
         counted = flop_registry.get(func._overloadpacket)
         unread = _ONLY_WRITTEN.get(name)

@@ -16,6 +16,7 @@ import torch
 from benchmarks import reference
 from benchmarks.counts import Operation, count_step, totals
 from benchmarks.parts import CONVOLUTIONS, INPUT, OTHER, PARTS, PRODUCTS
+from fastalex.config import Optimizer
 from fastalex.files import write_text
 from fastalex.markdown import replace_between, table
 from fastalex.models import create_model
@@ -57,15 +58,24 @@ _AT_THE_FLOOR = (
 )
 
 
-def fast_step(dtype: torch.dtype = torch.bfloat16, *, factored: bool = False) -> list[Operation]:
+def fast_step(
+    dtype: torch.dtype = torch.bfloat16, *, factored: bool = False, optimizer: Optimizer = Optimizer.sgd
+) -> list[Operation]:
     """The operators of fastalex's step on a GPU, before torch.compile fuses any.
 
     Args:
         dtype: of the arithmetic.
         factored: whether the hidden layers' gradients are left as factors (`runtime.factored`).
+        optimizer: what updates the convolutions.
     """
-    network = partial(create_model, "alexnet")
-    return count_step(network, dtype=dtype, batch_size=BATCH, clip_norm=CLIP_NORM, factored=factored)
+    return count_step(
+        partial(create_model, "alexnet"),
+        dtype=dtype,
+        batch_size=BATCH,
+        clip_norm=CLIP_NORM,
+        factored=factored,
+        optimizer=optimizer,
+    )
 
 
 def bias_passes() -> list[Operation]:
@@ -165,6 +175,21 @@ def _fold_saves(step: Sequence[Operation]) -> str:
     return " and ".join(f"{share:.1%}" for share in saved)
 
 
+def _muon(fast: Sequence[Operation]) -> str:
+    """What Muon adds to a step, as a paragraph."""
+    muon = fast_step(optimizer=Optimizer.muon)
+    flops, moved = (
+        sum(getattr(op, count) for op in muon) - sum(getattr(op, count) for op in fast)
+        for count in ("flops", "bytes")
+    )
+    ada, hopper = (1e3 * (least_seconds(muon, card) - least_seconds(fast, card)) for card in CARDS)
+    more = len(muon) - len(fast)
+    return f"""**Muon**, by which the default recipe updates the convolutions, adds to that {flops / 1e9:.1f}
+GFLOP and {moved / 1e9:.2f} GB, {ada:.2f} and {hopper:.2f} ms at those rates. These are {more} operators
+more, most of them on small matrices, and a GPU starts each by itself unless `runtime.graph=step`
+records the step. So they take longer."""
+
+
 def section() -> str:
     """The section as Markdown."""
     fast, fused, plain = fast_step(), fast_step(factored=True), totals(reference_step())
@@ -192,6 +217,8 @@ without CutMix, and updated by SGD:
 At those rates:
 
 {rates}
+
+{_muon(fast)}
 
 These counts leave out the passes for the biases of the first two convolutions, and the copy of the batch to
 the tensor that the network's CUDA graph reads. With them, and with what fastalex has against such passes,

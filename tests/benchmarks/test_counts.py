@@ -12,6 +12,7 @@ from benchmarks import expected
 from benchmarks.counts import Operation, count_step, totals
 from benchmarks.expected import BEGIN, END, Card, least_seconds
 from benchmarks.parts import CONVOLUTIONS, INPUT, LRN, OPTIMIZER, PRODUCTS
+from fastalex.config import Optimizer
 from fastalex.models import create_model
 
 
@@ -41,6 +42,20 @@ def test_clipping_reads_the_gradients_and_scales_them() -> None:
     clipped = totals(count_step(small, batch_size=2, crop=8, clip_norm=1.0))[OPTIMIZER][1]
     gradients = 4 * (8 * 27 + 8 * 36 * 5)
     assert 3 * gradients <= clipped - plain < 3 * gradients + 100  # and some scalars
+
+
+def test_muon_adds_its_products() -> None:
+    """Of a matrix of 8x27 four are as wide as that. Those of 8x8 are one for each of the five applications,
+    and three more for each but the first of the two blocks.
+    """
+    sgd, muon = (
+        count_step(small, batch_size=2, crop=8, optimizer=optimizer)
+        for optimizer in (Optimizer.sgd, Optimizer.muon)
+    )
+    added = totals(muon)[OPTIMIZER][0] - totals(sgd)[OPTIMIZER][0]
+    wide, square = 2 * 8 * 27 * 8, 2 * 8**3
+    assert added == 4 * wide + (5 + 3 * 3) * square
+    assert totals(muon)[CONVOLUTIONS] == totals(sgd)[CONVOLUTIONS]
 
 
 def test_bytes_of_alexnets_kernels() -> None:
