@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex.config import Optimizer, TrainConfig
+from fastalex.distributed.processes import ALONE, World
 from fastalex.training.muon import Muon, orthogonalized
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
@@ -151,9 +152,9 @@ def give_gradients(network: nn.Module, seed: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
-def muon(network: nn.Module) -> Muon:
+def muon(network: nn.Module, world: World = ALONE) -> Muon:
     config = TrainConfig(optimizer=Optimizer.muon, lr=0.1, muon_lr=RATE, muon_weight_decay=DECAY)
-    optimizer = create_optimizer(network, config)
+    optimizer = create_optimizer(network, config, world=world)
     assert isinstance(optimizer, Muon)
     return optimizer
 
@@ -234,6 +235,24 @@ def test_a_skipped_step_changes_nothing_and_a_scaled_one_divides() -> None:
     plain_optimizer.step()
     for mine, other in zip(network.parameters(), expected.parameters(), strict=True):
         assert_same_in_float64(mine.detach(), other.detach())
+
+
+def test_a_rank_for_which_no_convolution_is_left_takes_the_steps_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What ranks send each other is made up here; ``tests/test_distributed.py`` has two that do it."""
+    first, last = a_network(), a_network()
+    sent: list[Tensor] = []
+    for network, world, exchange in (
+        (first, ALONE, lambda _world, _rank, tensor: sent.append(tensor.clone())),
+        (last, World(rank=5, size=6), lambda _world, rank, tensor: tensor.copy_(sent[rank])),
+    ):
+        monkeypatch.setattr(World, "copy_from", exchange)
+        give_gradients(network, 0)
+        muon(network, world).step()
+    assert len(sent) == 4
+    for mine, other in zip(first.parameters(), last.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_frozen_convolutions_are_left_out_and_none_at_all_is_sgd() -> None:
