@@ -35,9 +35,15 @@ def _claim(title: str) -> Row:
     return Row(title, seeds=(0, 1, 2), group=CLAIMS)
 
 
+def _short(change: str) -> Row:
+    """A row of short runs that only the claims need: a change of :data:`BASE`."""
+    return Row(change, seeds=(0, 1), base=BASE, group=CLAIMS)
+
+
 CLAIMS = "claims"
 TENTH = "AlexNet on a tenth of the images"
-BASE = "ablation_base"
+SHORT = "ablation_"  # what the names of short runs on all images begin with
+BASE = f"{SHORT}base"
 
 
 ROWS = {
@@ -59,6 +65,8 @@ ROWS = {
     "alexnet_tiny": Row("AlexNet on Tiny ImageNet", group="tiny_imagenet"),
     "claim_base": _claim(TENTH),
     "claim_no_lrn": _claim(f"{TENTH}, without LRN"),
+    "claim_high_rate": _claim(f"{TENTH}, at three times the rate"),
+    "claim_high_rate_no_lrn": _claim(f"{TENTH}, at three times the rate, without LRN"),
     "claim_non_overlapping_pool": _claim(f"{TENTH}, with 2x2 pooling"),
     "claim_no_dropout": _claim(f"{TENTH}, without dropout"),
     "claim_no_augmentation": _claim(f"{TENTH}, without crops and flips"),
@@ -73,6 +81,9 @@ ROWS = {
     "claim_resnet18": _claim("ResNet-18 on the same images"),
     "claim_relu": _claim("a four-layer network with ReLU"),
     "claim_tanh": _claim("a four-layer network with tanh"),
+    "ablation_no_weight_decay": _short("without weight decay"),
+    "ablation_high_rate": _short("at three times the rate"),
+    "ablation_high_rate_no_lrn": _short("at three times the rate, without LRN"),
 }
 
 
