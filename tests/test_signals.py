@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +79,15 @@ def test_a_signal_is_not_taken_for_a_damaged_file(
     assert caught.value.exit_status == 128 + number
 
 
+@pytest.fixture
+def in_a_terminal() -> Iterator[None]:
+    """SIGINT is handled as in a terminal: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 def test_ctrl_c_is_one_line_while_the_configuration_is_composed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
