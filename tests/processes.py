@@ -7,13 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch.distributed.run import get_args_parser
+
+SHUTDOWN = (
+    "--shutdown-timeout"  # seconds that torchrun waits for processes to end; PyTorch 2.11 has no such option
+)
 TORCHRUN = [
     sys.executable,
     "-m",
     "torch.distributed.run",
     "--standalone",
     "--nproc-per-node=2",
-    "--shutdown-timeout=2",
+    *([f"{SHUTDOWN}=2"] if SHUTDOWN in get_args_parser().format_help() else []),
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 

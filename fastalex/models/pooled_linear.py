@@ -69,7 +69,12 @@ class PooledLinear(FactoredLinear):
         return output, input.view(-1, self.channels, height, width)
 
     def _pooled_image(self, x: Tensor) -> Tensor:
-        return x if x.shape[-2:] == (self.size, self.size) else F.adaptive_avg_pool2d(x, self.size)
+        if x.shape[-2:] == (self.size, self.size):
+            return x
+        if isinstance(x, DTensor):  # every rank has all images; PyTorch 2.11 does not pool a DTensor
+            pooled = F.adaptive_avg_pool2d(x.to_local(), self.size)
+            return DTensor.from_local(pooled, x.device_mesh, x.placements, run_check=False)
+        return F.adaptive_avg_pool2d(x, self.size)
 
     def _pooling(self, height: int, width: int) -> Tensor:
         """Return P transposed, ``(height * width, size * size)``: row i is the pooled image of pixel i."""
