@@ -9,16 +9,20 @@ from pathlib import Path
 
 from torch.distributed.run import get_args_parser
 
-SHUTDOWN = (
-    "--shutdown-timeout"  # seconds that torchrun waits for processes to end; PyTorch 2.11 has no such option
-)
+
+def shutdown_timeout(seconds: int) -> list[str]:
+    """The option of torchrun for how long it waits for processes to end; PyTorch 2.11 has none, and 30 s."""
+    option = "--shutdown-timeout"
+    return [f"{option}={seconds}"] if option in get_args_parser().format_help() else []
+
+
 TORCHRUN = [
     sys.executable,
     "-m",
     "torch.distributed.run",
     "--standalone",
     "--nproc-per-node=2",
-    *([f"{SHUTDOWN}=2"] if SHUTDOWN in get_args_parser().format_help() else []),
+    *shutdown_timeout(2),
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 

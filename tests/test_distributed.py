@@ -25,7 +25,7 @@ from fastalex.runs.checkpoint import read_weights
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from tests import ranks, tiny_train
-from tests.processes import ENVIRONMENT, TORCHRUN, has_ended, torchrun
+from tests.processes import ENVIRONMENT, TORCHRUN, has_ended, shutdown_timeout, torchrun
 from tests.tolerances import (
     HALF,
     Tensors,
@@ -294,7 +294,7 @@ def test_the_run_ends_with_a_message_when_a_process_dies_or_hangs(
 def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     # torchrun kills what has not ended by then; on a busy machine two seconds are too few to finish a step.
-    patient = ["--shutdown-timeout=60"]
+    patient = shutdown_timeout(60)
     launcher = start(run_dir, "train.epochs=1000", torchrun_options=patient)
     wait_for((run_dir / "checkpoint.pt").is_file, launcher)
     processes = workers(launcher)
