@@ -127,7 +127,8 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.name()
-        if func.is_view or any(word in name for word in ("empty", "unsafe_view", "prim", "profiler")):
+        is_view = func.is_view or name.startswith("aten::_unsafe_view")
+        if is_view or "empty" in name or name.startswith(("prim", "profiler")):
             return result  # accesses no element
         counted = flop_registry.get(func._overloadpacket)
         unread = _ONLY_WRITTEN.get(name)
