@@ -4,9 +4,9 @@
 
 The product of output gradient and input, clipping and step of fc6 and fc7, for random gradients and inputs in
 the dtype that the machine trains in. `whole` computes each weight's gradient, as autograd does; the others
-keep its factors, which `factored_sgd` multiplies a number of rows at a time. This finds the best `ROWS` of
-`kernels/factored_sgd_reference.py`. They take turns. Writes `benchmarks/results/factored_sgd_cpu.csv`, or
-`factored_sgd_cpu_fp32.csv` on a CPU without bf16: ms, also as a multiple of `whole`'s.
+keep its factors, which `factored_sgd` multiplies a number of rows at a time. This finds the best
+`COLUMN_BYTES` of `kernels/factored_sgd_numba.py`. They take turns. Writes
+`benchmarks/results/factored_sgd_KIND.csv` (`benchmarks/hardware.py`): ms, also as a multiple of `whole`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.hardware import KIND, seconds
 from benchmarks.report import RESULTS, Measurement, write_csv
 from fastalex.config import RuntimeConfig, TrainConfig
 from fastalex.distributed.strategies import clip_gradients
-from fastalex.kernels import factored_sgd_reference
+from fastalex.kernels import factored_sgd_numba
 from fastalex.kernels.factored_sgd_reference import gradient_rows
 from fastalex.models.factored_linear import FactoredLinear, Factors
 from fastalex.runtime import choose_runtime
@@ -61,7 +61,7 @@ def test_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             if rows is None:
                 layer.weight.grad = gradient_rows(gradient.output, gradient.input, None, 0, len(layer.weight))
             else:
-                monkeypatch.setattr(factored_sgd_reference, "ROWS", rows)
+                monkeypatch.setattr(factored_sgd_numba, "COLUMN_BYTES", rows * dtype.itemsize)
                 layer.parts.append(gradient)
         clip_gradients(model, CLIP_NORM)
         optimizer.step()

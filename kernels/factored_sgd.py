@@ -2,8 +2,8 @@
 
 Over N images the gradient of the weight is `output.T @ input`, with the gradient of the layer's output,
 (N, out), and the layer's input, (N, in). AlexNet's two hidden layers have 55 million weights; with this
-operator their gradients are never stored. `factored_sgd_triton` computes it on CUDA, and
-`factored_sgd_reference`, plain PyTorch, on every other device and for float64.
+operator their gradients are never stored. `factored_sgd_triton` computes it on CUDA, `factored_sgd_numba` on
+the CPU, and `factored_sgd_reference`, plain PyTorch, what these do not take.
 """
 
 from __future__ import annotations
@@ -99,12 +99,16 @@ def _check(
             )
 
 
-def _implementation(weight: Tensor) -> ModuleType:
-    if weight.device.type != "cuda":
-        return reference
-    from . import factored_sgd_triton as fast
+def _implementation(weight: Tensor, copy: Tensor | None, output: Tensor) -> ModuleType:
+    if weight.device.type == "cuda":
+        from . import factored_sgd_triton as triton
 
-    return fast if fast.takes(weight) else reference
+        return triton if triton.takes(weight) else reference
+    if weight.device.type == "cpu":
+        from . import factored_sgd_numba
+
+        return factored_sgd_numba if factored_sgd_numba.takes(weight, copy, output) else reference
+    return reference
 
 
 @custom_op("fastalex::factored_sgd", mutates_args=("weight", "velocity", "copy"))
@@ -121,7 +125,7 @@ def _step(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    _implementation(weight).factored_sgd(
+    _implementation(weight, copy, output).factored_sgd(
         weight, velocity, copy, output, input, pooling, rate, scale, skip, momentum, weight_decay
     )
 

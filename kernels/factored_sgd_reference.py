@@ -1,8 +1,7 @@
-"""A step of momentum SGD from the factors of a gradient, in plain PyTorch; also the CPU's implementation.
+"""A step of momentum SGD from the factors of a gradient, in plain PyTorch.
 
-The gradient of a fully connected layer's weight over N images is `output.T @ input`. PyTorch's matrix product
-and its fused step are the fastest there are for a CPU, so there is no Numba implementation: a few rows of the
-gradient at a time are multiplied, applied and rounded while they are in the cache.
+The gradient of a fully connected layer's weight over N images is `output.T @ input`. A few rows of it at a
+time are multiplied out and applied, so that it is never stored.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-# Rows of a gradient that are multiplied out at a time, 5 MB in AlexNet's largest layer: the fastest number in
-# benchmarks/test_factored_sgd.py.
-ROWS = 128
+ROWS = 128  # of a gradient that are multiplied out at a time
 
 
 def gradient_rows(output: Tensor, input: Tensor, pooling: Tensor | None, start: int, stop: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""SGD from a gradient's factors, in PyTorch and Triton's interpreter, against torch.optim.SGD in float64."""
+"""SGD from a gradient's factors, by each implementation, against torch.optim.SGD in float64."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ def expected(
     }
 
 
-def step(tensors: dict[str, Tensor], triton: bool, **options: Any) -> dict[str, Tensor]:
-    """Take the step on copies; return them. In the interpreter's process for `triton`."""
+def step(tensors: dict[str, Tensor], implementation: str, **options: Any) -> dict[str, Tensor]:
+    """Take the step on copies, by the operator or by the module of an implementation; return them."""
     found = {name: tensor.clone() for name, tensor in tensors.items()}
     given: dict[str, Any] = {
         "momentum": MOMENTUM,
@@ -64,15 +65,12 @@ def step(tensors: dict[str, Tensor], triton: bool, **options: Any) -> dict[str, 
     given = {"velocity": found["velocity"], "rate": torch.tensor(RATE), **given}
     if "copy" in given:
         given["copy"] = given["copy"].clone()
-    if triton:
-        from fastalex.kernels import factored_sgd_triton
-
-        given = {"pooling": None, "scale": None, "skip": None, "copy": None, **given}
-        factored_sgd_triton.factored_sgd(
-            found["weight"], output=found["output"], input=found["input"], **given
-        )
-    else:
+    if implementation == "operator":
         factored_sgd(found["weight"], output=found["output"], input=found["input"], **given)
+    else:
+        module = import_module(f"fastalex.kernels.factored_sgd_{implementation}")
+        given = {"pooling": None, "scale": None, "skip": None, "copy": None, **given}
+        module.factored_sgd(found["weight"], output=found["output"], input=found["input"], **given)
     return found | {name: value for name, value in given.items() if name == "copy"}
 
 
@@ -84,17 +82,17 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor], images: int) -> N
         assert ((found[name].double() - wanted[name]).abs() <= rounding * wanted[size]).all(), name
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["operator", "reference", "triton"])
 def take(request: pytest.FixtureRequest) -> Any:
-    """`step` by the reference, or by the Triton kernel in the interpreter."""
-    if request.param == "reference":
-        return lambda *arguments, **options: step(*arguments, False, **options)
+    """`step` by the operator, which runs Numba's kernel if there is no copy, or by another implementation."""
+    if request.param != "triton":
+        return lambda tensors, **options: step(tensors, request.param, **options)
     interpreted = request.getfixturevalue("interpreted")
     return lambda tensors, **options: interpreted(step_interpreted, tensors, options)
 
 
 def step_interpreted(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    return step(tensors, True, **options)
+    return step(tensors, "triton", **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -108,11 +106,13 @@ def test_half_precision_factors_give_an_unrounded_gradient_and_a_rounded_copy(
     take: Any, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     tensors = sample((70, 65, 72), dtype)
-    found = take(tensors, copy=torch.zeros(65, 72, dtype=dtype))
-    assert torch.equal(found["copy"], found["weight"].to(dtype))
-    if "triton" in request.node.name:
-        check(found, expected(tensors), 70)
-    else:  # PyTorch's product rounds the gradient to the factors' dtype
+    with_copy = take(tensors, copy=torch.zeros(65, 72, dtype=dtype))
+    assert torch.equal(with_copy["copy"], with_copy["weight"].to(dtype))
+    for found in (take(tensors), with_copy):
+        if "triton" in request.node.name:
+            check(found, expected(tensors), 70)
+            continue
+        # PyTorch's product rounds the gradient to the factors' dtype
         wanted, rounding = expected(tensors), torch.finfo(dtype).eps
         error = (found["velocity"] - wanted["velocity"]).abs()
         assert (
@@ -166,7 +166,7 @@ def test_on_a_gpu(shape: tuple[int, int, int]) -> None:
     there = {name: tensor.cuda() for name, tensor in tensors.items()}
     copy = torch.zeros(shape[1:], dtype=torch.bfloat16, device="cuda")
     options = {"rate": torch.tensor(RATE).cuda(), "scale": torch.tensor(SCALE).cuda(), "copy": copy}
-    found = {name: tensor.cpu() for name, tensor in step(there, False, **options).items()}
+    found = {name: tensor.cpu() for name, tensor in step(there, "operator", **options).items()}
     check(found, expected(tensors), shape[0])
     assert torch.equal(found["copy"], found["weight"].bfloat16())
 
