@@ -23,7 +23,8 @@ BEGIN, END = "<!-- python -m benchmarks.docs writes this -->", "<!-- to here -->
 
 INTRODUCTION = """# Benchmarks
 
-`make bench` measures what is on this page for machines like yours, with bf16 or without. `python -m
+`make bench` measures what is on this page for machines like yours: CPUs whose vector units compute in bf16,
+those that have matrix units for it besides (AMX, of newer Intel Xeons), and those without bf16. `python -m
 benchmarks.docs` writes the page from the files in [`benchmarks/results/`](../benchmarks/results/), and
 `make bench-compare` sets a new run against the committed one. No figure here is typed in.
 
@@ -64,7 +65,9 @@ def page(results: Path) -> str:
             if measurements:
                 written += [*section.lines(measurements, kind), sections.machine_line(measurements), ""]
     if not written:
-        raise ResultsError(f"no {results}/*_cpu.csv, *_cpu_fp32.csv or *_cuda.csv; make bench writes them")
+        raise ResultsError(
+            f"no {results}/*_KIND.csv, where KIND is one of {', '.join(KINDS)}; make bench writes them"
+        )
     return "\n".join([INTRODUCTION, *written]).rstrip() + "\n"
 
 

@@ -16,13 +16,17 @@ import torch
 
 from benchmarks.turns import serve
 from fastalex.config import RuntimeConfig
-from fastalex.runtime import choose_runtime, cpu_computes_bf16
+from fastalex.runtime import choose_runtime, cpu_computes_bf16, cpu_has_matrix_units
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The kind of machine, after which results files are named: a CPU without bf16 arithmetic runs other kernels
-# than one with it, and has results of its own.
-KIND = "cpu_fp32" if DEVICE == "cpu" and not cpu_computes_bf16() else DEVICE
-KINDS = {"cpu": torch.bfloat16, "cpu_fp32": torch.float32, "cuda": torch.bfloat16}  # and their arithmetic
+# The kinds of machine, after which results files are named, and their arithmetic. A CPU with vector units for
+# bf16, one with matrix units for it (AMX), and one with neither run other kernels.
+KINDS = {
+    "cpu": torch.bfloat16,
+    "cpu_amx": torch.bfloat16,
+    "cpu_fp32": torch.float32,
+    "cuda": torch.bfloat16,
+}
 ARITHMETIC = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # rows and columns
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # many times the size of the caches
@@ -31,6 +35,17 @@ CALLS = 10
 FLUSHED_BYTES = 256 << 20  # more than any L2 cache holds
 CYCLES_PER_SECOND = 2e9  # approximately; a higher value waits longer
 ATTEMPTS = 6
+
+
+def _kind() -> str:
+    if DEVICE == "cuda":
+        return DEVICE
+    if cpu_has_matrix_units():
+        return "cpu_amx"
+    return "cpu" if cpu_computes_bf16() else "cpu_fp32"
+
+
+KIND = _kind()
 
 _Event = Any  # torch.cuda.Event, which has no types for mypy
 

@@ -17,7 +17,12 @@ from benchmarks.report import Measurement
 from fastalex.markdown import table
 
 RESULTS_FROM_PAGE = "../benchmarks/results"
-TITLES = {"cpu": "CPU with bf16", "cpu_fp32": "CPU without bf16", "cuda": "GPU"}
+TITLES = {
+    "cpu": "CPU with bf16",
+    "cpu_amx": "CPU with AMX",
+    "cpu_fp32": "CPU without bf16",
+    "cuda": "GPU",
+}
 
 Column = tuple[str, Callable[[Any], str]]
 
@@ -198,8 +203,8 @@ SECTIONS = (
         "The update of the hidden layers",
         "`make bench-kernels`; fc6 and fc7 alone: the product of gradient and input, clipping and the "
         "step. Their gradients are made whole, or multiplied out from their factors some rows at a time "
-        "(`ROWS` of `kernels/factored_sgd_reference.py`); the norm of factors takes products of all images "
-        "with each other.",
+        "(`COLUMN_BYTES` of `kernels/factored_sgd_numba.py`); the norm of factors takes products of all "
+        "images with each other.",
         [
             column("batch", "batch"),
             column("gradient", "gradient"),

@@ -6,8 +6,8 @@ The implementations take turns, so that all of them see the same machine. Freed 
 as in a training run (`fastalex.runtime.keep_pages`). On a GPU the images are in its memory; the time of a
 batch is that of its kernels, of torchvision's too, without Python's time to launch them
 (`benchmarks.hardware.seconds_of`), and the time of an epoch is wall time. A complete run writes
-`benchmarks/results/augment_cpu.csv`, `augment_cpu_fp32.csv` on a CPU without bf16, or `augment_cuda.csv`: ms
-per batch, images/s, and how many times faster than each rival `augment` is.
+`benchmarks/results/augment_KIND.csv` (`hardware.py`): ms per batch, images/s, and how many times faster than
+each rival `augment` is.
 """
 
 from __future__ import annotations

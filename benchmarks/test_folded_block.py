@@ -6,8 +6,8 @@ The training batch of `test_folded_conv.py`, its convolution and the ReLU, norma
 it, with gradients of weight and bias. `two operators` are `folded_conv2d` and `relu_lrn_max_pool`, which save
 the convolution's output for the backward pass; `one operator` is `folded_conv2d_relu_lrn_max_pool`, which
 recomputes it. They take turns, and freed memory stays with the process, as in a training run. Writes
-`benchmarks/results/folded_block_cpu.csv`, or `folded_block_cpu_fp32.csv` without bf16: ms per batch, the time
-as a multiple of two operators', and MB saved for the backward pass.
+`benchmarks/results/folded_block_KIND.csv` (`hardware.py`): ms per batch, the time as a multiple of two
+operators', and MB saved for the backward pass.
 """
 
 from __future__ import annotations

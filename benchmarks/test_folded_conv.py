@@ -6,8 +6,8 @@ A training batch of CIFAR-10: 128 crops of 224 from 32-pixel images resized to 2
 stride 4 and 96 channels, with gradients of its weight and bias. `plain` is `augment` in bf16, which is part
 of its forward pass, then the convolution under autocast, channels-last, with an fp32 weight; all in fp32 on a
 CPU without bf16. `folded` is `folded_conv2d`. They take turns, and freed memory stays with the process, as in
-a training run. Writes `benchmarks/results/folded_conv_cpu.csv`, or `folded_conv_cpu_fp32.csv` without bf16:
-ms per batch, and how many times faster `folded` is.
+a training run. Writes `benchmarks/results/folded_conv_KIND.csv` (`hardware.py`): ms per batch, and how many
+times faster `folded` is.
 """
 
 from __future__ import annotations

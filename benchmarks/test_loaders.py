@@ -5,8 +5,8 @@
 Each loader has a process of its own, warmed up by an epoch, and they take turns at timed epochs, so that all
 of them see the same machine. Only the loader is timed: batches are discarded. Memory is the proportional set
 size of the process and its workers (each shared page divided among the processes that share it), the largest
-during its turns; it includes PyTorch itself. A table and a chart go to ``benchmarks/results/loaders_cpu.*``,
-or ``loaders_cpu_fp32.*`` on a CPU without bf16.
+during its turns; it includes PyTorch itself. A table and a chart go to ``benchmarks/results/loaders_KIND.*``
+(``hardware.py``).
 
 Two data sets: 1,024 images of CIFAR-10 (noise of that size without the data set), and generated JPEG
 photographs of 500 x 375. The resident loader reads no files: it gets the photographs decoded beforehand;

@@ -4,8 +4,8 @@
 
 For random gradients. PyTorch's `torch.optim.Muon` takes matrices only, here the flattened weights, and
 multiplies in bf16 whatever the machine. fastalex's multiplies in the dtype that the machine trains in, and in
-another order (`fastalex/training/muon.py`). They take turns. Writes `benchmarks/results/muon_cpu.csv`, or
-`muon_cpu_fp32.csv` on a CPU without bf16: ms, also as a multiple of fastalex's.
+another order (`fastalex/training/muon.py`). They take turns. Writes `benchmarks/results/muon_KIND.csv`
+(`hardware.py`): ms, also as a multiple of fastalex's.
 """
 
 from __future__ import annotations

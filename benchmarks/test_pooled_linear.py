@@ -5,8 +5,8 @@
 The network's step on random pixels, as the trainer takes it: forward and backward, clipped gradients, SGD on
 the factors of the hidden layers' gradients. `pool, then linear` pools the activation to 6x6 pixels, its size
 at a crop of 224x224, as torchvision's AlexNet does; `pooled weight` is `PooledLinear`, whose product is
-smaller. They take turns. Writes `benchmarks/results/pooled_linear_cpu.csv`, or `pooled_linear_cpu_fp32.csv`
-on a CPU without bf16: ms per step and how many times faster the second is.
+smaller. They take turns. Writes `benchmarks/results/pooled_linear_KIND.csv` (`hardware.py`): ms per step and
+how many times faster the second is.
 """
 
 from __future__ import annotations

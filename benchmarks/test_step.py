@@ -15,8 +15,8 @@ counted by PyTorch, forward and backward. Memory is the process's high-water mar
 which includes PyTorch itself, plus the private memory of the processes it started, a DataLoader's or
 torch.compile's; on a GPU also PyTorch's peak of allocated and of reserved memory, which includes the pools of
 CUDA graphs. The time by part is torch.profiler's, from separate steps; a part's share is its share of the
-profiled step. Writes results/step_cpu.csv, or step_cuda.csv on a GPU and step_cpu_fp32.csv on a CPU without
-bf16, and the operators that `python -m fastalex.train recipe=one_cycle profile=true` prints, profile_cpu.txt.
+profiled step. Writes results/step_KIND.csv (`hardware.py`), and the operators that `python -m fastalex.train
+recipe=one_cycle profile=true` prints, profile_KIND.txt.
 """
 
 from __future__ import annotations

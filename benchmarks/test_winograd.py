@@ -7,10 +7,10 @@ bias, gradients of all three. `conv2d` is `torch.nn.functional.conv2d` under aut
 bias to bf16, and their gradients; `winograd` is `winograd_conv2d`. In bf16 it has two algorithms for 3x3
 convolutions; `winograd, one axis` and `winograd, both axes` use the same one for all of them. The layers are
 the 3x3 convolutions and AlexNet's 5x5 one, at crops of 224x224, 112x112 and 64x64 pixels. They take turns,
-and freed memory stays with the process, as in a training run. Writes `benchmarks/results/winograd_cpu.csv`,
-or `winograd_cpu_fp32.csv` without bf16: ms per batch, how many times faster `winograd` is, and for each layer
-the root mean square error of the result and of the gradients of input and weight, relative to float64's, for
-rectified noise and He initialisation.
+and freed memory stays with the process, as in a training run. Writes `benchmarks/results/winograd_KIND.csv`
+(`hardware.py`): ms per batch, how many times faster `winograd` is, and for each layer the root mean square
+error of the result and of the gradients of input and weight, relative to float64's, for rectified noise and
+He initialisation.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Runtime:
         for module in model.modules():
             if hasattr(module, "winograd"):  # fastalex.models.winograd's convolutions
                 module.winograd = self.winograd  # type: ignore[assignment]
-                module.fast_bf16_products = _cpu_has("amx_bf16")  # type: ignore[assignment]
+                module.matrix_units = cpu_has_matrix_units()  # type: ignore[assignment]
             if hasattr(module, "fused_bias"):  # fastalex.models.alexnet's pooling
                 module.fused_bias = self.fused_bias  # type: ignore[assignment]
         return model.to(self.device).to(memory_format=self.memory_format)
@@ -235,6 +235,11 @@ def available_cores() -> int:
 def cpu_computes_bf16() -> bool:
     """Whether the CPU has bf16 instructions; without them, bf16 is slower than fp32."""
     return _cpu_has("avx512_bf16", "amx_bf16", "bf16")
+
+
+def cpu_has_matrix_units() -> bool:
+    """Whether the CPU multiplies bf16 matrices by units of their own: Intel's AMX."""
+    return _cpu_has("amx_bf16")
 
 
 def _cpu_has(*capabilities: str) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn import functional as F
 
 from . import winograd_reference as reference
 from ._checks import check_fits, check_parameters, refuse_second_derivative
@@ -32,7 +31,7 @@ CHANNELS = 16  # the fast implementations take multiples of their vectors' lengt
 MANY_CHANNELS = 256
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_output: bool = False) -> Tensor:
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.conv2d(x, weight, bias, padding=r // 2)` for an r x r weight, in the dtype of x.
 
     Differentiable in all three.
@@ -42,8 +41,6 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_out
             channels are multiples of 16.
         weight: fp32 (out channels, in channels, r, r), where r is 3 or 5.
         bias: fp32 (out channels,), or None for zeros.
-        plain_output: compute the result by PyTorch's convolution in the dtype of x, and only the gradients by
-            Winograd's algorithm: for processors where that convolution is faster, but its gradients are not.
 
     Returns:
         (N, out channels, H, W) in the dtype of x, channels-last.
@@ -63,7 +60,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_out
     if bias is None:
         bias = weight.new_zeros(len(weight))
     check_parameters(name, x, weight, bias)
-    return _winograd(x, weight, bias, plain_output)
+    return _winograd(x, weight, bias)
 
 
 def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
@@ -84,16 +81,13 @@ def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 @custom_op("fastalex::winograd_conv2d", mutates_args=())
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor, plain_output: bool) -> Tensor:
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # it applies within operators too
-        if plain_output:
-            out = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2)
-            return out.contiguous(memory_format=torch.channels_last)
         return _implementation(x, weight).winograd_conv2d(x, weight, bias)
 
 
 @_winograd.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, plain_output: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     shape = x.shape[0], weight.shape[0], *x.shape[2:]
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -132,14 +126,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *_ = inputs
+    x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     of_x, of_weight, *_ = ctx.needs_input_grad
     d_x, d_weight, d_bias = _winograd_backward(grad, *ctx.saved_tensors, of_x, of_weight)
-    return d_x if of_x else None, d_weight if of_weight else None, d_bias, None
+    return d_x if of_x else None, d_weight if of_weight else None, d_bias
 
 
 _winograd.register_autograd(_differentiate, setup_context=_save)

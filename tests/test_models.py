@@ -307,9 +307,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The output channels of each convolution computed by Winograd's algorithm, in order."""
     channels = []
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None, *, plain_output: bool) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         channels.append(weight.shape[0])
-        return winograd_conv2d(x, weight, bias, plain_output=plain_output)
+        return winograd_conv2d(x, weight, bias)
 
     monkeypatch.setattr(winograd, "winograd_conv2d", spy)
     return channels
@@ -320,7 +320,9 @@ def test_winograd_in_bf16_is_as_accurate_as_bf16(
     groups: int, used: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The CPU's runtime turns it on; it computes every ungrouped convolution but the first."""
-    monkeypatch.setattr(winograd, "BF16_PRODUCTS", 0)  # the batch has only two images
+    everything = winograd.Limits(channels=0, five_taps=0, three_taps=0, both_axes=0)
+    monkeypatch.setattr(winograd, "VECTOR_UNITS", everything)  # the batch has only two images
+    monkeypatch.setattr(winograd, "MATRIX_UNITS", everything)
     model = narrow(groups=groups)
     images = torch.randn(2, 3, 127, 127, generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(model).double()
@@ -431,48 +433,44 @@ def test_pytorch_computes_unsupported_inputs(used: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "channels", "taps", "pixels", "serves"),
-    [  # layers of ResNet-18 at 224x224, 112x112 and 64x64, and 5x5 ones as large as AlexNet's at 64x64
-        (128, 256, 3, 14, True),
-        (128, 128, 3, 14, True),
-        (128, 512, 3, 4, True),
-        (128, 64, 3, 56, True),
-        (128, 64, 3, 16, False),
-        (128, 32, 3, 56, False),
-        (128, 256, 3, 4, False),
-        (16, 256, 3, 7, False),
-        (128, 160, 5, 7, True),
-        (64, 160, 5, 7, False),
+    ("images", "channels", "taps", "pixels", "vector_units", "matrix_units"),
+    [  # layers of ResNet-18 at 224x224, 112x112 and 64x64, and 5x5 ones as large as AlexNet's at the last two
+        (128, 256, 3, 14, True, True),
+        (128, 128, 3, 28, True, True),
+        (128, 128, 3, 14, True, False),
+        (128, 512, 3, 4, True, True),
+        (128, 64, 3, 56, True, False),
+        (128, 64, 3, 16, False, False),
+        (128, 32, 3, 56, False, False),
+        (128, 256, 3, 4, False, True),
+        (16, 256, 3, 7, False, False),
+        (128, 160, 5, 13, True, True),
+        (128, 160, 5, 7, True, False),
+        (64, 160, 5, 7, False, False),
     ],
 )
+@pytest.mark.parametrize("has_matrix_units", [True, False])
 def test_winograd_in_bf16_is_used_only_where_it_was_measured_faster(
-    images: int, channels: int, taps: int, pixels: int, serves: bool, used: list[int]
+    has_matrix_units: bool,
+    images: int,
+    channels: int,
+    taps: int,
+    pixels: int,
+    vector_units: bool,
+    matrix_units: bool,
+    used: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On a processor with AMX and on one without; the other is imitated."""
+    capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": has_matrix_units}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    serves = matrix_units if has_matrix_units else vector_units
     layer = WinogradConv2d(channels, channels, taps, padding=taps // 2, bias=False)
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=Precision.bf16))
     runtime.place(layer)
     with torch.no_grad(), runtime.autocast():
         layer(torch.zeros(images, channels, pixels, pixels, dtype=torch.bfloat16))
     assert used == ([channels] if serves else [])
-
-
-@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
-@pytest.mark.parametrize("matrix_units", [True, False])
-def test_winograd_leaves_bf16_outputs_to_matrix_units(
-    matrix_units: bool, precision: Precision, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Imitated: on a processor with AMX the output is the plain convolution's, to the bit."""
-    capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": matrix_units}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(winograd, "BF16_PRODUCTS", 0)  # the batch is small
-    layer = WinogradConv2d(128, 128, 3, padding=1)
-    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
-    runtime.place(layer)
-    x = torch.randn(2, 128, 13, 13).to(runtime.dtype).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), runtime.autocast():
-        out = layer(x)
-        plain = F.conv2d(x, layer.weight, layer.bias, padding=1)
-    assert torch.equal(out, plain) == (matrix_units and precision is Precision.bf16)
 
 
 @pytest.mark.parametrize("crop", [63, 112, 224])

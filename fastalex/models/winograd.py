@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from fastalex.kernels import winograd_conv2d
 from fastalex.kernels.winograd import CHANNELS, MANY_CHANNELS
 
-# In bf16 Winograd's algorithm is faster, by 1.05 to 1.8 times, beyond these numbers (measured with
-# benchmarks/test_winograd.py). With fewer products the cost of transforming the weight exceeds the saving,
-# with fewer channels the cost of transforming the tiles.
-BF16_CHANNELS = 64  # input channels, at least
-BF16_PRODUCTS = 2**27  # more multiplications for one tap; twice as many with tiles along both axes
+
+class Limits(NamedTuple):
+    """Sizes beyond which Winograd's algorithm is faster than a plain convolution in bf16.
+
+    With fewer products the cost of transforming the weight exceeds the saving, with fewer channels the cost
+    of transforming the tiles. Beyond these sizes `benchmarks/test_winograd.py` found forward and backward
+    pass together to be faster.
+
+    Attributes:
+        channels: input channels, at least.
+        five_taps: multiplications of a plain 5x5 convolution for one tap (elements of x times output
+            channels); more than that.
+        three_taps: the same of a 3x3 convolution whose tiles extend along one axis.
+        both_axes: the same of a 3x3 convolution whose tiles extend along both.
+    """
+
+    channels: int
+    five_taps: int
+    three_taps: int
+    both_axes: int
+
+
+VECTOR_UNITS = Limits(64, five_taps=2**27, three_taps=2**27, both_axes=2**28)
+# Matrix units (AMX) multiply faster, so that transforms take a larger share; but PyTorch's own backward pass
+# on images of few pixels is so slow there that tiles along both axes win at smaller sizes.
+MATRIX_UNITS = Limits(96, five_taps=2**28, three_taps=2**30, both_axes=2**26)
 
 
 class Conv2d(nn.Conv2d):
@@ -30,29 +53,30 @@ class WinogradConv2d(Conv2d):
     Attributes:
         winograd: whether Winograd's algorithm is used where it applies and is faster, on the CPU. The runtime
             sets it.
-        fast_bf16_products: whether the processor has bf16 matrix units (AMX), with which a plain 3x3
-            convolution in bf16 is faster than Winograd's, and its gradients are not. The runtime sets it.
+        matrix_units: whether the processor multiplies bf16 by matrix units (AMX), with which other sizes are
+            faster. The runtime sets it.
     """
 
     winograd = False
-    fast_bf16_products = False
+    matrix_units = False
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         is_supported = x.dim() == 4 and self.weight.dtype == torch.float32 and self.groups == 1
         if self.winograd and add_bias and x.is_cpu and is_supported and self._is_faster(x):
-            is_small = self.kernel_size == (3, 3)
-            plain_output = self.fast_bf16_products and is_small and x.dtype == torch.bfloat16
-            return winograd_conv2d(x, self.weight, self.bias, plain_output=plain_output)
+            return winograd_conv2d(x, self.weight, self.bias)
         return super().forward(x, add_bias)
 
     def _is_faster(self, x: Tensor) -> bool:
         if self.in_channels % CHANNELS or self.out_channels % CHANNELS:
             return False
-        if x.dtype == torch.bfloat16:
-            both_axes = self.kernel_size == (3, 3) and self.in_channels >= MANY_CHANNELS
-            products = x.numel() * self.out_channels // (2 if both_axes else 1)
-            return self.in_channels >= BF16_CHANNELS and products > BF16_PRODUCTS
-        return x.dtype == torch.float32
+        if x.dtype != torch.bfloat16:
+            return x.dtype == torch.float32
+        limits = MATRIX_UNITS if self.matrix_units else VECTOR_UNITS
+        if self.kernel_size == (5, 5):
+            products = limits.five_taps
+        else:
+            products = limits.both_axes if self.in_channels >= MANY_CHANNELS else limits.three_taps
+        return self.in_channels >= limits.channels and x.numel() * self.out_channels > products
 
 
 def allow_winograd(model: nn.Module) -> nn.Module:

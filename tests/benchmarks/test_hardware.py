@@ -174,3 +174,21 @@ def test_the_machine_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyP
     assert min(float(x.float().std()) for x in multiplied) > 0.5
     assert len(machine.source.unique()) == 256
     assert torch.equal(machine.source, machine.target)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "kind"),
+    [
+        ({"avx2", "avx512_f"}, "cpu_fp32"),
+        ({"avx2", "avx512_f", "avx512_bf16"}, "cpu"),
+        ({"avx2", "avx512_f", "avx512_bf16", "amx_bf16"}, "cpu_amx"),
+        ({"bf16"}, "cpu"),  # of Arm
+    ],
+)
+def test_a_cpu_has_the_kind_of_its_arithmetic(
+    capabilities: set[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
+    assert hardware._kind() == kind
+    assert kind in hardware.KINDS
