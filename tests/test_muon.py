@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex.config import Optimizer, TrainConfig
 from fastalex.distributed.processes import ALONE, World
-from fastalex.training.muon import Muon, orthogonalized
+from fastalex.training.muon import BLOCKS, Muon, orthogonalized
 from fastalex.training.optim import create_optimizer
 from fastalex.training.schedule import LearningRate
 from tests.tolerances import assert_as_accurate, assert_same_in_float64, usual_sum_error
@@ -84,7 +84,10 @@ def test_products_of_few_digits_are_as_accurate_as_the_usual_form(
     exact = {"x": from_svd(matrix)}
     ours, theirs = {"x": alone(matrix, dtype)}, {"x": plain(matrix, dtype)}
     assert ours["x"].dtype == dtype
-    assert_as_accurate(ours, [theirs], exact, floor=usual_sum_error(dtype, 363))
+    # A block's polynomial multiplies small singular values by up to A for each application, and is rounded as
+    # a matrix of that size, which the large ones see too. Sums of 16-bit products are in fp32, rounded once.
+    growth = A ** max(BLOCKS) if dtype == torch.float32 else 1.0
+    assert_as_accurate(ours, [theirs], exact, floor=growth * usual_sum_error(dtype, 363))
 
 
 def test_matrices_of_stacks_are_independent_and_zero_stays_zero() -> None:
