@@ -32,15 +32,16 @@ class Row:
 
 def _claim(title: str) -> Row:
     """A row of the claims: :mod:`fastalex.study.claims`."""
-    return Row(title, seeds=(0, 1, 2), group=CLAIMS)
+    return Row(title, seeds=SEEDS, group=CLAIMS)
 
 
 def _short(change: str) -> Row:
     """A row of short runs that only the claims need: a change of :data:`BASE`."""
-    return Row(change, seeds=(0, 1), base=BASE, group=CLAIMS)
+    return Row(change, seeds=SEEDS, base=BASE, group=CLAIMS)
 
 
 CLAIMS = "claims"
+SEEDS = (0, 1, 2)  # of a row whose difference from another has an interval
 TENTH = "AlexNet on a tenth of the images"
 SHORT = "ablation_"  # what the names of short runs on all images begin with
 BASE = f"{SHORT}base"
@@ -58,10 +59,10 @@ ROWS = {
     "alexnet_bn": Row("AlexNet, batch normalisation for LRN"),
     "mobilenet_v3_small": Row("MobileNetV3-Small"),
     "alexnet_study_recipe": Row("AlexNet, the first epochs of the study's recipe"),
-    BASE: Row("AlexNet at a smaller crop", seeds=(0, 1)),
-    "ablation_no_lrn": Row("without LRN", seeds=(0, 1), base=BASE),
-    "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=(0, 1), base=BASE),
-    "ablation_no_dropout": Row("without dropout", seeds=(0, 1), base=BASE),
+    BASE: Row("AlexNet at a smaller crop", seeds=SEEDS),
+    "ablation_no_lrn": Row("without LRN", seeds=SEEDS, base=BASE),
+    "ablation_non_overlapping_pool": Row("non-overlapping pooling", seeds=SEEDS, base=BASE),
+    "ablation_no_dropout": Row("without dropout", seeds=SEEDS, base=BASE),
     "alexnet_tiny": Row("AlexNet on Tiny ImageNet", group="tiny_imagenet"),
     "claim_base": _claim(TENTH),
     "claim_no_lrn": _claim(f"{TENTH}, without LRN"),
