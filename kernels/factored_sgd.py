@@ -99,7 +99,7 @@ def _check(
             )
 
 
-def _implementation(weight: Tensor, copy: Tensor | None, output: Tensor) -> ModuleType:
+def _implementation(weight: Tensor, copy: Tensor | None) -> ModuleType:
     if weight.device.type == "cuda":
         from . import factored_sgd_triton as triton
 
@@ -107,7 +107,7 @@ def _implementation(weight: Tensor, copy: Tensor | None, output: Tensor) -> Modu
     if weight.device.type == "cpu":
         from . import factored_sgd_numba
 
-        return factored_sgd_numba if factored_sgd_numba.takes(weight, copy, output) else reference
+        return factored_sgd_numba if factored_sgd_numba.takes(weight, copy) else reference
     return reference
 
 
@@ -125,7 +125,7 @@ def _step(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    _implementation(weight, copy, output).factored_sgd(
+    _implementation(weight, copy).factored_sgd(
         weight, velocity, copy, output, input, pooling, rate, scale, skip, momentum, weight_decay
     )
 

@@ -4,8 +4,7 @@
 A few rows of the gradient at a time are multiplied out, in the factors' dtype. While they are in the cache,
 one pass over the same rows of the weight widens and scales them, adds weight decay and momentum, and writes
 the weight and the momentum: 16 bytes a weight through memory. With PyTorch's operators the widened gradient
-is written and read besides. There is no copy of the weight for the next step's products: it would take 2
-bytes a weight of memory to save a hundredth of AlexNet's step.
+is written and read besides. It writes no copy of the weight for the next step's products; the reference does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import factored_sgd_reference as reference
 from ._numba_simd import (
     LANES,
     bits,
@@ -30,6 +28,7 @@ from ._numba_simd import (
     store,
     store_partial,
 )
+from .factored_sgd_reference import product_rows
 
 f32 = np.float32
 # Bytes of a column of the product that is made at a time: 128 rows in fp32 and 256 in bf16, 5 MB in AlexNet's
@@ -37,7 +36,6 @@ f32 = np.float32
 COLUMN_BYTES = 512
 ITEM = 64 * LANES  # weights; what a thread takes at a time
 NONE = torch.empty(0, dtype=torch.float32)
-DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @inline
@@ -88,10 +86,9 @@ def _parallel(tasks, count, weight, velocity, gradient, scale, rate, momentum, w
         )
 
 
-def takes(weight: Tensor, copy: Tensor | None, output: Tensor) -> bool:
-    """Whether the kernel updates this weight: fp32, without a copy, from factors of at most 32 bits."""
-    is_supported = weight.dtype == torch.float32 and output.dtype in DTYPES
-    return is_supported and copy is None and weight.numel() > 0
+def takes(weight: Tensor, copy: Tensor | None) -> bool:
+    """Whether the kernel updates this weight: fp32, without a copy."""
+    return weight.dtype == torch.float32 and copy is None
 
 
 def factored_sgd(
@@ -115,9 +112,7 @@ def factored_sgd(
     height = COLUMN_BYTES // output.element_size()
     for start in range(0, len(weight), height):
         rows = slice(start, start + height)
-        gradient = output[:, rows].t() @ input
-        if pooling is not None:
-            gradient = reference.upsampled(gradient.float(), pooling)
+        gradient = product_rows(output, input, pooling, start, start + height)
         some = weight[rows]
         run(
             _serial,

@@ -18,8 +18,17 @@ def gradient_rows(output: Tensor, input: Tensor, pooling: Tensor | None, start: 
 
     The arguments are those of `factored_sgd`.
     """
+    return _widened(product_rows(output, input, pooling, start, stop))
+
+
+def product_rows(output: Tensor, input: Tensor, pooling: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return the same rows in the dtype that they are computed in: without `pooling`, the factors'."""
     product = output[:, start:stop].t() @ input
-    return upsampled(product.to(torch.promote_types(product.dtype, torch.float32)), pooling)
+    return product if pooling is None else upsampled(_widened(product), pooling)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def upsampled(rows: Tensor, pooling: Tensor | None) -> Tensor:
