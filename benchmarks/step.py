@@ -103,7 +103,8 @@ class StepBench(Programs):
         for question in ["peak memory", *(DEVICE_PEAKS if DEVICE == "cuda" else ())]:
             peaks = {name: self.workers[name].ask(question) / 1e6 for name in programs}
             for name, peak in peaks.items():
-                self.add(question, name, "MB", [peak], times_reference=peak / peaks["reference"])
+                times = peak / peaks["reference"] if "reference" in peaks else None
+                self.add(question, name, "MB", [peak], times_reference=times)
 
     def evaluation(self, benchmark: Any) -> None:
         rates: dict[str, list[float]] = {}

@@ -9,6 +9,7 @@ timed.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Worker:
@@ -171,6 +173,8 @@ def serve(start: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
         start: returns the functions; it runs before the process reports that it is ready.
     """
     os.setpgid(0, 0)  # a process group of its own, to be stopped as one
+    # A signal for the benchmark's group does not reach this one, which would keep the device from others.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints goes to standard error
     functions = start()

@@ -33,6 +33,7 @@ from fastalex.config import (
     RuntimeConfig,
     TrainConfig,
 )
+from fastalex.config.checks import validate
 from fastalex.data import ImageSet, Loader, Views
 from fastalex.data.wrappers import CutMixLoader
 from fastalex.distributed.processes import ALONE
@@ -277,6 +278,15 @@ def test_a_cpu_records_no_step() -> None:
         ConfigError, match=r"runtime\.graph=step: is for a GPU; on a CPU use runtime.graph=network"
     ):
         choose_runtime(RuntimeConfig(device="cpu", graph=Graph.step))
+
+
+def test_lars_is_refused_because_its_step_waits_for_the_device() -> None:
+    config = Config(ModelConfig(), DataConfig(name="digits"), LoaderConfig())
+    config.runtime.graph, config.train.optimizer = Graph.step, Optimizer.lars
+    with pytest.raises(ConfigError, match=r"runtime\.graph=step: .* train.optimizer=lars"):
+        validate(config)
+    with pytest.raises(AssertionError, match="the host waits"):
+        trained(TrainConfig(epochs=EPOCHS, lr=0.05, optimizer=Optimizer.lars), TapeRecorder())
 
 
 def test_a_network_whose_steps_were_recorded_can_be_used_on_a_cpu() -> None:

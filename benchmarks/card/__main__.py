@@ -18,6 +18,7 @@ import argparse
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,7 @@ class Group:
     def __init__(
         self, commands: list[Command], together: bool, log: Path, environment: dict[str, str]
     ) -> None:
-        lines = [subprocess.list2cmdline(command) for command in commands]
+        lines = [shlex.join(command) for command in commands]
         separator = " & " if together else " && "
         script = separator.join(lines)
         if together:  # wait for all, and fail if one fails
@@ -118,15 +119,23 @@ def run(name: str, place: Place, deadline: float) -> dict[str, Any]:
     began = time.monotonic()
     status = "not begun"
     if deadline - began >= LEAST:
-        phase = PHASES[name]
-        with tempfile.TemporaryDirectory() as scratch:
-            around = environment(phase, Path(scratch), place.toy)
-            group = Group(phase.commands(place), phase.together, place.folder / f"{name}.log", around)
-            left = deadline - began
-            status = group.wait(left if place.toy else min(phase.seconds, left))
-        if not place.toy:
-            slim(place.folder / "runs")
+        try:
+            status = commands_of(PHASES[name], name, place, deadline - began)
+        except Exception as error:  # the phases after it are worth more than a traceback of this one
+            status = f"{type(error).__name__}: {error}"
     return {"phase": name, "status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
+def commands_of(phase: Phase, name: str, place: Place, left: float) -> str:
+    """Run a phase's commands within the seconds that are left; return how they ended."""
+    # What was killed may still be writing when the folder is deleted.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        around = environment(phase, Path(scratch), place.toy)
+        group = Group(phase.commands(place), phase.together, place.folder / f"{name}.log", around)
+        status = group.wait(left if place.toy else min(phase.seconds, left))
+    if not place.toy:
+        slim(place.folder / "runs")
+    return status
 
 
 def slim(runs: Path) -> None:
@@ -134,9 +143,9 @@ def slim(runs: Path) -> None:
     for pattern in LEFT_OUT:
         for path in list(runs.rglob(pattern)):
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
     for trace in runs.rglob("trace.json"):  # ui.perfetto.dev opens compressed traces
         with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
             shutil.copyfileobj(plain, packed)

@@ -254,6 +254,7 @@ def throughput(found: dict[str, Any]) -> list[str]:
         "",
         *([" ".join(text), ""] if text else []),
     ]
+    result += options(found.get("options", []))
     profiled = {key: key.removeprefix("kernels_") for key in found if key.startswith("kernels_")}
     for name, program in {"kernels": "fastalex", **profiled}.items():
         if found.get(name):
@@ -265,6 +266,20 @@ def throughput(found: dict[str, Any]) -> list[str]:
             kernel_table = table(heads, spent, numbers_right=True)
             result += [f"What the card runs in a step of {program}:", "", kernel_table, ""]
     return result
+
+
+def options(rows: list[dict[str, Any]]) -> list[str]:
+    """What is not fastalex's default on a GPU, beside the default; empty if it was not measured."""
+    medians = {row["program"]: row["median"] for row in rows if row["measurement"] == "training"}
+    if not medians:
+        return []
+    lines = [[name, number(median), ratio(median / medians["fastalex"])] for name, median in medians.items()]
+    return [
+        "fastalex beside itself with options that are not its default on a GPU, by turns:",
+        "",
+        table(["", "images/s", "times fastalex"], lines, numbers_right=True),
+        "",
+    ]
 
 
 def batches(found: list[dict[str, Any]]) -> list[str]:

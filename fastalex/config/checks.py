@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastalex.config.schema import Config, DataConfig, Optimizer, Schedule, Strategy, TrainConfig
+from fastalex.config.schema import Config, DataConfig, Graph, Optimizer, Schedule, Strategy, TrainConfig
 from fastalex.errors import ConfigError
 
 _WITHOUT_FILES = ("digits", "synthetic")  # data sets that have no use for data.root
@@ -78,6 +78,11 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 "train.optimizer=lars: needs each layer whole in one process; use distributed.strategy=ddp"
             )
+    if config.runtime.graph is Graph.step and train.optimizer is Optimizer.lars:
+        raise ConfigError(
+            "runtime.graph=step: cannot record train.optimizer=lars, which reads its rate on the host; use "
+            "runtime.graph=network"
+        )
     if not 0 < data.train_fraction <= 1:
         raise ConfigError(
             f"data.train_fraction={data.train_fraction:g}: must be above 0 and at most 1, which is all images"

@@ -126,6 +126,7 @@ def test_phases(results: Path) -> None:
             "host_seconds": 0.0015,
             "waits_a_step": 0.01,
             "kernels": [kernel],
+            "options": [step, {**step, "program": "fastalex step graph", "median": 9000.0}],
         },
         "batches": [{"batch": 256, "images_per_second": 9000.4, "reserved_bytes": 2.5e9}],
     }
@@ -142,6 +143,7 @@ def test_phases(results: Path) -> None:
         "Python takes 1.50 ms to enqueue a step of fastalex. The host waits for the card 0.01 times a step."
         in lines
     )
+    assert "| fastalex step graph | 9,000 | 1.12 |" in lines
     assert "| `copy<float>(float*)` | 12.0 | 0.250 | 12.5% |" in lines
     assert "| 256 | 9,000 | 2.5 |" in lines
     assert "**The gpu tests**: 9 ran, 2 failed, 2 were skipped." in lines

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 from benchmarks.turns import Worker
 
 PROGRAM = """
-import os, subprocess
+import os, signal, subprocess
 from benchmarks.turns import serve
 
 def start():
@@ -21,6 +25,7 @@ def start():
         "pids": lambda: [os.getpid(), child.pid],
         "add": lambda a, b: print("on the way") or a + b,
         "die": lambda: os._exit(3),
+        "kill parent": lambda: os.kill(os.getppid(), signal.SIGKILL) or signal.pause(),
     }
 
 serve(start)
@@ -62,6 +67,18 @@ def test_leaves_no_process() -> None:
 def test_names_the_program_that_ended(worker: Worker) -> None:
     with pytest.raises(RuntimeError, match="the process of the test's program ended, status 3"):
         worker.ask("die")
+
+
+def test_a_program_in_its_turn_ends_with_its_killed_parent() -> None:
+    benchmark = (
+        "import sys; from benchmarks.turns import Worker; worker = Worker('it', ['-c', sys.argv[1]]); "
+        "worker.start(); print(*worker.ask('pids'), flush=True); worker.ask('kill parent')"
+    )
+    ended = subprocess.run([sys.executable, "-c", benchmark, PROGRAM], stdout=subprocess.PIPE)
+    assert ended.returncode == -signal.SIGKILL
+    program, child = map(int, ended.stdout.split())
+    wait_for(program, "XZ")
+    os.kill(child, signal.SIGKILL)
 
 
 def wait_for(pid: int, states: str) -> None:
