@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastalex.config import schema
 from fastalex.config.meanings import with_meanings
-from fastalex.config.plain import as_argument, flat, one_line, to_dataclass
+from fastalex.config.plain import as_argument, flat, one_line, quoted, to_dataclass
 from fastalex.distributed.launcher import is_main
 from fastalex.errors import FastalexError, ReportedError, ShortageError, StoppedError
 from fastalex.files import remove_empty
@@ -79,7 +80,7 @@ def command(
             statuses: list[int] = []
             jobs: list[Job] = []
             started = False
-            sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
+            sys.argv[1:] = [_expanded(_renamed(argument)) for argument in sys.argv[1:]]
             _check_arguments(sys.argv[1:], config_class)
             before = _folders_before(sys.argv[1:])
 
@@ -183,6 +184,13 @@ def _renamed(argument: str) -> str:
     return renamed
 
 
+def _expanded(argument: str) -> str:
+    """Replace the ``~`` that bash leaves in ``data.root=~/images``, and Hydra cannot read."""
+    key, _, value = argument.partition("=")
+    path = value.strip("'\"")
+    return f"{key}={quoted(str(Path(path).expanduser()))}" if path.startswith("~/") else argument
+
+
 def explicit_overrides() -> dict[str, Any]:
     """Return the explicit overrides of this command line, expanded to dotted keys.
 
@@ -206,6 +214,8 @@ def explicit_overrides() -> dict[str, Any]:
                 instead = _composed(job.job.config_name, [*others, f"recipe={recipe}"])
                 changes = _changes(given, instead)
                 asked |= {name: value for name, value in changes.items() if name != "train.epochs"}
+        elif "=" in override and isinstance(value := _parsed(override), dict):
+            asked |= {name: given[name] for name in flat({key: value})}
         else:
             whole = key == "model"
             asked |= {
@@ -214,6 +224,11 @@ def explicit_overrides() -> dict[str, Any]:
                 if name == f"{key}.name" or (whole and name.startswith("model."))
             }
     return asked
+
+
+def _parsed(override: str) -> Any:
+    """Return the value of an override as Hydra reads it."""
+    return OverridesParser.create().parse_override(override).value()
 
 
 def _choices(group: str) -> list[str]:

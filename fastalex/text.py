@@ -1,9 +1,16 @@
-"""Text that fits: names shortened in the middle, captions wrapped, columns aligned."""
+"""Text that can be printed and fits: names shortened in the middle, captions wrapped, columns aligned."""
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Collection, Sequence
+from pathlib import Path
+
+
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be encoded, with a mark for each byte of it that is no UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def shortened(text: str, width: int) -> str:

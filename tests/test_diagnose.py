@@ -170,12 +170,24 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert image.width > 600
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.crop=32", "data.crop=32: alexnet needs a crop of at least 63"),
+        ("init_from=run", "init_from=run: is for training; a diagnosis is of a network's first weights"),
+        ("resume=auto", "resume=auto: is for training"),
+    ],
+)
 def test_bad_input_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    override: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["diagnose", "data=digits", "data.crop=32"])
+    monkeypatch.setattr(sys, "argv", ["diagnose", "data=digits", override])
     with pytest.raises(SystemExit):
         command.main()
-    assert "data.crop=32: alexnet needs a crop of at least 63" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -351,7 +351,7 @@ def test_the_program_of_the_documentation_finds_the_classes_of_predict(
         ),
         (
             ["weights=tiny", "format=state_dict", "output=tiny/best.safetensors"],
-            r"is a file of the run; choose",
+            r"is a file of a run; choose",
         ),
     ],
 )

@@ -279,16 +279,55 @@ def test_a_damaged_image_is_named_and_the_old_file_stays(
     trained: Path, command: Command, damaged: Path
 ) -> None:
     damaged.write_text(damaged.read_text().replace("gone.png", "cut.png"))
-    Path("predictions.csv").write_text("old")
+    old = "path,class_1,probability_1\nold.png,a,1\n"
+    Path("predictions.csv").write_text(old)
     before = sorted(Path.cwd().iterdir())
-    status, _, err = command(f"weights={trained}", f"images={damaged}")
+    status, _, err = command(f"weights={trained}", f"images={damaged}", "output=predictions.csv")
     assert status == 2
     line = err.splitlines()[-1]
     assert re.match(
         r"fastalex: error: \S+cut.png is not a whole image \(.*leave it out with on_error=skip", line
     )
-    assert Path("predictions.csv").read_text() == "old"
+    assert Path("predictions.csv").read_text() == old
     assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "output", "message"),
+    [
+        ("predictions.csv", "path,class_1,probability_1\n", [], "exists; name another file with output="),
+        ("predictions.csv", "{list}", ["output=predictions.csv"], "exists and holds no predictions"),
+        ("metrics.jsonl", '{{"epoch": 1}}\n', ["output=metrics.jsonl"], "exists and holds no predictions"),
+        ("a.parquet", "text", ["output=a.parquet"], "exists and holds no predictions"),
+    ],
+)
+def test_no_file_is_replaced_but_one_of_predictions_that_was_named(
+    name: str, content: str, output: list[str], message: str, trained: Path, command: Command, damaged: Path
+) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    text = content.format(list=damaged.read_text())
+    Path(name).write_text(text)
+    images = name if "{list}" in content else damaged  # the list of images itself
+    status, _, err = command(f"weights={trained}", f"images={images}", "on_error=skip", *output)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert Path(name).read_text() == text
+
+
+@pytest.mark.parametrize("name", ["found.csv", "found.jsonl", "found.parquet"])
+def test_predictions_that_were_named_are_replaced(
+    name: str, trained: Path, command: Command, damaged: Path
+) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    arguments = [f"weights={trained}", f"images={damaged}", "on_error=skip", f"output={name}"]
+    found = []
+    for _ in range(2):
+        status, _, err = command(*arguments)
+        assert status == 0, err
+        found.append(Path(name).stat().st_ino)
+    assert found[0] != found[1]
 
 
 def test_damaged_images_are_left_out_and_counted(trained: Path, command: Command, damaged: Path) -> None:

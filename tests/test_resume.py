@@ -319,6 +319,7 @@ def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
         (["resume=run", "--config-name=row/mobilenet_v3_small"], r"=\S+: .*; leave out what sets it"),
         (["resume=run", "data=cifar10"], r"data.name=cifar10: .* has data.name=digits"),
         (["resume=run", "seed=7"], r"seed=7: .* has seed=0"),
+        (["resume=run/checkpoint.pt", "train={lr:0.5}"], r"train.lr=0.5: .* has train.lr=0.0"),
         (["hydra.run.dir=run", *QUICK], r"already holds a run; name another folder, or resume it with"),
     ):
         status, out, err = command(*overrides)
@@ -340,6 +341,10 @@ def test_resume_takes_a_run_a_checkpoint_or_says_why_not(
     status, _, err = command("resume=run")
     assert status == 2
     assert "that run is finished" in err
+    status, _, err = command("resume=run/checkpoint.pt")  # its newest, with which nothing is left to do
+    assert status == 2
+    assert "that run is finished" in err
+    assert Path("run/model.safetensors").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(command: Command) -> None:

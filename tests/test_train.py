@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -371,7 +372,6 @@ def test_divergence_stops_the_run_and_says_where(command: Command) -> None:
         (["recipe=slow"], r"recipe=slow: there is no such choice; choose from fast, one_cycle, paper, study"),
         (["train.lr"], r"train.lr: is not of the form key=value"),
         (["train lr=1"], r"train lr=1: is not of the form key=value"),
-        (["data.root=~/images"], r"""data.root=~/images: .*; quote it: 'data.root="~/images"'"""),
         (["data.root=my images (1)"], r"""quote it: 'data.root="my images \(1\)"'"""),
         (["data=synthetic", "data.images=1000000000000"], r"data.images=1000000000000: so many"),
         (["data.std=[nan,1,1]"], r"data.std=\[nan, 1.0, 1.0\]: each needs three numbers"),
@@ -619,9 +619,27 @@ def test_images_that_are_no_longer_those_of_the_run_are_noticed(command: Command
     assert "test images" in out
     assert "warning: data.root=tree: the images are not those of the run" in err
     Path("run/summary.json").unlink()  # as of a run that was stopped in its evaluation
+    for name in ("model.safetensors", "best.safetensors", "checkpoint.pt"):
+        copy = Path("elsewhere", name)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(Path("run", name), copy)
+        _, _, err = command(evaluate.main, f"weights={copy}")
+        assert "warning: data.root=tree: the images are not those of the run" in err
     status, _, err = command(train.main, "resume=run")
     assert status == 2
     assert "the images are no longer those of the run" in err
+
+
+def test_a_folder_below_the_home_folder(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "at home"))
+    status, _, err = command(train.main, *TINY, "data.root=~/none", "hydra.run.dir=~/runs/one")
+    assert status == 0, err
+    assert (tmp_path / "at home/runs/one/summary.json").exists()
+    assert not Path("~").exists()
+    status, _, err = command(train.main, "resume=~/runs/one")
+    assert (status, "that run is finished" in err) == (2, True)
 
 
 def test_a_folder_with_files_of_the_same_names_is_not_written_to(command: Command) -> None:

@@ -27,6 +27,7 @@ from fastalex.config import AlexNetConfig, Config, Init, ModelConfig
 from fastalex.config.checks import validate
 from fastalex.config.plain import model_options
 from fastalex.data import Views, build_loader, load_splits, resolve_loader
+from fastalex.errors import ConfigError
 from fastalex.files import write_text
 from fastalex.models import check_batch, check_crop, create_model
 from fastalex.runtime import Runtime, choose_runtime
@@ -200,6 +201,9 @@ def run(config: Config, folder: Path) -> dict[str, Diagnosis]:
     Raises:
         FastalexError: for input that has to be corrected, before anything is written.
     """
+    for key, value in (("init_from", config.init_from), ("resume", config.resume)):
+        if value:
+            raise ConfigError(f"{key}={value}: is for training; a diagnosis is of a network's first weights")
     validate(config)
     check_crop(config.model.name, "data.crop", config.data.crop)
     check_batch(config.model.name, config.train.batch_size, config.data.crop)

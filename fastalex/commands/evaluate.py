@@ -17,7 +17,6 @@ from fastalex.config import EvaluateConfig
 from fastalex.data import ImageSet, load_splits, resolve_loader
 from fastalex.errors import CheckpointError, ConfigError, OutputError
 from fastalex.files import write_csv, write_text
-from fastalex.runs.folder import DIGEST, SUMMARY
 from fastalex.runs.weights import open_weights
 from fastalex.text import aligned, shortened
 from fastalex.training.evaluation import Evaluation, evaluate_model
@@ -60,7 +59,7 @@ def run(config: EvaluateConfig) -> Evaluation:
             f"{trained.where}: knows other classes than data.root={run_config.data.root} has: "
             f"{_difference(trained.classes, splits.classes)}"
         )
-    if _digest_of_run(trained.source.parent) not in (None, splits.digest):
+    if trained.digest not in (None, splits.digest):
         print(
             f"fastalex: warning: data.root={run_config.data.root}: the images are not those of the run; the "
             "errors are too low if some that it was trained on are now in the test set",
@@ -103,15 +102,6 @@ def _output(config: EvaluateConfig, beside: Path) -> Path:
             f"{folder}: nothing can be written to it ({error.strerror}); name another with output=FOLDER"
         ) from None
     return folder
-
-
-def _digest_of_run(folder: Path) -> str | None:
-    """Return the digest of the images of a finished run; None where there is none."""
-    try:
-        digest: str | None = json.loads((folder / SUMMARY).read_text()).get(DIGEST)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return digest
 
 
 def _given(config: EvaluateConfig) -> tuple[str, str]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastalex.config import OnError, PredictConfig
-from fastalex.data.paths import ImagePaths, printable
-from fastalex.errors import DataError
+from fastalex.data.paths import ImagePaths
+from fastalex.errors import DataError, OutputError
 from fastalex.runs.prediction import most_probable, predict_images
 from fastalex.runs.prediction_file import Row, prediction_file
 from fastalex.runs.signals import StopSignals
 from fastalex.runs.weights import open_weights
-from fastalex.text import aligned, shortened
+from fastalex.text import aligned, printable, shortened
 
 TOP = 5  # classes of an image, of those that there are
 FEW = 20  # images of which a table is printed
@@ -41,6 +41,10 @@ def run(config: PredictConfig) -> int:
     paths = ImagePaths(config.images, missing_ok=config.on_error is OnError.skip)
     top = min(TOP, len(trained.classes))
     few = len(paths) <= FEW
+    if not few and not config.output and Path(OUTPUT).exists():
+        raise OutputError(
+            f"{OUTPUT}: exists; name another file with output=FILE, or replace it with output={OUTPUT}"
+        )
     output = config.output or (None if few else OUTPUT)
     file = (
         nullcontext(lambda rows: None) if output is None else prediction_file(Path(output).expanduser(), top)

@@ -65,7 +65,12 @@ def as_argument(key: str, value: str) -> str:
     """Return ``key=value`` to be pasted into a shell, in quotes where it or Hydra would read it otherwise."""
     if re.fullmatch(r"[\w./:@%+-]+", value, re.ASCII):
         return f"{key}={value}"
-    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def quoted(value: str) -> str:
+    """Return a text in the quotes in which Hydra reads it as it is."""
+    return QuotedString(value, Quote.double).with_quotes()
 
 
 def set_key(config: Config, key: str, value: Any) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastalex.data.decode import DamagedImageError, check_image, decode_image
+from fastalex.data.decode import DamagedImageError, check_image, decode_image, is_dangling
 from fastalex.data.workers import map_unordered
 from fastalex.errors import DataError
 from fastalex.runtime import available_cores
@@ -192,11 +192,14 @@ def file_state(path: Path | str, name: Path | str) -> bytes:
         name: the path to include in the bytes.
 
     Raises:
-        DataError: the file does not exist or is not accessible.
+        DataError: the file does not exist or is not accessible. A link to a file that does not exist is a
+            damaged image.
     """
     try:
         stat = os.stat(path)  # noqa: PTH116
     except OSError as error:
+        if is_dangling(path):
+            return os.fsencode(name) + b"\0missing\n"
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     return os.fsencode(name) + f"\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode()
 

@@ -15,7 +15,7 @@ from torchvision.datasets.utils import check_integrity
 
 from fastalex.config import DataConfig
 from fastalex.data.cache import cache_folder, locked
-from fastalex.data.folders import read_parts, scan_classes
+from fastalex.data.folders import image_files, read_parts, scan_classes, subfolders
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.splits import check_labels, split
 from fastalex.errors import DataError
@@ -104,8 +104,13 @@ def _download(root: Path, config: DataConfig) -> Path:
     """Download the pickles into ``root``, where they appear complete or not at all."""
     remedy = (
         f"put {_BATCHES} or train/CLASS and test/CLASS folders into data.root, point data.root at them, "
-        "or use data=digits, which needs no files"
+        "or use data=digits, which needs no files, or data=imagefolder for images of your own"
     )
+    if root.is_dir() and any(next(image_files(folder), None) for folder in subfolders(root)):
+        raise DataError(
+            f"data.root={config.root} holds images but no CIFAR-10, which is not downloaded among them; "
+            f"{remedy}"
+        )
     if not config.download:
         raise DataError(f"data.root={config.root} holds no CIFAR-10 and data.download=false; {remedy}")
     lock = cache_folder() / "cifar10-download.lock"

@@ -21,6 +21,7 @@ are not an error for libjpeg, and so not here.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def is_image(path: Path) -> bool:
         return False
 
 
+def is_dangling(path: Path | str) -> bool:
+    """Whether a path is a link to a file that does not exist."""
+    return os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
+
+
 def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Return the pixels, at a reduced size if ``draft``, and the full height and width."""
     try:
@@ -122,6 +128,8 @@ def _decode(path: Path | str, *, draft: bool) -> tuple[NDArray[np.uint8], tuple[
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many types: struct.error, SyntaxError, ...
+        if is_dangling(path):
+            raise DamagedImageError(path, "a link to a file that does not exist") from None
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fastalex.data.decode import image_extensions, is_image
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.splits import TEST_FRACTION, check_counts, split
 from fastalex.errors import DataError
+from fastalex.text import printable
 
 _IGNORED = {"thumbs.db", "desktop.ini"}
 _VALIDATION_NAMES = ("val", "valid", "validation")
@@ -76,8 +77,9 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
     ==================  ============================================================================
 
     Without a validation set of its own, ``data.validation_fraction`` of the training images is drawn by
-    ``seed``. val may also be called valid or validation. A test folder without class folders, as competitions
-    publish it, has no labels and is ignored, as are other folders beside train.
+    ``seed``. val may also be called valid or validation, and all of these names may have capitals. A test
+    folder without class folders, as competitions publish it, has no labels and is ignored. Other folders
+    beside train are ignored with a warning.
 
     The arguments are those of :func:`fastalex.data.datasets.load_splits`.
 
@@ -85,14 +87,22 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
         DataError: folders or files are missing, damaged or too few.
     """
     root = find_root(config)
-    folders = {folder.name: folder for folder in subfolders(root)}
-    if "train" not in folders or not subfolders(folders["train"]):
-        if "train" not in folders and any(name in folders for name in ("test", *_VALIDATION_NAMES)):
-            raise DataError(
-                f"data.root={config.root} has {', '.join(sorted(folders))} but no train folder; add it"
-            )
+    folders = _split_folders(root, config)
+    if "train" not in folders:
+        if folders:
+            names = ", ".join(folder.name for folder in folders.values())
+            raise DataError(f"data.root={config.root} has {names} but no train folder; add it")
         found = {"train": root}
+    elif not subfolders(folders["train"]):
+        if len(folders) > 1:
+            raise DataError(
+                f"data.root={config.root}: {folders['train']} has no class folders; put the images of each "
+                f"class into a folder of its own there"
+            )
+        found = {"train": root}  # a class of that name
     else:
+        if progress:
+            _warn_of_ignored([sub for sub in subfolders(root) if sub not in folders.values()], config)
         found = {"train": folders["train"]}
         validation = [folders[name] for name in _VALIDATION_NAMES if name in folders]
         if len(validation) > 1:
@@ -121,6 +131,25 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
             images["train"], config.validation_fraction, seed, classes=classes, what=what
         )
     return DataSplits(images["train"], images["validation"], images["test"], classes, skipped)
+
+
+def _split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
+    """Return the folders in ``root`` that are named like splits, by that name in small letters.
+
+    Raises:
+        DataError: two of them differ only in capitals.
+    """
+    folders: dict[str, Path] = {}
+    for folder in subfolders(root):
+        name = folder.name.lower()
+        if name not in ("train", "test", *_VALIDATION_NAMES):
+            continue
+        if name in folders:
+            raise DataError(
+                f"data.root={config.root} has both {folders[name].name} and {folder.name}; keep one of them"
+            )
+        folders[name] = folder
+    return folders
 
 
 def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
@@ -172,9 +201,15 @@ def class_names(folder: Path, config: DataConfig) -> tuple[str, ...]:
         config: its ``root`` is for the error message.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than two, or a name cannot be printed.
     """
     names = tuple(sub.name for sub in subfolders(folder))
+    for name in names:
+        if printable(name) != name:
+            raise DataError(
+                f"data.root={config.root}: class folder {printable(folder / name)} has a name that is not "
+                "UTF-8; rename it"
+            )
     if len(names) < 2:
         raise DataError(
             f"data.root={config.root}: {folder} has {len(names)} class folder{'s' * (len(names) != 1)}; "
@@ -198,9 +233,10 @@ def scan_classes(folder: Path, classes: tuple[str, ...], config: DataConfig) -> 
     if found != set(classes):
         name = min(found ^ set(classes))
         problem = "an unexpected class folder" if name in found else "no folder for class"
-        raise DataError(
-            f"data.root={config.root}: {folder} has {problem} {name!r}; every split needs the same classes"
-        )
+        remedy = "every split needs the same classes"
+        if config.name != "imagefolder":
+            remedy = f"data={config.name} has classes of its own; use data=imagefolder for other images"
+        raise DataError(f"data.root={config.root}: {folder} has {problem} {name!r}; {remedy}")
     files = LabelledFiles()
     for label, name in enumerate(classes):
         others: list[str] = []
@@ -288,14 +324,15 @@ def subfolders(folder: Path) -> list[Path]:
 def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
     """Yield the paths of all images below a folder, whole or damaged, sorted folder by folder.
 
-    Symbolic links are followed; hidden files, hidden folders and file managers' files are ignored.
+    Symbolic links are followed, but not to a folder that they are in; hidden files, hidden folders and file
+    managers' files are ignored.
 
     Args:
         folder: the folder.
         others: a list that receives the paths of the files that are not images.
 
     Raises:
-        DataError: a folder cannot be read.
+        DataError: a folder cannot be read, or a link leads to a folder that it is in.
     """
 
     def refuse(error: OSError) -> None:
@@ -305,6 +342,8 @@ def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = os.path.join(parent, "")  # noqa: PTH118
+        for name in folders:
+            _check_link(here + name, folder)
         for name in sorted(names):
             lower = name.lower()
             if name.startswith(".") or lower in _IGNORED:
@@ -314,6 +353,36 @@ def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
                 yield here + name
             elif others is not None:
                 others.append(here + name)
+
+
+def _check_link(path: str, top: Path) -> None:
+    """Refuse a link to a folder that it is in, whose images would be found again and again.
+
+    Args:
+        path: a folder or a link to one.
+        top: the folder that the search began with.
+    """
+    if not os.path.islink(path):  # noqa: PTH114
+        return
+    target = Path(path)
+    for parent in target.parents:
+        if target.samefile(parent):
+            raise DataError(
+                f"{printable(path)} is a link to a folder that it is in, {printable(parent)}; remove the link"
+            )
+        if parent == top:
+            return
+
+
+def _warn_of_ignored(folders: Sequence[Path], config: DataConfig) -> None:
+    """Name the folders beside train that hold images and are not used."""
+    names = [printable(folder.name) for folder in folders if next(image_files(folder), None) is not None]
+    if names:
+        print(
+            f"fastalex: warning: data.root={config.root}: {', '.join(names)} beside train: not used; splits "
+            f"are called train, val and test",
+            file=sys.stderr,
+        )
 
 
 def _warn_of_left_out(files: list[str], config: DataConfig) -> None:

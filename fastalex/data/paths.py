@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import BinaryIO
 from fastalex.data.decode import is_image
 from fastalex.data.folders import image_files
 from fastalex.errors import DataError
+from fastalex.text import printable
 
 
 class ImagePaths:
@@ -101,8 +101,3 @@ class ImagePaths:
                 yield file
         except OSError as error:
             raise DataError(f"{self._where}: cannot be read: {error.strerror}") from None
-
-
-def printable(path: Path) -> str:
-    """Return a path as text that can be encoded, with a mark for each byte of it that is no UTF-8."""
-    return os.fsencode(path).decode(errors="replace")

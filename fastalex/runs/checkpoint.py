@@ -23,6 +23,7 @@ from fastalex.shortage import prevented
 
 FORMAT = 1
 FINAL_WEIGHTS = "model.safetensors"  # in a run's folder
+DIGEST = "images_digest"  # key of the digest of the run's images, in its summary, checkpoints and weights
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastalex.config import CheckpointConfig, OnWriteError
 from fastalex.errors import CheckpointError, OutputError
 from fastalex.runs.background import Background
-from fastalex.runs.checkpoint import Checkpoint, read_weights, save_weights
+from fastalex.runs.checkpoint import DIGEST, Checkpoint, read_weights, save_weights
 
 NEWEST = "checkpoint.pt"
 _OLDER = re.compile(r"checkpoint-(\d+)\.pt")
@@ -95,7 +95,7 @@ class OutputPolicy:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A copy of weights, and their epoch and error."""
+    """A copy of weights, and what their file is to say of them."""
 
     weights: dict[str, Tensor]
     facts: dict[str, Any]
@@ -108,13 +108,15 @@ class BestWeights:
         path: the file to write them to.
         config: the run's configuration, as plain values.
         classes: class names, in the order of the network's outputs.
+        digest: of the run's images.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], classes: list[str]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], classes: list[str], digest: str) -> None:
         self.path = path
         self.error: float | None = None
         self._config = config
         self._classes = classes
+        self._digest = digest
         self._waiting: _Kept | None = None
         self._lock = threading.Lock()  # of _waiting, which one thread sets and another writes
 
@@ -127,7 +129,8 @@ class BestWeights:
         copy = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self.error = error
         with self._lock:
-            self._waiting = _Kept(copy, {"epoch": epoch, "validation_top1_error": error})
+            facts = {DIGEST: self._digest, "epoch": epoch, "validation_top1_error": error}
+            self._waiting = _Kept(copy, facts)
 
     def write(self) -> None:
         """Write the weights kept last, if they were not written yet, and release them.

@@ -99,11 +99,13 @@ def export_network(trained: TrainedNetwork, format: ExportFormat, output: Path) 
     Raises:
         CheckpointError: the weights belong to another network than their file says.
         ConfigError: the format cannot express the network.
-        OutputError: the file is one of the run's, or cannot be written, or its logits differ. Files that were
+        OutputError: the file is one of a run's, or cannot be written, or its logits differ. Files that were
             there are unchanged.
     """
-    if _RUN_FILES.fullmatch(output.name) and output.resolve().parent == trained.source.resolve().parent:
-        raise OutputError(f"output={output}: is a file of the run; choose another name")
+    folder = output.resolve().parent
+    is_run = folder == trained.source.resolve().parent or (folder / "config.yaml").exists()
+    if is_run and _RUN_FILES.fullmatch(output.name):
+        raise OutputError(f"output={output}: is a file of a run; choose another name")
     network = trained.model().eval()
     config = trained.config.model
     exported = plain_network(config.name, len(trained.classes), **model_options(config)).eval()

@@ -27,7 +27,6 @@ from fastalex.runs.checkpoint import FINAL_WEIGHTS
 from fastalex.training.epoch import Epoch
 
 SUMMARY, METRICS, TENSORBOARD = "summary.json", "metrics.jsonl", "tensorboard"
-DIGEST = "images_digest"  # key of the digest of the run's images, in its summary and its checkpoints
 DRAW_EVERY = 30.0  # seconds; a drawing takes most of one, and holds Python's lock for as long
 
 

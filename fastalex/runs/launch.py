@@ -115,7 +115,9 @@ def train_on(world: World, request: Request, signals: StopSignals, started: floa
                 folder = _open_folder(request, config, resumed, trainer)
                 parts = [("", STEPS)] if config.profile else by_crop(config, trainer.steps)
                 classes = list(splits.classes)
-                recorder = FolderRecorder(folder, config, classes, resumed, trainer.step, parts)
+                recorder = FolderRecorder(
+                    folder, config, classes, splits.digest, resumed, trainer.step, parts
+                )
             try:
                 if config.profile:
                     _profile(trainer, recorder, folder)

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalex.data.paths import printable
-from fastalex.errors import ConfigError, MissingDependencyError
+from fastalex.errors import ConfigError, MissingDependencyError, OutputError
 from fastalex.files import replacing
+from fastalex.text import printable
 
+COLUMNS = ("path", "class_1", "probability_1")  # the first; every file has them
 Row = list[str | float]  # the path, then class and probability by turns
 Write = Callable[[Sequence[Row]], None]
 
@@ -33,17 +34,34 @@ def prediction_file(path: Path, top: int) -> AbstractContextManager[Write]:
     Raises:
         ConfigError: the name has another ending.
         MissingDependencyError: Parquet without pyarrow.
-        OutputError: in the context, the file cannot be written.
+        OutputError: the file exists and holds no predictions; in the context, it cannot be written.
     """
-    columns = ["path"]
-    for rank in range(1, top + 1):
+    columns = list(COLUMNS)
+    for rank in range(2, top + 1):
         columns += [f"class_{rank}", f"probability_{rank}"]
     formats = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in formats:
         raise ConfigError(f"output={path}: ends with none of {', '.join(formats)}")
     if path.suffix.lower() == ".parquet":
         _pyarrow(f"output={path}")
+    if not _may_be_replaced(path):
+        raise OutputError(f"output={path}: exists and holds no predictions; choose another name")
     return formats[path.suffix.lower()](path, columns)
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is of predictions, is empty or does not exist."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    if path.suffix.lower() == ".parquet":
+        pyarrow, parquet = _pyarrow(f"output={path}")
+        try:
+            return tuple(parquet.read_schema(path).names[: len(COLUMNS)]) == COLUMNS
+        except pyarrow.ArrowException:
+            return False
+    begins = {".csv": ",".join(COLUMNS), ".jsonl": f'{{"{COLUMNS[0]}": '}[path.suffix.lower()].encode()
+    with path.open("rb") as file:
+        return file.read(len(begins)) == begins
 
 
 @contextmanager

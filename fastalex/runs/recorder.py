@@ -13,7 +13,7 @@ from fastalex.config import Config
 from fastalex.config.plain import as_argument, plain
 from fastalex.errors import DivergedError, FastalexError, ReportedError, StoppedError
 from fastalex.files import remove_empty
-from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, save_weights
+from fastalex.runs.checkpoint import DIGEST, FINAL_WEIGHTS, Checkpoint, save_weights
 from fastalex.runs.checkpoint_writer import NEWEST, BestWeights, CheckpointWriter, OutputPolicy
 from fastalex.runs.folder import RunFolder
 from fastalex.runs.progress import ProgressBar
@@ -104,6 +104,7 @@ class FolderRecorder(Recorder):
         folder: the run's folder; :meth:`close` closes it.
         config: the run's settings.
         classes: class names, in the order of the network's outputs.
+        digest: of the run's images.
         resumed: the run that is resumed; None for a new one.
         step: the number of steps taken so far.
         parts: of the run, as :class:`ProgressBar` shows them.
@@ -114,6 +115,7 @@ class FolderRecorder(Recorder):
         folder: RunFolder,
         config: Config,
         classes: list[str],
+        digest: str,
         resumed: UnfinishedRun | None,
         step: int,
         parts: Sequence[tuple[str, int]],
@@ -122,10 +124,11 @@ class FolderRecorder(Recorder):
         self._folder = folder
         self._config = config
         self._classes = classes
+        self._digest = digest
         self._policy = OutputPolicy(config.checkpoint.on_error)
         newest = resumed.checkpoint.step if resumed is not None and resumed.path.name == NEWEST else None
         self._writer = CheckpointWriter(folder.path, config.checkpoint, self._policy, newest)
-        self._best = BestWeights(folder.path / "best.safetensors", plain(config), classes)
+        self._best = BestWeights(folder.path / "best.safetensors", plain(config), classes, digest)
         self._find_best_so_far()
         self._bar = ProgressBar(parts, step)
 
@@ -197,7 +200,7 @@ class FolderRecorder(Recorder):
     def final_weights(self, weights: dict[str, Tensor]) -> None:
         with self._policy.applied():
             path = self._folder.path / FINAL_WEIGHTS
-            save_weights(weights, path, plain(self._config), self._classes)
+            save_weights(weights, path, plain(self._config), self._classes, **{DIGEST: self._digest})
 
     def best(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self._best.read("its errors are left out") if self._best.error is not None else None

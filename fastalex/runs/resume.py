@@ -144,12 +144,12 @@ def resume_again(resume: str, given: bool) -> str:
     if resume == "auto" or not resume:
         # Without a folder of that name, the newest unfinished run may be another command's.
         return "auto" if given else resume
-    path = Path(resume)
+    path = Path(resume).expanduser()
     return str(path.parent) if path.is_file() else resume
 
 
 def _named(resume: str, run_dir: Path, given: bool, epochs: int) -> UnfinishedRun:
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not path.exists():
         raise CheckpointError(f"resume={resume}: there is no such run or checkpoint")
     folder = path if path.is_dir() else path.parent
@@ -158,7 +158,7 @@ def _named(resume: str, run_dir: Path, given: bool, epochs: int) -> UnfinishedRu
             f"hydra.run.dir={run_dir}: a resumed run stays in its folder; leave hydra.run.dir out"
         )
     finished = ConfigError(f"resume={resume}: that run is finished; its figures are in {folder}/summary.json")
-    whole = path.is_dir() and is_finished(folder)
+    whole = (path.is_dir() or path.name == NEWEST) and is_finished(folder)
     if whole and not epochs:
         raise finished
     lock = RunLock.take(folder)

@@ -13,7 +13,7 @@ from fastalex.data import DataSplits
 from fastalex.distributed.connection import is_lost
 from fastalex.errors import DataError, DivergedError, StoppedError
 from fastalex.models import count_parameters
-from fastalex.runs.folder import DIGEST
+from fastalex.runs.checkpoint import DIGEST
 from fastalex.runs.recorder import Recorder
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import versions

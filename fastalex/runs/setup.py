@@ -27,8 +27,7 @@ from fastalex.distributed.processes import World
 from fastalex.distributed.strategies import check_strategy
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import check_batch, check_crop, create_model, smallest_crop
-from fastalex.runs.checkpoint import Checkpoint
-from fastalex.runs.folder import DIGEST
+from fastalex.runs.checkpoint import DIGEST, Checkpoint
 from fastalex.runs.initial_weights import InitialWeights
 from fastalex.runs.signals import StopSignals
 from fastalex.runtime import Runtime, choose_runtime

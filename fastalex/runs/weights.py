@@ -12,7 +12,7 @@ from fastalex.config.checks import validate
 from fastalex.config.plain import from_plain, model_options
 from fastalex.errors import CheckpointError, ConfigError
 from fastalex.models import create_model, load_weights
-from fastalex.runs.checkpoint import FINAL_WEIGHTS, Checkpoint, read_weights
+from fastalex.runs.checkpoint import DIGEST, FINAL_WEIGHTS, Checkpoint, read_weights
 from fastalex.runs.checkpoint_writer import NEWEST
 from fastalex.runtime import Runtime, choose_runtime
 
@@ -27,6 +27,7 @@ class TrainedNetwork:
         config: the run's configuration; its ``data`` says how images are prepared.
         classes: names of the classes, in the order of the network's outputs.
         weights: the network's state dict, on the CPU; the averaged weights where the run kept an average.
+        digest: of the run's images; None where the file does not say.
     """
 
     source: Path
@@ -34,6 +35,7 @@ class TrainedNetwork:
     config: Config
     classes: list[str]
     weights: dict[str, Tensor]
+    digest: str | None = None
 
     def runtime(self, device: str = "auto", precision: Precision | None = None) -> Runtime:
         """Choose how to compute with the network here: as its run did, on another device if need be.
@@ -118,10 +120,10 @@ def open_weights(path: Path | str, key: str = "weights") -> TrainedNetwork:
     file = _find(path, where)
     if file.suffix == ".safetensors":
         weights, facts = read_weights(file, key)
-        content, classes = facts["config"], facts["classes"]
+        content, classes, digest = facts["config"], facts["classes"], facts.get(DIGEST)
     else:
         checkpoint = Checkpoint.load(file, key)
-        content, classes = checkpoint.config, checkpoint.classes
+        content, classes, digest = checkpoint.config, checkpoint.classes, checkpoint.training.get(DIGEST)
         weights = checkpoint.average or checkpoint.model
     try:
         config = from_plain(content)
@@ -131,7 +133,7 @@ def open_weights(path: Path | str, key: str = "weights") -> TrainedNetwork:
         validate(config)
     except ConfigError as error:
         raise CheckpointError(f"{where}: its configuration cannot work: {error}") from error
-    return TrainedNetwork(file, where, config, classes, weights)
+    return TrainedNetwork(file, where, config, classes, weights, digest)
 
 
 def _find(path: Path, where: str) -> Path:

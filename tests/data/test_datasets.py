@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import shutil
 import tarfile
@@ -174,6 +175,7 @@ def test_class_folders_alone(root: Path, sizes: bool) -> None:
         (("train", "val", "test"), (50, 50, 50)),
         (("train", "valid", "test"), (50, 50, 50)),
         (("train", "validation"), (40, 10, 50)),
+        (("Train", "VAL", "Test"), (50, 50, 50)),
     ],
 )
 def test_split_folders(root: Path, folders: tuple[str, ...], sizes: tuple[int, int, int]) -> None:
@@ -194,6 +196,46 @@ def test_an_unlabelled_test_folder_is_ignored(root: Path) -> None:
     (root / "test").mkdir()
     Image.new("RGB", (5, 6)).save(root / "test" / "0.png")
     check_splits(load("imagefolder", root), (16, 4, 20))
+
+
+def test_images_of_two_splits_without_classes_are_refused(root: Path) -> None:
+    """As competitions publish them; otherwise train and test would be two classes."""
+    for folder in ("train", "test"):
+        write_tree(root, [folder], 10)
+    refused("imagefolder", root, f"{root / 'train'} has no class folders; put the images of each class")
+
+
+def test_folders_beside_train_that_are_not_used_are_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("train", "test"):
+        write_tree(root / folder, ["cat", "dog"], 10)
+    write_tree(root / "testing", ["cat"], 1)
+    (root / "notes").mkdir()
+    (root / "notes" / "a.txt").write_text("no image")
+    load_splits(DataConfig("imagefolder", str(root)), 0, progress=True)
+    warning = f"warning: data.root={root}: testing beside train: not used; splits are called train, val and"
+    assert warning in capsys.readouterr().err
+
+
+def test_a_link_to_a_folder_that_it_is_in_is_refused(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 10)
+    for target in (root / "cat", root, Path("..")):
+        (root / "cat" / "again").symlink_to(target)
+        with pytest.raises(
+            DataError, match=r"again is a link to a folder that it is in, .*; remove the link"
+        ):
+            load("imagefolder", root)
+        (root / "cat" / "again").unlink()
+    (root / "cat" / "more").symlink_to(root / "dog")
+    splits = load("imagefolder", root)
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 30
+
+
+def test_a_class_whose_name_cannot_be_printed(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 10)
+    (root / "dog").rename(root / os.fsdecode(b"caf\xe9"))
+    refused("imagefolder", root, "caf\N{REPLACEMENT CHARACTER} has a name that is not UTF-8; rename it")
 
 
 def test_a_class_called_train(root: Path) -> None:
@@ -391,6 +433,17 @@ def test_damaged_files(root: Path, sizes: bool) -> None:
     assert sorted(everything) == sorted(expected)
 
 
+def test_a_link_to_a_file_that_does_not_exist_is_damaged(root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 20)
+    (root / "cat" / "gone.png").symlink_to(root / "nowhere.png")
+    problem = "gone.png is not a whole image (a link to a file that does not exist)"
+    refused("imagefolder", root, problem, "data.on_error=skip")
+    for _ in range(2):  # first from the files, then from the cache
+        assert load("imagefolder", root, on_error=OnError.skip).skipped == 1
+    shutil.copy(root / "cat" / "000.png", root / "nowhere.png")
+    assert load("imagefolder", root).skipped == 0
+
+
 def test_a_class_of_damaged_files_only(root: Path) -> None:
     write_tree(root, ["cat", "dog"], 20)
     for path in (root / "dog").iterdir():
@@ -491,7 +544,7 @@ def test_cifar10_tree_errors(root: Path) -> None:
     write_tree(root / "train", CLASSES, 5)
     refused("cifar10", root, "no test folder")
     write_tree(root / "test", (*CLASSES, "zebra"), 5)
-    refused("cifar10", root, "unexpected", "'zebra'")
+    refused("cifar10", root, "unexpected", "'zebra'", "use data=imagefolder for other images")
     shutil.rmtree(root / "test" / "zebra")
     shutil.rmtree(root / "test" / "ship")
     refused("cifar10", root, "no folder", "'ship'")
@@ -592,6 +645,13 @@ def test_download(archive: Path, root: Path, there: bool) -> None:
     assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
     archive.unlink()
     check_splits(load("cifar10", root), (80, 20, 20))
+
+
+def test_nothing_is_downloaded_among_images_of_ones_own(archive: Path, root: Path) -> None:
+    write_tree(root, ["cat", "dog"], 2)
+    before = sorted(root.rglob("*"))
+    refused("cifar10", root, "holds images but no CIFAR-10", "data=imagefolder for images of your own")
+    assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("fault", ["not there", "cut short", "no archive", "other content"])
