@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from fastalex.models import MODELS
 from fastalex.training import flops
@@ -16,15 +17,19 @@ from tests.compiling import Compiler
 # The files that take longest, by their processor time. Workers get files in turn: with a long one at the end,
 # one of them would work alone.
 LONGEST = (
-    "test_distributed.py",
-    "test_nodes.py",
+    "test_distributed.py",  # it and test_nodes.py wait for other processes: not both at the same time
     "test_inspect.py",
     "test_same_mathematics.py",
     "test_api.py",
+    "test_nodes.py",
+    "test_rank_runs.py",
     "test_lrn.py",
     "test_models.py",
     "test_faults.py",
-    "test_rank_runs.py",
+    "test_reproduce.py",
+    "test_train.py",
+    "test_resume.py",
+    "test_fine_tuning.py",
 )
 
 
@@ -46,6 +51,14 @@ def small_matrix_product() -> Iterator[None]:
     """Measure the processor's peak rate by a small product: by a large one it takes half of a short run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(flops.MATMUL_SIZE, "cpu", 64)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_composition() -> Iterator[None]:
+    """Compose a command's configuration once: Hydra does it once more for a mode that none of ours has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
         yield
 
 

@@ -19,7 +19,7 @@ def shutdown_timeout(seconds: int) -> list[str]:
 TORCHRUN = [
     sys.executable,
     "-m",
-    "torch.distributed.run",
+    "tests.impatient_torchrun",
     "--standalone",
     "--nproc-per-node=2",
     *shutdown_timeout(2),

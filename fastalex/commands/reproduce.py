@@ -61,9 +61,10 @@ def plan(config: ReproduceConfig, runs: Path) -> list[Job]:
     """
     jobs = []
     for name in select(config.rows):
+        composed = hydra.compose(f"row/{name}", list(QUICK) if config.budget is Budget.quick else [])
         for seed in ROWS[name].seeds:
-            overrides = [f"seed={seed}", *(QUICK if config.budget is Budget.quick else ())]
-            run = to_dataclass(hydra.compose(f"row/{name}", overrides), Config)
+            run = to_dataclass(composed, Config)
+            run.seed = seed
             resize_progressively(run)
             run.runtime.device = config.runtime.device
             if config.data.root is not None:

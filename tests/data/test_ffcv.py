@@ -24,8 +24,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from fastalex.config import DataConfig, Fit, Flip, LoaderConfig
-from fastalex.data import ImageSet, Views
+from fastalex.data import ImageSet, Views, write_beton
 from fastalex.errors import DataError, MissingDependencyError, OutputError, ShortageError
+from tests.commands import outcome
 from tests.runtimes import loader_on
 
 installed = pytest.mark.skipif(
@@ -277,7 +278,9 @@ def test_only_one_of_several_processes_writes(tmp_path: Path) -> None:
 
 
 @installed
-def test_the_command_writes_what_the_loader_reads(tmp_path: Path) -> None:
+def test_the_command_writes_what_the_loader_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["data=digits", "data.resize=32", "data.crop=28", "seed=3", f"loader.beton={tmp_path}"]
     command = [sys.executable, "-m", "fastalex.data.write_beton", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -288,12 +291,10 @@ def test_the_command_writes_what_the_loader_reads(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in written} | {
         path.with_suffix(".lock").name for path in written
     }
-    again = subprocess.run(
-        [*command, "data.crops=3"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert again.returncode == 2
-    assert again.stderr.startswith("fastalex: error: ")
-    assert again.stderr.count("\n") == 1
+    status, _, err = outcome(write_beton.main, [*overrides, "data.crops=3"], monkeypatch, capsys)
+    assert status == 2
+    assert err.startswith("fastalex: error: ")
+    assert err.count("\n") == 1
 
 
 def test_a_missing_package_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ tests of a module, and the tests send it functions of their module by name.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import pickle
@@ -60,31 +59,15 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
     interpreter.close()
 
 
-def _patch_language_once() -> None:
-    """Patch Triton's language once, not at each call of a device function (`tl.sum` is one too).
-
-    Patching inspects every attribute of the language; it took half of the time of the LRN tests.
-    """
-    from triton.runtime import interpreter
-
-    interpreter._LangPatchScope.restore = lambda scope: None
-    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
-    # This one makes its table at each call. A pointer, which has no hash, is never looked up in it.
-    uncached = interpreter._get_np_dtype
-    cached = functools.cache(uncached)
-    interpreter._get_np_dtype = lambda dtype: (
-        uncached(dtype) if dtype.scalar.is_ptr() else cached(dtype.scalar)
-    )
-
-
 def _serve(path: str) -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a check prints goes to the terminal, not into the replies
     import torch
 
     torch.set_num_threads(1)
-    _patch_language_once()
-    from fastalex.kernels._traffic import mended
+    from fastalex.kernels._traffic import mended, patch_language_once
+
+    patch_language_once()
 
     spec = importlib.util.spec_from_file_location("interpreted_tests", path)
     assert spec is not None
