@@ -276,7 +276,9 @@ def _beside_training(ready: torch.cuda.Event | None) -> Iterator[None]:
         return
     # A thread starts on the first card, and would open a context there: the event knows the right one.
     with torch.cuda.device(ready.device):
-        stream = torch.cuda.Stream()
+        # PyTorch hands out 32 streams of each priority in turn: of the usual one, this might be a stream on
+        # which a graph is being recorded.
+        stream = torch.cuda.Stream(priority=-1)
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
             yield

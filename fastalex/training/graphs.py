@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -110,6 +111,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Record a function's work as a CUDA graph; see :class:`Recorder`."""
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a graph that was dropped earlier must not be freed during the recording
         # Of this thread only: a loader's threads may allocate memory meanwhile, which could end it.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = run()
