@@ -15,7 +15,8 @@ from torchvision.datasets.utils import check_integrity
 
 from fastalex.config import DataConfig
 from fastalex.data.cache import cache_folder, locked
-from fastalex.data.folders import image_files, read_parts, scan_classes, subfolders
+from fastalex.data.decode import image_extensions
+from fastalex.data.folders import read_parts, scan_classes, subfolders
 from fastalex.data.imageset import DataSplits, ImageSet
 from fastalex.data.splits import check_labels, split
 from fastalex.errors import DataError
@@ -104,12 +105,12 @@ def _download(root: Path, config: DataConfig) -> Path:
     """Download the pickles into ``root``, where they appear complete or not at all."""
     remedy = (
         f"put {_BATCHES} or train/CLASS and test/CLASS folders into data.root, point data.root at them, "
-        "or use data=digits, which needs no files, or data=imagefolder for images of your own"
+        "or use data=digits, which needs no files"
     )
-    if root.is_dir() and any(next(image_files(folder), None) for folder in subfolders(root)):
+    if root.is_dir() and _has_class_folders(root):
         raise DataError(
-            f"data.root={config.root} holds images but no CIFAR-10, which is not downloaded among them; "
-            f"{remedy}"
+            f"data.root={config.root} holds folders of images but no CIFAR-10, which is not downloaded among "
+            "them; set data=imagefolder to train on them, or name another folder for CIFAR-10"
         )
     if not config.download:
         raise DataError(f"data.root={config.root} holds no CIFAR-10 and data.download=false; {remedy}")
@@ -131,6 +132,15 @@ def _download(root: Path, config: DataConfig) -> Path:
                 f"{remedy}"
             ) from None
     return root / _BATCHES
+
+
+def _has_class_folders(root: Path) -> bool:
+    """Whether a folder in ``root`` holds images, by their names, which CIFAR-10's does not."""
+    for folder in subfolders(root):
+        with suppress(OSError):  # one that cannot be read
+            if any(entry.name.lower().endswith(image_extensions()) for entry in folder.iterdir()):
+                return True
+    return False
 
 
 @contextmanager

@@ -650,7 +650,7 @@ def test_download(archive: Path, root: Path, there: bool) -> None:
 def test_nothing_is_downloaded_among_images_of_ones_own(archive: Path, root: Path) -> None:
     write_tree(root, ["cat", "dog"], 2)
     before = sorted(root.rglob("*"))
-    refused("cifar10", root, "holds images but no CIFAR-10", "data=imagefolder for images of your own")
+    refused("cifar10", root, "holds folders of images but no CIFAR-10", "set data=imagefolder to train on")
     assert sorted(root.rglob("*")) == before
 
 
