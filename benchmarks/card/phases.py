@@ -171,6 +171,7 @@ PHASES = {
     "recipe": Phase(300, recipe),
     "claims": Phase(360, claims, together=True, eager=True),
     "seeds": Phase(240, seeds("alexnet", 1, 2), together=True),
+    "long": Phase(300, seeds("alexnet_long", 0, 1, 2, 3, 4), together=True),
     "batches": Phase(120, module("batches")),
     "resnet18": Phase(240, row("resnet18")),
     "tests": Phase(200, tests),

@@ -50,6 +50,7 @@ BASE = f"{SHORT}base"
 ROWS = {
     "alexnet": Row("AlexNet", (0.1397, 0.0072), "losses_alexnet_without_init.png"),
     "alexnet_fast": Row("AlexNet by the default settings", (0.1397, 0.0072)),
+    "alexnet_long": Row("AlexNet with Muon, for twice the default's epochs", (0.1397, 0.0072)),
     "alexnet_112": Row("AlexNet at half the crop"),
     "alexnet_paper_init": Row(
         "AlexNet, the paper's initialisation", (0.9, 0.5), "losses_alexnet_with_init.png"
