@@ -120,14 +120,15 @@ def run(name: str, place: Place, deadline: float) -> dict[str, Any]:
     status = "not begun"
     if deadline - began >= LEAST:
         try:
-            status = commands_of(PHASES[name], name, place, deadline - began)
-        except Exception as error:  # the phases after it are worth more than a traceback of this one
+            status = run_commands(name, place, deadline - began)
+        except Exception as error:  # the other phases still run
             status = f"{type(error).__name__}: {error}"
     return {"phase": name, "status": status, "seconds": round(time.monotonic() - began, 1)}
 
 
-def commands_of(phase: Phase, name: str, place: Place, left: float) -> str:
+def run_commands(name: str, place: Place, left: float) -> str:
     """Run a phase's commands within the seconds that are left; return how they ended."""
+    phase = PHASES[name]
     # What was killed may still be writing when the folder is deleted.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         around = environment(phase, Path(scratch), place.toy)

@@ -169,7 +169,7 @@ def distance(one: Losses, other: Losses) -> float:
 
 
 def compare(name: str, program: Callable[[], Losses], other: Losses, bound: float) -> Check:
-    """Run a program and compare its losses; whatever error it ends with, the next check can begin."""
+    """Run a program and compare its losses; an error is a failed check, so that the next can begin."""
     try:
         found = distance(program(), other)
     except Exception:
@@ -196,7 +196,7 @@ def dropout_repeats(size: Size, precision: Precision, **settings: Any) -> Losses
     """Repeat one batch at a learning rate near zero, so that only dropout makes the losses differ.
 
     Returns:
-        The number of losses of each step that an earlier step had already.
+        For each step 1 if an earlier step had the same loss, otherwise 0, in the place of its loss.
     """
     made, losses = trainer(size, precision, True, dropout=0.5, lr=1e-12, **settings)
     batch = next(iter(batches(size, made.runtime.dtype)))

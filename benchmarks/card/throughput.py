@@ -60,22 +60,23 @@ def measure(folder: Path, root: Path, toy: bool) -> None:
     show(bench.measurements)
     options = OPTIONS[:1] if toy else OPTIONS
     with closing(StepBench(root, turns, batch, ("fastalex", *options), toy)) as bench:
-        working = [name for name in options if works(bench, name)]
+        for name in options:
+            if not works(bench, name):
+                del bench.workers[name]  # which would end the turns of the others
         bench.training(rounds)
         write(options=[m.record for m in bench.measurements])
         if DEVICE == "cuda":
-            for name in working:
+            for name in bench.workers.keys() & set(options):
                 write(**{f"kernels_{name}": bench.workers[name].ask("kernels", steps=PROFILED)})
     show(bench.measurements)
 
 
 def works(bench: StepBench, name: str) -> bool:
-    """Warm a program up; leave it out of the turns if it ends with an error."""
+    """Whether a program warms up without an error."""
     try:
         bench.workers[name].ask("train", steps=bench.warm_up)
     except RuntimeError as error:
         print(error, flush=True)
-        del bench.workers[name]
         return False
     return True
 

@@ -142,9 +142,7 @@ def run(config: ReproduceConfig) -> None:
     quick = config.budget is Budget.quick
     results = committed.find(config.results)
     _check(config, results)
-    folder = Path(config.folder).expanduser()
-    if quick:
-        folder /= "quick"
+    folder = Path(config.folder) / "quick" if quick else Path(config.folder)
     jobs = plan(config, folder)
     if config.dry_run:
         print_plan(jobs)
@@ -177,7 +175,7 @@ def run(config: ReproduceConfig) -> None:
 
 def _check(config: ReproduceConfig, results: Path | None) -> None:
     """Refuse folders that cannot be used, before anything is trained."""
-    folder = Path(config.folder).expanduser()
+    folder = Path(config.folder)
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ConfigError(f"folder={folder}: is not a folder; name another")
     if results is not None and folder.resolve() == results.resolve():

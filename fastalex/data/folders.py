@@ -25,7 +25,8 @@ from fastalex.errors import DataError
 from fastalex.text import printable
 
 _IGNORED = {"thumbs.db", "desktop.ini"}
-_VALIDATION_NAMES = ("val", "valid", "validation")
+# The names of the folders of each split, in small letters.
+_SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
 
 @dataclass
@@ -88,31 +89,22 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
     """
     root = find_root(config)
     folders = _split_folders(root, config)
-    if "train" not in folders:
-        if folders:
-            names = ", ".join(folder.name for folder in folders.values())
-            raise DataError(f"data.root={config.root} has {names} but no train folder; add it")
+    if not folders:
         found = {"train": root}
     elif not subfolders(folders["train"]):
         if len(folders) > 1:
             raise DataError(
                 f"data.root={config.root}: {folders['train']} has no class folders; put the images of each "
-                f"class into a folder of its own there"
+                "class into a folder of its own there"
             )
         found = {"train": root}  # a class of that name
     else:
         if progress:
             _warn_of_ignored([sub for sub in subfolders(root) if sub not in folders.values()], config)
-        found = {"train": folders["train"]}
-        validation = [folders[name] for name in _VALIDATION_NAMES if name in folders]
-        if len(validation) > 1:
-            names = " and ".join(folder.name for folder in validation)
-            raise DataError(f"data.root={config.root} has both {names}; keep one of them")
-        if validation:
-            found["validation"] = validation[0]
-        if "test" in folders and subfolders(folders["test"]):
-            found["test"] = folders["test"]
-        elif validation:
+        found = dict(folders)
+        if "test" in found and not subfolders(found["test"]):
+            del found["test"]
+        if "test" not in found and "validation" in found:
             found["test"] = found.pop("validation")
 
     classes = class_names(found["train"], config)
@@ -134,22 +126,23 @@ def load_imagefolder(config: DataConfig, seed: int, *, progress: bool) -> DataSp
 
 
 def _split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
-    """Return the folders in ``root`` that are named like splits, by that name in small letters.
+    """Return the folders in ``root`` that are named like splits, by the split.
 
     Raises:
-        DataError: two of them differ only in capitals.
+        DataError: there are some but none for training, or two of one split.
     """
-    folders: dict[str, Path] = {}
-    for folder in subfolders(root):
-        name = folder.name.lower()
-        if name not in ("train", "test", *_VALIDATION_NAMES):
-            continue
-        if name in folders:
-            raise DataError(
-                f"data.root={config.root} has both {folders[name].name} and {folder.name}; keep one of them"
-            )
-        folders[name] = folder
-    return folders
+    inside = subfolders(root)
+    named = {
+        part: [folder for folder in inside if folder.name.lower() in names] for part, names in _SPLITS.items()
+    }
+    others = sorted(folder.name for folders in named.values() for folder in folders)
+    if others and not named["train"]:
+        raise DataError(f"data.root={config.root} has {', '.join(others)} but no train folder; add it")
+    for folders in named.values():
+        if len(folders) > 1:
+            both = " and ".join(folder.name for folder in folders)
+            raise DataError(f"data.root={config.root} has both {both}; keep one of them")
+    return {part: folders[0] for part, folders in named.items() if folders}
 
 
 def load_tiny_imagenet(config: DataConfig, seed: int, *, progress: bool) -> DataSplits:
@@ -324,8 +317,7 @@ def subfolders(folder: Path) -> list[Path]:
 def image_files(folder: Path, others: list[str] | None = None) -> Iterator[str]:
     """Yield the paths of all images below a folder, whole or damaged, sorted folder by folder.
 
-    Symbolic links are followed, but not to a folder that they are in; hidden files, hidden folders and file
-    managers' files are ignored.
+    Symbolic links are followed. Hidden files, hidden folders and file managers' files are ignored.
 
     Args:
         folder: the folder.
@@ -375,14 +367,20 @@ def _check_link(path: str, top: Path) -> None:
 
 
 def _warn_of_ignored(folders: Sequence[Path], config: DataConfig) -> None:
-    """Name the folders beside train that hold images and are not used."""
-    names = [printable(folder.name) for folder in folders if next(image_files(folder), None) is not None]
+    """Name the folders beside train that hold images, by their names, and are not used."""
+    names = [printable(folder.name) for folder in folders if _has_image_names(folder)]
     if names:
         print(
             f"fastalex: warning: data.root={config.root}: {', '.join(names)} beside train: not used; splits "
-            f"are called train, val and test",
+            "are called train, val and test",
             file=sys.stderr,
         )
+
+
+def _has_image_names(folder: Path) -> bool:
+    """Whether a file below a folder is named like an image; no file is opened, and no link followed."""
+    extensions = image_extensions()
+    return any(name.lower().endswith(extensions) for _, _, names in os.walk(folder) for name in names)
 
 
 def _warn_of_left_out(files: list[str], config: DataConfig) -> None:

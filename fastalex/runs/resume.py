@@ -144,12 +144,12 @@ def resume_again(resume: str, given: bool) -> str:
     if resume == "auto" or not resume:
         # Without a folder of that name, the newest unfinished run may be another command's.
         return "auto" if given else resume
-    path = Path(resume).expanduser()
+    path = Path(resume)
     return str(path.parent) if path.is_file() else resume
 
 
 def _named(resume: str, run_dir: Path, given: bool, epochs: int) -> UnfinishedRun:
-    path = Path(resume).expanduser()
+    path = Path(resume)
     if not path.exists():
         raise CheckpointError(f"resume={resume}: there is no such run or checkpoint")
     folder = path if path.is_dir() else path.parent

@@ -31,11 +31,11 @@ def find(named: str | None) -> Path | None:
     if named is None:
         results = CHECKOUT / "results"
         return results if (results / "reproduction.json").is_file() else None
-    if not Path(named).expanduser().is_dir():
+    if not Path(named).is_dir():
         raise ConfigError(
             f"results={named}: is not a folder; leave it out to compare with results/ of fastalex"
         )
-    return Path(named).expanduser()
+    return Path(named)
 
 
 def check_publishable(results: Path | None) -> Path:

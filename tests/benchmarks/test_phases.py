@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from benchmarks.card.__main__ import ROOT, harvest
 from benchmarks.card.agreement import Size
 from benchmarks.card.phases import GPU_TESTS, PHASES, Phase
 from benchmarks.card.place import Place
+from benchmarks.card.throughput import works
 from fastalex.study.rows import CLAIMS, select
 
 
@@ -47,6 +50,16 @@ def test_a_phase_that_cannot_run_costs_none_of_the_others(
     assert first["status"] == "ValueError: no such row"
     assert second["status"] == "status 0"
     assert (tmp_path / "right.log").read_text() == "here\n"
+
+
+def test_an_option_that_ends_with_an_error_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    def ask(do: str, **arguments: object) -> float:
+        raise RuntimeError("the process of broken ended, status 1")
+
+    workers = {"whole": SimpleNamespace(ask=lambda do, **_: 1.0), "broken": SimpleNamespace(ask=ask)}
+    bench: Any = SimpleNamespace(workers=workers, warm_up=1)
+    assert [works(bench, name) for name in workers] == [True, False]
+    assert capsys.readouterr().out == "the process of broken ended, status 1\n"
 
 
 def test_a_check_that_ends_with_an_error_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
