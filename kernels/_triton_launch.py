@@ -4,8 +4,9 @@ A kernel file (`*_triton.py`) builds a `Launch` - the kernel, its grid and its a
 it. `python -m fastalex.kernels.inspect` takes the same description and compiles it for a GPU that is not
 present, or runs it in Triton's interpreter and counts the bytes.
 
-To have its kernels inspected, a kernel file defines `inspect_cases() -> list[KernelCase]` and is named in
-`inspect.KERNEL_MODULES`.
+To have its kernels inspected, a kernel file defines `inspect_cases(quick: bool = False) -> list[KernelCase]`
+and is named in `inspect.KERNEL_MODULES`. With `quick` the largest tensors are smaller, so that the
+interpreter takes less time; the promises are the same.
 """
 
 from __future__ import annotations

@@ -316,32 +316,42 @@ def write(
         _launch(images, *rows, colors, out, views, resize, keep_shape, crop, mean, std).run()
 
 
-def inspect_cases() -> list[KernelCase]:
+def inspect_cases(quick: bool = False) -> list[KernelCase]:
     """For `inspect`: an image of CIFAR-10 enlarged, ten views of it, a photograph shrunk, and the paper's."""
-    resize, crop = 256, 224
+    enlarged = 256, 224
+    shrunk = (128, 112) if quick else enlarged
+    photograph = (188, 250) if quick else (375, 500)
 
     def tensors(
-        batch: int, height: int, width: int, views: int, colored: bool, device: torch.device
+        batch: int, height: int, width: int, margin: int, views: int, colored: bool, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         rows = torch.arange(batch if views == 1 else views, device=device)
         images = torch.zeros((batch, height, width, 3), dtype=torch.uint8, device=device)
-        offsets = torch.stack([rows * 7 % 33, rows * 13 % 33], dim=1).int()
+        offsets = torch.stack([rows * 7 % (margin + 1), rows * 13 % (margin + 1)], dim=1).int()
         colors = torch.zeros((batch, 3), device=device) if colored else None
         return images, torch.arange(batch, device=device), offsets, rows % 2 == 1, colors
 
     def case(
-        name: str, height: int, width: int, views: int, traffic_limit: float, *, paper: bool = False
+        name: str,
+        source: tuple[int, int],
+        target: tuple[int, int],
+        views: int,
+        traffic_limit: float,
+        *,
+        paper: bool = False,
     ) -> KernelCase:
+        resize, crop = target
         # The paper keeps the shape of images, and shifts colours.
         geometry = resize, paper, crop, [0.5] * 3, [1.0] * 3
+        margin = resize - crop
 
         def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
             out = torch.zeros((batch * views, 3, crop, crop), dtype=dtype, device=device)
             out = out.contiguous(memory_format=torch.channels_last)
-            return _launch(*tensors(batch, height, width, views, paper, device), out, views, *geometry)
+            return _launch(*tensors(batch, *source, margin, views, paper, device), out, views, *geometry)
 
         def eager(dtype: torch.dtype, batch: int) -> Callable[[], object]:
-            arguments = tensors(batch, height, width, views, paper, torch.device("meta"))
+            arguments = tensors(batch, *source, margin, views, paper, torch.device("meta"))
             return lambda: reference.augment(*arguments, views, *geometry, dtype)
 
         return KernelCase(
@@ -357,10 +367,10 @@ def inspect_cases() -> list[KernelCase]:
 
     return [
         # A program's 512 bytes of a row seldom begin where a sector does: two programs write that sector.
-        case("augment", 32, 32, 1, 1.1),
-        case("ten_crop", 32, 32, 10, 1.1),
+        case("augment", (32, 32), enlarged, 1, 1.1),
+        case("ten_crop", (32, 32), enlarged, 10, 1.1),
         # Neighbouring programs both read the source rows that lie under the triangles of both.
-        case("augment_shrink", 375, 500, 1, 1.25),
-        case("augment_paper", 32, 32, 1, 1.1, paper=True),
-        case("augment_shrink_paper", 375, 500, 1, 1.25, paper=True),
+        case("augment_shrink", photograph, shrunk, 1, 1.25),
+        case("augment_paper", (32, 32), enlarged, 1, 1.1, paper=True),
+        case("augment_shrink_paper", photograph, shrunk, 1, 1.25, paper=True),
     ]

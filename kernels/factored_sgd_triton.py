@@ -160,7 +160,7 @@ def factored_sgd(
     ).run()
 
 
-def inspect_cases() -> list[KernelCase]:
+def inspect_cases(quick: bool = False) -> list[KernelCase]:
     """For `inspect`: AlexNet's second hidden layer and 128 images, or a part of the layer if `batch` is 1."""
 
     def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:

@@ -9,8 +9,8 @@ its file promises. `docs/gpu.md` explains how to read them. Takes some minutes; 
     python -m fastalex.kernels.inspect                           everything
     python -m fastalex.kernels.inspect --arch 89 --dtype bfloat16 --kernel pool --no-write
 
-**A new kernel file** joins with an `inspect_cases() -> list[KernelCase]` (see `_triton_launch`) and its
-name in `KERNEL_MODULES`.
+**A new kernel file** joins with an `inspect_cases(quick: bool = False) -> list[KernelCase]` (see
+`_triton_launch`) and its name in `KERNEL_MODULES`.
 """
 
 from __future__ import annotations

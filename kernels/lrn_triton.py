@@ -61,6 +61,11 @@ flight on an H100, from a quarter of its capacity to a half. (`_POOL_BACKWARD_RE
 With a bias the sums take eight registers more, so the loop over the four positions of a quad stays a loop,
 which needs 71; unrolled it needs 96, and spills when capped at 80.
 
+**Compile time** grows with the square of the number of operations on blocks: Triton's coalescing pass
+follows, from each load and store, every operation that is connected with it, and takes 90% of the time. So
+what is the same for eight columns is done on the tile, where the machine code stays the same: conversion to
+fp32, comparison and rounding. Powers on tiles compile in half the time, but take up to 14 registers more.
+
 **Other channel counts and windows** are not computed here: `takes` says which tensors are, and `lrn` passes
 the others to `lrn_reference`.
 """
@@ -90,9 +95,12 @@ from ._triton_launch import SIZES, KernelCase, Launch, cdiv
 
 @triton.jit
 def _unzip(tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """A (BLOCK, WIDTH) tile as WIDTH columns. `tl.split` halves a last axis of two: even and odd columns."""
+    """A (BLOCK, WIDTH) tile as WIDTH columns."""
     if WIDTH == 1:
         return (tl.reshape(tile, (BLOCK,)),)
+    elif WIDTH == 2:
+        even, odd = tl.split(tile)  # halves a last axis of two
+        return (even, odd)
     else:
         even, odd = tl.split(tl.reshape(tile, (BLOCK, WIDTH // 2, 2)))
         evens = _unzip(even, BLOCK, WIDTH // 2)
@@ -108,6 +116,8 @@ def _zip(columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `_unzip`."""
     if WIDTH == 1:
         return tl.reshape(columns[0], (BLOCK, 1))
+    elif WIDTH == 2:
+        return tl.join(columns[0], columns[1])
     else:
         evens = ()
         odds = ()
@@ -120,7 +130,10 @@ def _zip(columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load(pointer, offset, mask, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH neighbouring channels of every lane, from `offset` on, as columns; 0 where the mask is off."""
+    """WIDTH neighbouring channels of every lane, from `offset` on, as columns; 0 where the mask is off.
+
+    Floats are converted to fp32, while they are one tile: fewer operations to compile.
+    """
     if WIDTH == 0:
         return ()
     elif WIDTH * pointer.dtype.element_ty.primitive_bitwidth > 128:
@@ -129,19 +142,23 @@ def _load(pointer, offset, mask, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
         return _load(pointer, offset, mask, BLOCK, HALF) + _load(pointer, offset + HALF, mask, BLOCK, HALF)
     else:
         address = pointer + offset[:, None] + tl.arange(0, WIDTH)[None, :]
-        return _unzip(tl.load(address, mask=mask[:, None], other=0), BLOCK, WIDTH)
+        tile = tl.load(address, mask=mask[:, None], other=0)
+        if pointer.dtype.element_ty.is_floating():
+            tile = tile.to(tl.float32)
+        return _unzip(tile, BLOCK, WIDTH)
 
 
 @triton.jit
-def _store(pointer, offset, mask, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `_load`, rounding to the pointer's type."""
+def _store(pointer, offset, mask, tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Store a tile, rounding to the pointer's type."""
     if WIDTH * pointer.dtype.element_ty.primitive_bitwidth > 128:
         HALF: tl.constexpr = WIDTH // 2
-        _store(pointer, offset, mask, columns[:HALF], BLOCK, HALF)
-        _store(pointer, offset + HALF, mask, columns[HALF:], BLOCK, HALF)
+        low, high = tl.split(tl.permute(tl.reshape(tile, (BLOCK, 2, HALF)), (0, 2, 1)))
+        _store(pointer, offset, mask, low, BLOCK, HALF)
+        _store(pointer, offset + HALF, mask, high, BLOCK, HALF)
     else:
-        tile = _zip(columns, BLOCK, WIDTH).to(pointer.dtype.element_ty)
-        tl.store(pointer + offset[:, None] + tl.arange(0, WIDTH)[None, :], tile, mask=mask[:, None])
+        address = pointer + offset[:, None] + tl.arange(0, WIDTH)[None, :]
+        tl.store(address, tile.to(pointer.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -164,12 +181,10 @@ def _load_with_halo(pointer, offset, masks, BLOCK: tl.constexpr, LEFT: tl.conste
 
 @triton.jit
 def _load_bias(pointer, group, masks, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The bias of every lane's channels in fp32, as `_load_with_halo`; no columns if there is none."""
+    """The bias of every lane's channels, as `_load_with_halo`; no columns if there is none."""
     bias = ()
     if pointer is not None:
-        loaded = _load_with_halo(pointer, group * 8, masks, BLOCK, LEFT, RIGHT)
-        for i in tl.static_range(LEFT + 8 + RIGHT):
-            bias = bias + (loaded[i].to(tl.float32),)
+        bias = _load_with_halo(pointer, group * 8, masks, BLOCK, LEFT, RIGHT)
     return bias
 
 
@@ -227,7 +242,7 @@ def _normalise(
     B75: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Eight channels of the normalised (ReLU of) x for every lane. `terms`: alpha / size, k and -beta.
+    """The normalised (ReLU of) x of every lane, a tile. `terms`: alpha / size, k and -beta.
 
     If BIASED, `bias` is that of the channels as columns, with the halo.
     """
@@ -237,7 +252,7 @@ def _normalise(
     x = ()
     squares = ()
     for i in tl.static_range(7 + SIZE):
-        v = loaded[i].to(tl.float32)
+        v = loaded[i]
         if BIASED:
             v += bias[i]
         if RELU:
@@ -248,7 +263,7 @@ def _normalise(
     y = ()
     for i in tl.static_range(8):
         y = y + (x[LEFT + i] * _power(k + alpha * sums[i], neg_beta, B75),)
-    return y
+    return _zip(y, BLOCK, 8)
 
 
 @triton.jit
@@ -266,7 +281,7 @@ def _gradient(
     RELU: tl.constexpr,
     B75: tl.constexpr,
 ):
-    """Eight channels of dx for every lane; `grad` holds channels -RIGHT ... 7 + LEFT of G as columns.
+    """dx of every lane, a tile; `grad` holds channels -RIGHT ... 7 + LEFT of G as columns.
 
     With a bias dx is 0 where the mask is off, for then both x and the bias are 0.
     """
@@ -279,7 +294,7 @@ def _gradient(
     x = ()
     squares = ()
     for i in tl.static_range(8 + 2 * HALO):
-        v = loaded[i].to(tl.float32)
+        v = loaded[i]
         if bias_pointer is not None:
             v += bias[i]
         if RELU:
@@ -296,7 +311,7 @@ def _gradient(
             d = tl.where(masks[1], d, 1.0)
         if j >= 8 + RIGHT:
             d = tl.where(masks[2], d, 1.0)
-        w = grad[j].to(tl.float32) * _power(d, neg_beta, B75)
+        w = grad[j] * _power(d, neg_beta, B75)
         scaled = scaled + (w,)
         ratios = ratios + (w * x[LEFT + j] * _reciprocal(d, B75),)
     sums = _window_sums(ratios, 8, SIZE)
@@ -307,7 +322,7 @@ def _gradient(
         if RELU:
             out = tl.where(v == 0.0, 0.0, out)  # not v > 0: NaN passes, as in PyTorch
         dx = dx + (out,)
-    return dx
+    return _zip(dx, BLOCK, 8)
 
 
 # ---------------------------------------------------------------- kernels: local response normalisation
@@ -371,15 +386,10 @@ def _backward_kernel(
 
 
 @triton.jit
-def _keep_larger(best, best_tap, value, tap, STEP: tl.constexpr):
-    """Max pooling's comparison, on eight columns: of equal values the first stays, and NaN wins."""
-    new = ()
-    new_tap = ()
-    for i in tl.static_range(8):
-        larger = (value[i] > best[i]) | (value[i] != value[i])
-        new = new + (tl.where(larger, value[i], best[i]),)
-        new_tap = new_tap + (tl.where(larger, tap[i] + STEP, best_tap[i]),)
-    return new, new_tap
+def _keep_larger(best, best_tap, value, tap):
+    """Max pooling's comparison, on tiles: of equal values the first stays, and NaN wins."""
+    larger = (value > best) | (value != value)
+    return tl.where(larger, value, best), tl.where(larger, tap, best_tap)
 
 
 @triton.jit
@@ -396,15 +406,13 @@ def _row_maximum(
     B75: tl.constexpr,
 ):
     """The largest of three neighbouring positions of a row, and which it is: 0, 1 or 2."""
-    zero = tl.zeros((BLOCK,), tl.int32)
-    zeros = (zero, zero, zero, zero, zero, zero, zero, zero)
     BIASED: tl.constexpr = bias_pointer is not None
     bias = _load_bias(bias_pointer, group, masks, BLOCK, SIZE // 2, (SIZE - 1) // 2)
     best = _normalise(x_pointer, offset, masks, bias, terms, BLOCK, SIZE, True, B75, BIASED)
-    best_tap = zeros
+    best_tap = tl.zeros((BLOCK, 8), tl.int32)
     for column in tl.static_range(1, 3):
         y = _normalise(x_pointer, offset + column * C, masks, bias, terms, BLOCK, SIZE, True, B75, BIASED)
-        best, best_tap = _keep_larger(best, best_tap, y, zeros, column)
+        best, best_tap = _keep_larger(best, best_tap, y, column)
     return best, best_tap
 
 
@@ -449,11 +457,11 @@ def _pool_forward_kernel(
         middle, middle_tap = _row_maximum(
             x_pointer, source + width * C, masks, bias_pointer, group, terms, C, BLOCK, SIZE, B75
         )
-        best, best_tap = _keep_larger(best, best_tap, middle, middle_tap, 3)
+        best, best_tap = _keep_larger(best, best_tap, middle, middle_tap + 3)
         last, last_tap = _row_maximum(
             x_pointer, source + 2 * width * C, masks, bias_pointer, group, terms, C, BLOCK, SIZE, B75
         )
-        best, best_tap = _keep_larger(best, best_tap, last, last_tap, 6)
+        best, best_tap = _keep_larger(best, best_tap, last, last_tap + 6)
         _store(y_pointer, target, masks[0], best, BLOCK, 8)
         _store(argmax_pointer, target, masks[0], best_tap, BLOCK, 8)
         best = last  # the row that the next window begins with
@@ -503,7 +511,7 @@ def _pooled_gradient(
             tap = (ROW + 2 * up) * 3 + COLUMN + 2 * back
             added = ()
             for i in tl.static_range(7 + SIZE):
-                added = added + (tl.where(argmax[i] == tap, total[i] + grad[i].to(tl.float32), total[i]),)
+                added = added + (tl.where(argmax[i] == tap, total[i] + grad[i], total[i]),)
             total = added
     return total
 
@@ -530,7 +538,7 @@ def _position(
     ROW,
     COLUMN,
 ):
-    """Store dx of position (ROW, COLUMN) of a quad, and return it as columns."""
+    """Store dx of position (ROW, COLUMN) of a quad, and return it, a tile."""
     height, width, pooled_height, pooled_width = sizes
     grad = _pooled_gradient(
         grad_pointer, argmax_pointer, pooled, quad, inside, group,
@@ -545,8 +553,8 @@ def _position(
 
 
 @triton.jit
-def _store_sums(sums_pointer, columns, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum columns over the program's lanes of the same channels, into its row of (programs, C)."""
+def _store_sums(sums_pointer, tile, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum a tile over the program's lanes of the same channels, into its row of (programs, C)."""
     GROUPS: tl.constexpr = C // 8
     SLOTS: tl.constexpr = triton.next_power_of_2(GROUPS)
     TIMES: tl.constexpr = triton.next_power_of_2((BLOCK + GROUPS - 1) // GROUPS)
@@ -557,7 +565,7 @@ def _store_sums(sums_pointer, columns, C: tl.constexpr, BLOCK: tl.constexpr):
     lane = row // SLOTS * GROUPS + slot
     exists = (slot < GROUPS) & (lane < BLOCK)
     index = tl.broadcast_to(tl.where(exists, lane, 0)[:, None], (TIMES * SLOTS, 8))
-    found = tl.where(exists[:, None], tl.gather(_zip(columns, BLOCK, 8), index, 0), 0.0)
+    found = tl.where(exists[:, None], tl.gather(tile, index, 0), 0.0)
     sums = tl.sum(tl.reshape(found, (TIMES, SLOTS, 8)), 0)
     program = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
@@ -606,8 +614,7 @@ def _pool_backward_kernel(
     pooled = image * (pooled_height * pooled_width * C) + ((quad_y * pooled_width + quad_x) * C + group * 8)
     sizes = (height, width, pooled_height, pooled_width)
     terms = (alpha, k, neg_beta)
-    zero = tl.zeros((BLOCK,), tl.float32)
-    sums = (zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = tl.zeros((BLOCK, 8), tl.float32)
     for _ in range(rows):
         if bias_pointer is None:
             for position in tl.static_range(4):
@@ -618,15 +625,11 @@ def _pool_backward_kernel(
                 )  # fmt: skip
         else:
             for position in range(4):  # not a static range: see "Registers" in the docstring
-                dx = _position(
+                sums += _position(
                     x_pointer, grad_pointer, argmax_pointer, dx_pointer, bias_pointer,
                     source, pooled, (quad_y, quad_x), inside, group, sizes, terms, slope,
                     C, BLOCK, SIZE, B75, position // 2, position % 2,
                 )  # fmt: skip
-                added = ()
-                for i in tl.static_range(8):
-                    added = added + (sums[i] + dx[i],)
-                sums = added
         quad_y += 1
         source += 2 * width * C
         pooled += pooled_width * C
@@ -832,14 +835,15 @@ def lrn_max_pool_bias_backward(
 # ---------------------------------------------------------------- for `inspect`
 
 _PAPER: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
-_HEIGHT, _CHANNELS = 55, 96  # AlexNet's first normalisation
-_POOLED = (_HEIGHT - 3) // 2 + 1
+_CHANNELS = 96
 
 
-def inspect_cases() -> list[KernelCase]:
+def inspect_cases(quick: bool = False) -> list[KernelCase]:
     """The kernels at the shape of AlexNet's first normalisation; the pooled ones also with a bias."""
+    height = 31 if quick else 55
+    pooled = (height - 3) // 2 + 1
 
-    def activation(dtype: torch.dtype, batch: int, device: torch.device, size: int = _HEIGHT) -> Tensor:
+    def activation(dtype: torch.dtype, batch: int, device: torch.device, size: int = height) -> Tensor:
         if device.type == "meta":
             return torch.empty(batch, size, size, _CHANNELS, dtype=dtype, device=device)
         return torch.randn(batch, size, size, _CHANNELS).to(dtype)
@@ -856,29 +860,29 @@ def inspect_cases() -> list[KernelCase]:
         return _backward(torch.ones_like(x), x, torch.empty_like(x), **_PAPER, relu=True)[0]
 
     def pool_forward(dtype: torch.dtype, batch: int, device: torch.device, biased: bool = False) -> Launch:
-        y = activation(dtype, batch, device, _POOLED)
+        y = activation(dtype, batch, device, pooled)
         argmax = torch.zeros_like(y, dtype=torch.uint8)
         bias = parameter(device) if biased else None
         return _pool_forward(activation(dtype, batch, device), y, argmax, **_PAPER, bias=bias)
 
     def pool_backward(dtype: torch.dtype, batch: int, device: torch.device, biased: bool = False) -> Launch:
         x = activation(dtype, batch, device)
-        grad = activation(dtype, batch, device, _POOLED)
+        grad = activation(dtype, batch, device, pooled)
         argmax = torch.zeros_like(grad, dtype=torch.uint8)
         bias = parameter(device) if biased else None
         return _pool_backward(grad, argmax, x, torch.empty_like(x), **_PAPER, bias=bias)[0]
 
     def eager(
-        pooled: bool, backwards: bool, biased: bool
+        pools: bool, backwards: bool, biased: bool
     ) -> Callable[[torch.dtype, int], Callable[[], object]]:
         def prepare(dtype: torch.dtype, batch: int) -> Callable[[], object]:
-            x = torch.empty(batch, _CHANNELS, _HEIGHT, _HEIGHT, dtype=dtype, device="meta")
+            x = torch.empty(batch, _CHANNELS, height, height, dtype=dtype, device="meta")
             x = x.to(memory_format=torch.channels_last).requires_grad_()
             bias = torch.empty(_CHANNELS, 1, 1, dtype=dtype, device="meta", requires_grad=True)
 
             def run() -> Tensor:
                 y = F.local_response_norm(F.relu(x + bias if biased else x), **_PAPER)
-                return F.max_pool2d(y, 3, 2) if pooled else y
+                return F.max_pool2d(y, 3, 2) if pools else y
 
             if not backwards:
                 return run

@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastalex import plots
 from fastalex.config import Config
 from fastalex.config.plain import flat, plain
 from fastalex.errors import ConfigError, OutputError
@@ -232,6 +231,8 @@ class RunFolder:
         epochs = tuple(self.epochs)
 
         def draw() -> None:
+            from fastalex import plots  # half a second, of a run's start otherwise
+
             plots.losses(epochs, self.path / "losses.png")
             self._drawn = len(epochs)
 
