@@ -161,7 +161,10 @@ def factored_sgd(
 
 
 def inspect_cases(quick: bool = False) -> list[KernelCase]:
-    """For `inspect`: AlexNet's second hidden layer and 128 images, or a part of the layer if `batch` is 1."""
+    """For `inspect`: AlexNet's second hidden layer and 128 images, or a part of the layer if `batch` is 1.
+
+    That part is counted in seconds, so `quick` changes nothing.
+    """
 
     def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
         width = 1024 if batch == 1 else 4096
