@@ -323,11 +323,11 @@ def inspect_cases(quick: bool = False) -> list[KernelCase]:
     photograph = (188, 250) if quick else (375, 500)
 
     def tensors(
-        batch: int, height: int, width: int, margin: int, views: int, colored: bool, device: torch.device
+        batch: int, source: tuple[int, int], places: int, views: int, colored: bool, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         rows = torch.arange(batch if views == 1 else views, device=device)
-        images = torch.zeros((batch, height, width, 3), dtype=torch.uint8, device=device)
-        offsets = torch.stack([rows * 7 % (margin + 1), rows * 13 % (margin + 1)], dim=1).int()
+        images = torch.zeros((batch, *source, 3), dtype=torch.uint8, device=device)
+        offsets = torch.stack([rows * 7 % places, rows * 13 % places], dim=1).int()
         colors = torch.zeros((batch, 3), device=device) if colored else None
         return images, torch.arange(batch, device=device), offsets, rows % 2 == 1, colors
 
@@ -343,15 +343,15 @@ def inspect_cases(quick: bool = False) -> list[KernelCase]:
         resize, crop = target
         # The paper keeps the shape of images, and shifts colours.
         geometry = resize, paper, crop, [0.5] * 3, [1.0] * 3
-        margin = resize - crop
+        places = resize - crop + 1  # of a crop, down and across
 
         def launch(dtype: torch.dtype, batch: int, device: torch.device) -> Launch:
             out = torch.zeros((batch * views, 3, crop, crop), dtype=dtype, device=device)
             out = out.contiguous(memory_format=torch.channels_last)
-            return _launch(*tensors(batch, *source, margin, views, paper, device), out, views, *geometry)
+            return _launch(*tensors(batch, source, places, views, paper, device), out, views, *geometry)
 
         def eager(dtype: torch.dtype, batch: int) -> Callable[[], object]:
-            arguments = tensors(batch, *source, margin, views, paper, torch.device("meta"))
+            arguments = tensors(batch, source, places, views, paper, torch.device("meta"))
             return lambda: reference.augment(*arguments, views, *geometry, dtype)
 
         return KernelCase(

@@ -114,9 +114,7 @@ def _unzip(tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _zip(columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `_unzip`."""
-    if WIDTH == 1:
-        return tl.reshape(columns[0], (BLOCK, 1))
-    elif WIDTH == 2:
+    if WIDTH == 2:
         return tl.join(columns[0], columns[1])
     else:
         evens = ()

@@ -231,7 +231,7 @@ class RunFolder:
         epochs = tuple(self.epochs)
 
         def draw() -> None:
-            from fastalex import plots  # half a second, of a run's start otherwise
+            from fastalex import plots  # takes half a second to import, so not at a run's start
 
             plots.losses(epochs, self.path / "losses.png")
             self._drawn = len(epochs)
